@@ -1,0 +1,29 @@
+"""The one kind of error a user can cause, and how it is worded."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message is one line that says what is wrong, where, and what is allowed.
+
+    `train.py` and `eval.py` print the message and exit with code 2; a library caller sees a ValueError.
+    """
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """' (did you mean 'x'?)' for the allowed name closest to `name`, or '' when none is close."""
+    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def unknown_name(what: str, name: object, allowed: Iterable[str]) -> UserError:
+    """The error for a name that is not in a table.
+
+    Args:
+      what: what the name stands for, such as "model.normalizer".
+      name: what was given.
+      allowed: the names there are.
+    """
+    allowed = list(allowed)
+    return UserError(f"{what}: unknown name {name!r}{nearest(str(name), allowed)}; allowed: {', '.join(allowed)}")
