@@ -6,12 +6,15 @@ can be built alone with only what it reads, and a `ModelConfig` can be passed wh
 """
 
 import dataclasses
+import math
 import typing
 from typing import Literal
 
 from oasis_jax.errors import UserError, unknown_name
 
-# SPEC section 3. What a method fixes; everything else in ModelConfig is orthogonal to it.
+# What a method fixes; everything else in ModelConfig is orthogonal to it. oasis and its baselines attnres_cumulative, softmax1,
+# clipped, entmax15 and sparsemax: arXiv 2605.17887; attnres: 2603.15031; gated: 2306.12929; learned_sink: 2601.22966;
+# oasis_blocks is ours: OASIS on the blocks of AttnRes.
 _CUMULATIVE = dict(wiring="cumulative", router="projected", depth_normalizer="softmax", coupling=False, gate="none", blocks=0)
 PRESETS: dict[str, dict] = {
     "residual": _CUMULATIVE | dict(normalizer="softmax", wiring="residual", router="none"),
@@ -39,6 +42,11 @@ def field_type(cls: type, name: str):
     return typing.get_type_hints(cls)[name]
 
 
+def sections() -> dict[str, type]:
+    """The sections of a Config by name, in order."""
+    return {section.name: field_type(Config, section.name) for section in dataclasses.fields(Config)}
+
+
 def _check(config, section: str) -> None:
     """Types and names of every field; the one place where a wrong value is turned into words."""
     for field in dataclasses.fields(config):
@@ -52,6 +60,8 @@ def _check(config, section: str) -> None:
             accepted = (int, float) if hint is float else hint
             if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
                 raise UserError(f"{where}: expected {hint.__name__}, got {value!r} of type {type(value).__name__}")
+            if hint is float and not math.isfinite(value):
+                raise UserError(f"{where}: must be finite, got {value!r}")
 
 
 def _at_least(config, section: str, **minimum: float) -> None:
@@ -62,7 +72,7 @@ def _at_least(config, section: str, **minimum: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """Which norm a sublayer reads through (SPEC section 3)."""
+    """Which norm a sublayer reads through (preaffine, gatednorm: arXiv 2601.22966)."""
 
     norm: Literal["rmsnorm", "preaffine", "gatednorm", "dyt", "none"] = _field("rmsnorm", "norm before each sublayer and before the head")
     norm_gate_rank: int = _field(16, "width of gatednorm's bottleneck")
@@ -71,7 +81,7 @@ class NormConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """One self-attention layer (SPEC sections 1 and 3)."""
+    """One self-attention layer."""
 
     width: int = _field(128, "model width D")
     num_heads: int = _field(4, "query heads N")
@@ -117,13 +127,12 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """One depth router (SPEC section 2)."""
+    """One depth router: projected (arXiv 2605.17887) or static (arXiv 2603.15031)."""
 
     width: int = _field(128, "model width D")
-    router: Literal["projected", "static", "none"] = _field("projected", "how the query over depth is made")
+    router: Literal["projected", "static"] = _field("projected", "how the query over depth is made")
     depth_normalizer: Literal["softmax", "softmax1"] = _field("softmax1", "normalizer over depth sources")
     coupling: bool = _field(True, "weigh sources by the null mass of their attention (inter-layer null signal)")
-    norm_epsilon: float = _field(1e-6, "added to the mean square inside RMSNorm")
     depth_implementation: str = _field("auto", "backend of pallas_kernels.depth_route; auto: the fastest that can serve")
 
     def __post_init__(self):
@@ -134,11 +143,11 @@ class RouterConfig:
 class ModelConfig(AttentionConfig, RouterConfig, NormConfig):
     """A decoder. The method's fields default to their preset's: `ModelConfig(preset="oasis", num_layers=4)`."""
 
-    preset: Literal[tuple(PRESETS)] = _field("oasis", "the method (SPEC section 3) that fills the fields marked 'of the preset'")
+    preset: Literal[tuple(PRESETS)] = _field("oasis", "the method that fills the fields marked 'of the preset'")
     normalizer: AttentionConfig.__annotations__["normalizer"] = _field(None, "what turns attention scores into probabilities")
     gate: AttentionConfig.__annotations__["gate"] = _field(None, "sigmoid gate on each head's output before the output projection")
-    wiring: Literal["residual", "cumulative", "delta"] = _field(None, "how sublayers are connected over depth (SPEC section 2)")
-    router: RouterConfig.__annotations__["router"] = _field(None, "how the query over depth is made")
+    wiring: Literal["residual", "cumulative", "delta"] = _field(None, "how sublayers are connected over depth")
+    router: Literal["projected", "static", "none"] = _field(None, "how the query over depth is made")
     depth_normalizer: RouterConfig.__annotations__["depth_normalizer"] = _field(None, "normalizer over depth sources")
     coupling: bool = _field(None, "weigh sources by the null mass of their attention (inter-layer null signal)")
     blocks: int = _field(None, "delta wiring: sublayers are summed into this many sources; 0: every sublayer is a source")

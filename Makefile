@@ -1,0 +1,47 @@
+# make demo | test | bench | lint | clean. Each makes .venv first and installs what it needs; only make and a Python 3.11 to 3.13 are assumed.
+# Another interpreter: make PYTHON=python3.13 test
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+# The first interpreter that will do; an environment that is already there comes first, so that a second run keeps its Python.
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(shell for p in $(RUN) python3 python3.13 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+endif
+
+.PHONY: demo test bench lint clean venv
+.DELETE_ON_ERROR:
+
+demo: venv
+	$(RUN) -m oasis_jax.demo --out runs/demo
+
+# Two workers; NPROC keeps each one's XLA thread pool to one core.
+test: venv
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} NPROC=$${NPROC:-1} $(RUN) -m pytest -n 2
+
+bench: venv
+	@set -e; for script in benchmarks/[a-z]*.py; do echo "$(RUN) $$script"; $(RUN) $$script; done
+
+lint: venv
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/demo
+
+# Made anew where it is missing, broken or of another Python version; installed into again where a requirement changed.
+venv:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 found; name one: make PYTHON=/path/to/python3.13 ..." >&2; exit 2; }
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { echo "make: PYTHON=$(PYTHON) does not run or is not Python 3.11 to 3.13" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) lacks venv or ensurepip; install its venv package (Debian: python3-venv) or name another with PYTHON=" >&2; exit 2; }
+	@version=$$($(PYTHON) -c 'import sys; print(sys.version_info[:2])'); \
+	  if ! $(RUN) -c "import pip, sys; sys.exit(str(sys.version_info[:2]) != '$$version')" 2>/dev/null; then \
+	    echo "making $(VENV) with $(PYTHON), Python $$version"; $(PYTHON) -m venv --clear $(VENV); fi
+	@$(MAKE) --no-print-directory $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@echo "installing oasis_jax and what it needs into $(VENV)"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,lint,tensorboard]"
+	@touch $@
