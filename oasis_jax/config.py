@@ -106,7 +106,9 @@ class AttentionConfig:
 
     def check(self, section: str = "attention") -> None:
         """Raises UserError where the numbers do not fit together."""
-        _at_least(self, section, width=1, num_heads=1, num_kv_heads=0, head_dim=0, window=0, logit_softcap=0.0, rope_theta=0.0, clip_zeta=1.0)
+        _at_least(
+            self, section, width=1, num_heads=1, num_kv_heads=0, head_dim=0, window=0, logit_softcap=0.0, rope_theta=0.0, clip_zeta=1.0
+        )
         if self.num_heads % self.key_heads:
             raise UserError(f"{section}.num_kv_heads: {self.key_heads} does not divide num_heads={self.num_heads}")
         if not self.head_dim and self.width % self.num_heads:
@@ -175,7 +177,9 @@ class ModelConfig(AttentionConfig, RouterConfig, NormConfig):
         AttentionConfig.check(self, section)
         _at_least(self, section, num_layers=1, mlp_dim=0, residual_clip=0.0, blocks=0, vocab_size=0, vector_dim=0, norm_gate_rank=1)
         if (self.wiring == "residual") != (self.router == "none"):
-            raise UserError(f"{section}.router: wiring={self.wiring} goes with router={'none' if self.wiring == 'residual' else 'projected or static'}, got {self.router}")
+            raise UserError(
+                f"{section}.router: wiring={self.wiring} goes with router={'none' if self.wiring == 'residual' else 'projected or static'}, got {self.router}"
+            )
         if self.blocks and self.wiring != "delta":
             raise UserError(f"{section}.blocks: only wiring=delta has blocks, got blocks={self.blocks} with wiring={self.wiring}")
         if self.blocks > 2 * self.num_layers:
@@ -187,7 +191,7 @@ class ModelConfig(AttentionConfig, RouterConfig, NormConfig):
 
     def with_preset(self, preset: str) -> "ModelConfig":
         """This config with another method: the preset's fields are replaced, the others kept."""
-        return dataclasses.replace(self, preset=preset, **{name: None for name in METHOD_FIELDS})
+        return dataclasses.replace(self, preset=preset, **dict.fromkeys(METHOD_FIELDS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,7 +237,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _check(self, "optimizer")
-        _at_least(self, "optimizer", learning_rate=0.0, warmup_steps=0, weight_decay=0.0, clip_norm=0.0, accumulation_steps=1, final_fraction=0.0)
+        _at_least(
+            self, "optimizer", learning_rate=0.0, warmup_steps=0, weight_decay=0.0, clip_norm=0.0, accumulation_steps=1, final_fraction=0.0
+        )
 
 
 # Logical axis -> mesh axes it is split over. Parameters: vocab, embed, heads, kv_heads, mlp, depth_key. Activations: batch, length.
@@ -279,7 +285,17 @@ class RunConfig:
 
     def __post_init__(self):
         _check(self, "run")
-        _at_least(self, "run", steps=1, log_interval=1, telemetry_interval=0, eval_interval=0, eval_batches=1, checkpoint_interval=1, keep_checkpoints=1)
+        _at_least(
+            self,
+            "run",
+            steps=1,
+            log_interval=1,
+            telemetry_interval=0,
+            eval_interval=0,
+            eval_batches=1,
+            checkpoint_interval=1,
+            keep_checkpoints=1,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
