@@ -1,0 +1,143 @@
+"""What an installation declares: dependencies, pins, licence. A missing requirement would only show on somebody else's machine."""
+
+import ast
+import configparser
+import importlib.metadata
+import pathlib
+import sys
+import tomllib
+from collections.abc import Iterable
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = pathlib.Path(__file__).parents[1]
+HOUSE = {"oasis_jax", "pallas_kernels"}
+# Import name -> distribution, where they differ.
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "xdist": "pytest-xdist"}
+
+
+@pytest.fixture(scope="module")
+def setup() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def requirements(lines: str) -> dict[str, Requirement]:
+    parsed = [Requirement(line) for line in lines.split("\n") if line.strip()]
+    return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+
+
+def imports_of(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
+    """Distribution of every third-party module that the files import, anywhere in them, and a file that does."""
+    found = {}
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            else:
+                continue
+            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - HOUSE:
+                found[canonicalize_name(DISTRIBUTIONS.get(top, top))] = path.relative_to(ROOT)
+    return found
+
+
+def software() -> list[pathlib.Path]:
+    folders = [ROOT / "oasis_jax", ROOT / "pallas_kernels", ROOT / "configs", ROOT / "benchmarks"]
+    return [path for folder in folders for path in folder.rglob("*.py")] + [p for p in (ROOT / "train.py", ROOT / "eval.py") if p.exists()]
+
+
+def test_every_import_is_declared(setup):
+    declared = requirements(setup["options"]["install_requires"])
+    optional = requirements(setup["options.extras_require"]["tensorboard"])
+    missing = {name: str(path) for name, path in imports_of(software()).items() if name not in declared | optional}
+    assert not missing
+
+
+def test_extras_are_imported_only_inside_functions(setup):
+    optional = requirements(setup["options.extras_require"]["tensorboard"])
+    for path in software():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                node.body = [ast.Pass()]
+        top = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        top += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        assert not {canonicalize_name(name.partition(".")[0]) for name in top} & optional.keys(), path
+
+
+def test_every_import_of_the_tests_is_declared(setup):
+    declared = requirements(setup["options"]["install_requires"]) | requirements(setup["options.extras_require"]["test"])
+    brought_by_pytest = {"packaging"}
+    used = imports_of((ROOT / "tests").rglob("*.py"))
+    missing = {name: str(path) for name, path in used.items() if name not in declared.keys() | brought_by_pytest}
+    assert not missing
+
+
+def test_nothing_is_declared_that_is_not_used(setup):
+    used = imports_of(software())
+    assert not requirements(setup["options"]["install_requires"]).keys() - used.keys()
+    assert not requirements(setup["options.extras_require"]["tensorboard"]).keys() - used.keys()
+
+
+def test_every_requirement_is_pinned_for_this_python(setup):
+    """The whole closure of what `make test` installs, and nothing that asks for more than the pin."""
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate():
+                assert canonicalize_name(requirement.name) not in pins, line
+                pins[canonicalize_name(requirement.name)] = str(requirement.specifier).removeprefix("==")
+    extras = setup["options.extras_require"]
+    open_ = list(requirements("\n".join([setup["options"]["install_requires"], extras["test"], extras["lint"]])).values())
+    seen = set()
+    while open_:
+        requirement = open_.pop()
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{name} is not pinned in constraints.txt"
+        assert requirement.specifier.contains(pins[name]), f"{requirement} against the pin {pins[name]}"
+        if (name, *requirement.extras) in seen:
+            continue
+        seen.add((name, *requirement.extras))
+        if importlib.metadata.version(name) != pins[name]:
+            continue  # another version's requirements say nothing about the pinned one's
+        for child in map(Requirement, importlib.metadata.requires(name) or []):
+            if child.marker is None or any(child.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)):
+                open_.append(child)
+
+
+def test_pyproject_leaves_metadata_to_setup_cfg():
+    """With a [project] table setup.cfg's dependencies would be dropped without a word."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "project" not in pyproject
+    assert pyproject["build-system"]["build-backend"] == "setuptools.build_meta"
+
+
+def test_licence_and_python_versions(setup):
+    metadata, options = setup["metadata"], setup["options"]
+    assert metadata["license_expression"] == "Apache-2.0"
+    licence = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in licence and "Version 2.0, January 2004" in licence and "END OF TERMS AND CONDITIONS" in licence
+    assert options["python_requires"] == ">=3.11,<3.14"
+
+
+def test_kernels_stand_alone():
+    """pallas_kernels is usable without the model: it imports neither oasis_jax nor Flax."""
+    for path in (ROOT / "pallas_kernels").rglob("*.py"):
+        text = path.read_text()
+        modules = [a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names]
+        modules += [n.module for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.module]
+        assert not {m.partition(".")[0] for m in modules} & {"oasis_jax", "flax"}, path
+
+
+def test_packages_are_found_with_all_their_folders(setup):
+    """A folder without __init__.py would be left out of a wheel while tests from the clone still pass."""
+    assert setup["options"]["packages"] == "find:"
+    for package in HOUSE:
+        for path in (ROOT / package).rglob("*.py"):
+            assert (path.parent / "__init__.py").exists(), path
