@@ -1,0 +1,54 @@
+"""Batches: the shuffled, endless, checkpointable ones of training, and the fixed ones of evaluation."""
+
+import grain
+import numpy as np
+
+from oasis_jax.config import DataConfig
+from oasis_jax.data.corpus import ORDER, Source, seed_sequence
+from oasis_jax.errors import UserError
+
+# Examples are slices of memory or a few microseconds of random numbers: one thread keeps a few batches ahead of the step.
+_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+
+
+def train_batches(
+    source: Source, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """This process's part of every global batch, without end; each epoch has an order of its own.
+
+    The examples are put in order first and dealt to the processes after, so the state, {"next_index": batches read}, means the
+    same for any number of processes: process p holds the examples p, p + P, p + 2P, ... of each global batch.
+
+    Returns:
+      Iterator over dicts of arrays [batch_size / process_count, ...]; its get_state() is JSON-able and set_state() takes no replay.
+
+    Raises:
+      UserError: the batch cannot be dealt out evenly.
+    """
+    if config.batch_size % process_count:
+        below = config.batch_size // process_count * process_count
+        fitting = f"{below} or {below + process_count}" if below else f"{process_count}"
+        raise UserError(f"data.batch_size: {config.batch_size} is not divisible by {process_count} processes; take {fitting}")
+    # Grain's epoch e shuffles with seed + e, so run seeds 0 and 1 would share orders if used as they are.
+    order = int(seed_sequence(seed, ORDER).generate_state(1)[0])
+    examples = grain.MapDataset.source(source).shuffle(seed=order).repeat()
+    part = examples[process_index::process_count].batch(config.batch_size // process_count)
+    return iter(part.to_iter_dataset(_READ_AHEAD))
+
+
+def eval_batches(source: Source, config: DataConfig, *, num_batches: int) -> list[dict[str, np.ndarray]]:
+    """Examples spread evenly over a source, the same ones in the same order for every model with the same data.
+
+    A source with fewer than `num_batches` batches gives as many full ones as it has, each example at most once; one that does
+    not fill a single batch gives one batch of all it has.
+
+    Raises:
+      UserError: the source is empty.
+    """
+    if not len(source):
+        raise UserError("data: there is no held-out example; use a smaller data.sequence_length or a larger data.holdout_fraction")
+    size = min(config.batch_size, len(source))
+    count = min(num_batches, len(source) // size)
+    examples = [source[i * len(source) // (count * size)] for i in range(count * size)]
+    batches = [examples[start : start + size] for start in range(0, count * size, size)]
+    return [{name: np.stack([example[name] for example in batch]) for name in batch[0]} for batch in batches]
