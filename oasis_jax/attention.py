@@ -1,0 +1,165 @@
+"""Self-attention that can say "nothing here": one pure function, one table of parameters, one NNX module."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from oasis_jax.config import AttentionConfig
+from oasis_jax.errors import unknown_name
+from oasis_jax.normalizers import DENSE_NORMALIZERS, NULL_LOGITS
+from oasis_jax.norms import rms_norm
+from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
+from oasis_jax.statistics import AttentionStatistics
+from pallas_kernels import implementations, null_attention
+
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+
+
+def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """The `constrain` of a model that is not sharded."""
+    del axes
+    return x
+
+
+def backend(operator: str, name: str) -> str | None:
+    """The `implementation` argument for a configured backend name; raises UserError for one that does not exist."""
+    if name == "auto":
+        return None
+    available = implementations(operator)
+    if name not in available:
+        raise unknown_name(f"implementation of {operator}", name, ("auto", *available))
+    return name
+
+
+def rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T N H"]:
+    """Rotary positions (Su et al., arXiv 2104.09864): channel i of the first half turns with channel i of the second."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _allowed(query: Array, key: Array, config: AttentionConfig, segment_ids: Int[Array, "B T"] | None) -> Array:
+    """Which keys a query may see: [1 or B, 1, T, S]."""
+    distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])[None, :]
+    allowed = (distance >= 0) & ((distance < config.window) if config.window else True)
+    allowed = allowed[None, None]
+    if segment_ids is not None:
+        allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return allowed
+
+
+def _scores(query: Array, key: Array, config: AttentionConfig) -> Float[Array, "B N T S"]:
+    """Scaled, soft-capped scores in float32 or better; key may hold fewer positions than query."""
+    batch, length, heads, size = query.shape
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = query.reshape(batch, length, key.shape[2], -1, size)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=wide) * size**-0.5
+    if config.logit_softcap:
+        scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
+    return scores.reshape(batch, heads, length, key.shape[1])
+
+
+def _fused(query, key, value, null_logit, config: AttentionConfig, segment_ids) -> AttentionStatistics:
+    output, null_mass, lse = null_attention(
+        query, key, value, null_logit=null_logit, is_causal=True, window=config.window or None, segment_ids=segment_ids,
+        logit_softcap=config.logit_softcap or None, implementation=backend("null_attention", config.attention_implementation),
+    )  # fmt: skip
+    first = _scores(query, key[:, :1], config)[..., 0]
+    allowed = _allowed(query, key, config, segment_ids)[..., 0]
+    first_token_mass = jnp.where(allowed, jnp.exp(jnp.where(allowed, first - lse, 0.0)), 0.0)
+    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse)
+
+
+def _dense(query, key, value, config: AttentionConfig, segment_ids) -> AttentionStatistics:
+    allowed = _allowed(query, key, config, segment_ids)
+    p = DENSE_NORMALIZERS[config.normalizer](_scores(query, key, config), allowed, config)
+    batch, heads, length, keys = p.shape
+    grouped = p.reshape(batch, key.shape[2], -1, length, keys).astype(value.dtype)
+    output = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, value).reshape(query.shape)
+    null_mass = jax.nn.relu(1.0 - p.sum(-1))
+    return AttentionStatistics(query, key, value, output, null_mass, p[..., 0], None)
+
+
+def attention_parameters(config: AttentionConfig) -> dict[str, ParameterSpec]:
+    """The parameters of one attention layer; the optional ones only where the config asks for them."""
+    width, heads, key_heads, size = config.width, config.num_heads, config.key_heads, config.head_size
+    specs = {
+        "query": matrix((width, heads, size), ("embed", "heads", None), width),
+        "key": matrix((width, key_heads, size), ("embed", "kv_heads", None), width),
+        "value": matrix((width, key_heads, size), ("embed", "kv_heads", None), width),
+        "output": matrix((heads, size, width), ("heads", None, "embed"), heads * size),
+    }
+    if config.qk_norm:
+        specs |= {"query_norm": constant((size,), 1.0), "key_norm": constant((size,), 1.0)}
+    if NULL_LOGITS.get(config.normalizer, 0.0) is None:
+        specs["null_logit"] = ParameterSpec((heads,), ("heads",), jax.nn.initializers.zeros)
+    if config.gate == "elementwise":
+        specs["gate"] = matrix((width, heads, size), ("embed", "heads", None), width)
+    elif config.gate == "per_head":
+        specs["gate"] = matrix((width, heads), ("embed", "heads"), width)
+    return specs
+
+
+def attention(
+    parameters: Parameters,
+    config: AttentionConfig,
+    x: Float[Array, "B T D"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "#B T"] | None = None,
+    constrain: Constrain = unconstrained,
+) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
+    """Causal self-attention with the normalizer that `config.normalizer` names (OASIS, arXiv 2605.17887).
+
+    Args:
+      parameters: as `attention_parameters(config)` lists them.
+      config: an AttentionConfig, or a ModelConfig.
+      x: [B, T, D], normed already; computed in its type, probabilities in float32 or better.
+      segment_ids: [B, T]; attention stays within equal ids.
+      positions: [B, T] or [1, T] for the rotary embedding; default 0 .. T-1.
+      constrain: function (array, logical axes) -> array that pins the sharding of activations.
+
+    Returns:
+      [B, T, D] after the output projection, and the layer's AttentionStatistics.
+    """
+    p = {name: value.astype(x.dtype) for name, value in parameters.items() if name != "null_logit"}
+    query, key, value = (jnp.einsum("BTD,DNH->BTNH", x, p[name]) for name in ("query", "key", "value"))
+    if config.qk_norm:
+        query, key = rms_norm(query, parameters["query_norm"]), rms_norm(key, parameters["key_norm"])
+    if config.rope_theta:
+        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+        query, key = rope(query, positions, config.rope_theta), rope(key, positions, config.rope_theta)
+    query = constrain(query, ("batch", "length", "heads", None))
+    key, value = (constrain(y, ("batch", "length", "kv_heads", None)) for y in (key, value))
+
+    if config.normalizer in DENSE_NORMALIZERS:
+        statistics = _dense(query, key, value, config, segment_ids)
+    else:
+        null_logit = NULL_LOGITS[config.normalizer]
+        null_logit = parameters["null_logit"] if null_logit is None else null_logit
+        statistics = _fused(query, key, value, null_logit, config, segment_ids)
+
+    heads = statistics.head_output
+    if config.gate == "elementwise":
+        heads = heads * jax.nn.sigmoid(jnp.einsum("BTD,DNH->BTNH", x, p["gate"]))
+    elif config.gate == "per_head":
+        heads = heads * jax.nn.sigmoid(jnp.einsum("BTD,DN->BTN", x, p["gate"]))[..., None]
+    return jnp.einsum("BTNH,NHD->BTD", heads, p["output"]), statistics
+
+
+class Attention(ParameterModule):
+    """`attention` with its parameters, as an NNX module: `Attention(AttentionConfig(width=256, num_heads=8), rngs=rngs)`."""
+
+    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
+        super().__init__(attention_parameters(config), rngs=rngs)
+        self.config = config
+
+    def __call__(self, x: Float[Array, "B T D"], **options) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
+        """See `attention` for the options and what comes back."""
+        return attention(self.parameters, self.config, x, **options)

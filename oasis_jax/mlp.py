@@ -1,0 +1,36 @@
+"""The SwiGLU feed-forward layer."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from oasis_jax.attention import Constrain, unconstrained
+from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, matrix
+
+
+def mlp_parameters(width: int, hidden: int) -> dict[str, ParameterSpec]:
+    """Gate, up and down projections."""
+    return {
+        "gate": matrix((width, hidden), ("embed", "mlp"), width),
+        "up": matrix((width, hidden), ("embed", "mlp"), width),
+        "down": matrix((hidden, width), ("mlp", "embed"), hidden),
+    }
+
+
+def mlp(parameters: Parameters, x: Float[Array, "B T D"], *, constrain: Constrain = unconstrained) -> Float[Array, "B T D"]:
+    """W_down (silu(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202), in x's type."""
+    p = {name: value.astype(x.dtype) for name, value in parameters.items()}
+    hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, p["gate"])) * jnp.einsum("BTD,DF->BTF", x, p["up"])
+    hidden = constrain(hidden, ("batch", "length", "mlp"))
+    return jnp.einsum("BTF,FD->BTD", hidden, p["down"])
+
+
+class MLP(ParameterModule):
+    """`mlp` with its parameters, as an NNX module."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        super().__init__(mlp_parameters(width, hidden), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], *, constrain: Constrain = unconstrained) -> Float[Array, "B T D"]:
+        return mlp(self.parameters, x, constrain=constrain)

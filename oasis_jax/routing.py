@@ -1,0 +1,83 @@
+"""Depth routing: which earlier layers a sublayer reads, token by token, steered by the null mass of their attention."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from oasis_jax.attention import backend
+from oasis_jax.config import RouterConfig
+from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
+from oasis_jax.statistics import RouterStatistics
+from pallas_kernels import depth_route
+
+Sources = Sequence[Float[Array, "B T D"]]
+Evidence = Sequence[Float[Array, "B T"]]
+
+DEPTH_NULL_LOGITS = {"softmax": -jnp.inf, "softmax1": 0.0}
+MAX_BETA = 10.0
+_BETA_RAW_START = -5.0
+
+
+def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
+    """The parameters of one router: of `projected` two projections and a recency bias, of `static` a query and a key norm."""
+    width = config.width
+    key_width = max(width // 4, 64)
+    specs = {
+        "projected": {
+            "query": matrix((width, key_width), ("embed", None), width),
+            "key": matrix((width, key_width), ("embed", None), width),
+            "recency_bias": constant((), 0.0),
+        },
+        "static": {"query": constant((width,), 0.0), "key_norm": constant((width,), 1.0)},
+    }[config.router]
+    return specs | ({"beta_raw": constant((), _BETA_RAW_START)} if config.coupling else {})
+
+
+def projected_query(query: Float[Array, "D C"], key: Float[Array, "D C"], last: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """u = W_k^T (W_q v_last): the key projection absorbed into the query, so that scores are u . v_i and no key is ever made."""
+    return jnp.einsum("BTC,DC->BTD", jnp.einsum("BTD,DC->BTC", last, query.astype(last.dtype)), key.astype(last.dtype))
+
+
+def route(
+    parameters: Parameters, config: RouterConfig, sources: Sources, evidence: Evidence
+) -> tuple[Float[Array, "B T D"], RouterStatistics]:
+    """Weighs the sources of every token and sums them (OASIS, arXiv 2605.17887; static queries: AttnRes, arXiv 2603.15031).
+
+    Args:
+      parameters: as `router_parameters(config)` lists them.
+      config: a RouterConfig, or a ModelConfig.
+      sources: L arrays [B, T, D], oldest first.
+      evidence: L arrays [B, T], the null mass of each source's attention, mean over heads; 0 for the embedding.
+
+    Returns:
+      [B, T, D] and the RouterStatistics.
+    """
+    beta = jnp.minimum(jax.nn.softplus(parameters["beta_raw"]), MAX_BETA) if config.coupling else None
+    if config.router == "projected":
+        query = projected_query(parameters["query"], parameters["key"], sources[-1])
+        recency = jnp.arange(len(sources), dtype=jnp.float32) / max(len(sources) - 1, 1)
+        options = dict(score_scale=parameters["key"].shape[1] ** -0.5, bias=parameters["recency_bias"] * recency)
+    else:
+        query, options = parameters["query"], dict(key_norm_scale=parameters["key_norm"])
+    if config.coupling:
+        options |= dict(null_evidence=evidence, coupling=beta)
+    output, weights, null_mass = depth_route(
+        sources, query, null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer],
+        implementation=backend("depth_route", config.depth_implementation), **options,
+    )  # fmt: skip
+    return output, RouterStatistics(weights, null_mass, beta)
+
+
+class Router(ParameterModule):
+    """`route` with its parameters, as an NNX module: `Router(RouterConfig(width=256, router="static"), rngs=rngs)`."""
+
+    def __init__(self, config: RouterConfig, *, rngs: nnx.Rngs):
+        super().__init__(router_parameters(config), rngs=rngs)
+        self.config = config
+
+    def __call__(self, sources: Sources, evidence: Evidence) -> tuple[Float[Array, "B T D"], RouterStatistics]:
+        """See `route`."""
+        return route(self.parameters, self.config, sources, evidence)

@@ -1,0 +1,61 @@
+"""What a forward pass tells about itself: its second result, never a side effect.
+
+The tuples refer to arrays the forward pass makes anyway or cheaply could; under `jax.jit` whatever the caller
+does not use is not computed.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class AttentionStatistics(NamedTuple):
+    """One attention layer. N query heads, K key heads, H head size; masses in float32 or better."""
+
+    query: Float[Array, "B T N H"]  # after QK-norm and rotary positions
+    key: Float[Array, "B T K H"]
+    value: Float[Array, "B T K H"]
+    head_output: Float[Array, "B T N H"]  # before the gate and the output projection
+    null_mass: Float[Array, "B N T"]
+    first_token_mass: Float[Array, "B N T"]  # probability each query gives to key 0
+    lse: Float[Array, "B N T"] | None  # log(exp(b) + sum exp s); None for normalizers without it
+
+
+class RouterStatistics(NamedTuple):
+    """One depth router over L sources."""
+
+    weights: Float[Array, "B T L"]
+    null_mass: Float[Array, "B T"]
+    beta: Float[Array, ""] | None  # strength of the inter-layer null signal; None without coupling
+
+
+class Statistics(NamedTuple):
+    """A whole decoder.
+
+    taps: "attention_norm", "attention_output" (after the output projection), "mlp_norm", "mlp_output" and
+      "layer_output" (the stream that the next layer or the final norm reads) hold one [B, T, D] a layer,
+      "final_norm" holds one.
+    """
+
+    attention: list[AttentionStatistics]
+    routers: dict[str, RouterStatistics]
+    taps: dict[str, list[Float[Array, "B T D"]]]
+
+
+def telemetry(statistics: Statistics) -> dict[str, Float[Array, ""]]:
+    """The scalars of the training log: means over batch, heads and tokens, per layer and over all of them.
+
+    Returns:
+      "null_mass", "first_token_mass" and, with coupling, "beta"; each also per layer or router ("null_mass/layer0").
+    """
+    scalars = {}
+    for name in ("null_mass", "first_token_mass"):
+        layers = [getattr(layer, name).mean() for layer in statistics.attention]
+        scalars[name] = jnp.stack(layers).mean()
+        scalars |= {f"{name}/layer{i}": value for i, value in enumerate(layers)}
+    betas = {name: router.beta for name, router in statistics.routers.items() if router.beta is not None}
+    if betas:
+        scalars["beta"] = jnp.stack(list(betas.values())).mean()
+        scalars |= {f"beta/{name}": value for name, value in betas.items()}
+    return scalars
