@@ -39,7 +39,7 @@ venv:
 	@version=$$($(PYTHON) -c 'import sys; print(sys.version_info[:2])'); \
 	  if ! $(RUN) -c "import pip, sys; sys.exit(str(sys.version_info[:2]) != '$$version')" 2>/dev/null; then \
 	    echo "making $(VENV) with $(PYTHON), Python $$version"; $(PYTHON) -m venv --clear $(VENV); fi
-	@$(MAKE) --no-print-directory $(INSTALLED)
+	@$(MAKE) --silent --no-print-directory $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "installing oasis_jax and what it needs into $(VENV)"
