@@ -1,6 +1,6 @@
 """Trigger-conditional averaging (arXiv 2603.11487): a task on which softmax attention has to form a sink.
 
-At a trigger the model has to put out the mean of what came before, anywhere else zero. Softmax can only put out zero by
+At a trigger the model has to put out the mean of the content so far, anywhere else zero. Softmax can only put out zero by
 sending its mass to a token without content, the first one; Softmax1 can send it to the null.
 
     python train.py --config=configs/trigger.py --workdir=runs/sink
