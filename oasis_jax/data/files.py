@@ -46,7 +46,9 @@ def matching_files(pattern: str) -> list[pathlib.Path]:
 
 
 def _hint(pattern: pathlib.Path) -> str:
-    """Where a pattern without a match goes wrong: the first folder that is missing, or the files there are."""
+    """Where a pattern without a match goes wrong: it is a folder, or the first part of it that does not exist."""
+    if pattern.is_dir():
+        return ", it is a folder; add /*.txt or /**/*.jsonl, or the like"
     folder = pathlib.Path(pattern.anchor or ".")
     for part in pattern.relative_to(pattern.anchor).parts:
         if glob.has_magic(part):

@@ -80,8 +80,8 @@ def text_corpus(files: Sequence[TextFile], config: DataConfig, tokenizer: Tokeni
     begin_id = tokenizer.begin_id if config.begin_token else None
     train = Windows(token_stream(split.train, tokenizer), config.sequence_length, begin_id)
     heldout = Windows(token_stream(split.heldout, tokenizer), config.sequence_length, begin_id)
-    _require_example(train, "training", "a longer corpus")
-    _require_example(heldout, "held-out", "a larger data.holdout_fraction or a longer corpus")
+    _require_example(train, "training", "or a longer corpus", split.rule)
+    _require_example(heldout, "held-out", "a larger data.holdout_fraction, or a longer corpus", split.rule)
     return Corpus(identity | summary, tokenizer, train, heldout)
 
 
@@ -100,11 +100,11 @@ def _require_utf8(files: Sequence[TextFile]) -> None:
                 ) from None
 
 
-def _require_example(windows: "Windows", part: str, remedy: str) -> None:
+def _require_example(windows: "Windows", part: str, remedy: str, rule: str) -> None:
     if not len(windows):
         raise UserError(
             f"data.sequence_length: {windows.length} is more than the {part} part's {len(windows.tokens)} tokens can fill once; "
-            f"use a smaller data.sequence_length, {remedy}"
+            f"use a smaller data.sequence_length, {remedy} ({rule})"
         )
 
 

@@ -74,6 +74,7 @@ def test_no_match_names_the_folder_or_the_nearest_file(tmp_path):
     assert "has no 'corpsu' (did you mean 'corpus'?)" in refusal(matching_files, str(tmp_path / "corpsu" / "*.txt"))
     assert "(did you mean 'shakespeare.txt'?)" in refusal(matching_files, str(tmp_path / "corpus" / "shakespear.txt"))
     assert ".txt and .jsonl" in refusal(matching_files, str(tmp_path / "corpus" / "*.jsonl"))
+    assert "it is a folder; add /*.txt" in refusal(matching_files, str(tmp_path / "corpus"))
     assert "has no 'x.txt'" in refusal(matching_files, str(tmp_path / "corpus" / "shakespeare.txt" / "x.txt"))
 
 

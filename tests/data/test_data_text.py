@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import typing
 
 import numpy as np
 import pytest
 
-from oasis_jax.config import DataConfig
-from oasis_jax.data import load_corpus
+from oasis_jax.config import DataConfig, field_type
+from oasis_jax.data import CORPORA, TOKENIZERS, load_corpus
 from oasis_jax.data.text import TextFile, Windows, hold_out, token_stream
 from oasis_jax.data.tokenizers import BytesTokenizer
 from oasis_jax.errors import UserError
@@ -186,7 +187,12 @@ def test_bpe_learns_from_the_training_part_alone(tmp_path):
 def test_too_short_a_corpus_is_told_with_numbers(tmp_path, fields, part, remedy):
     write_texts(tmp_path)
     message = refusal(load_corpus, files_config(tmp_path, **fields), seed=0)
-    assert part in message and remedy in message and str(fields["sequence_length"]) in message
+    assert part in message and remedy in message and "of 20 files" in message and str(fields["sequence_length"]) in message
+
+
+def test_the_tables_hold_what_the_config_allows():
+    assert tuple(CORPORA) == typing.get_args(field_type(DataConfig, "corpus"))
+    assert tuple(TOKENIZERS) == typing.get_args(field_type(DataConfig, "tokenizer"))
 
 
 def test_an_empty_corpus_is_told(tmp_path):
