@@ -1,7 +1,7 @@
-"""Trigger-conditional averaging (arXiv 2603.11487): a task on which softmax attention has to form a sink.
+"""Trigger-conditional averaging (arXiv 2603.11487): a task on which softmax attention forms a sink.
 
-At a trigger the model has to put out the mean of the content so far, anywhere else zero. Softmax can only put out zero by
-sending its mass to a token without content, the begin token; Softmax1 may send it to the null instead.
+At a trigger the model has to put out the mean of the content so far, anywhere else zero. Softmax attention puts out
+zero by sending its mass to a token without content, the begin token; Softmax1 may send it to the null instead.
 
     python train.py --config=configs/trigger.py --workdir=runs/softmax
     python train.py --config=configs/trigger.py --workdir=runs/softmax1 --set model.normalizer=softmax1
