@@ -79,7 +79,7 @@ def _fused(query, key, value, null_logit, config: AttentionConfig, segment_ids) 
 def _dense(query, key, value, config: AttentionConfig, segment_ids) -> AttentionStatistics:
     allowed = _allowed(query, key, config, segment_ids)
     p = DENSE_NORMALIZERS[config.normalizer](_scores(query, key, config), allowed, config)
-    batch, heads, length, keys = p.shape
+    batch, _, length, keys = p.shape
     grouped = p.reshape(batch, key.shape[2], -1, length, keys).astype(value.dtype)
     output = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, value).reshape(query.shape)
     null_mass = jax.nn.relu(1.0 - p.sum(-1))

@@ -15,7 +15,7 @@ from oasis_jax.config import AttentionConfig
 Scores = Float[Array, "*batch S"]
 Mask = Bool[Array, "*#batch S"]
 
-_SOFTPICK_EPSILON = 1e-6
+_SOFTPICK_EPSILON = 1e-6  # relative to the largest exponential of the row
 
 
 def softmax(scores: Scores, mask: Mask) -> Scores:

@@ -13,7 +13,7 @@ from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, con
 Activations = Float[Array, "*batch D"]
 
 
-def rms_norm(x: Activations, scale: Float[Array, "D"], epsilon: float = 1e-6) -> Activations:
+def rms_norm(x: Activations, scale: Float[Array, " D"], epsilon: float = 1e-6) -> Activations:
     """x / sqrt(mean(x^2) + epsilon) * scale; the statistics in float32 or better, the result in x's type."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)

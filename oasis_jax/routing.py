@@ -58,7 +58,7 @@ def route(
     beta = jnp.minimum(jax.nn.softplus(parameters["beta_raw"]), MAX_BETA) if config.coupling else None
     if config.router == "projected":
         query = projected_query(parameters["query"], parameters["key"], sources[-1])
-        recency = jnp.arange(len(sources), dtype=jnp.float32) / max(len(sources) - 1, 1)
+        recency = jnp.arange(len(sources), dtype=jnp.promote_types(query.dtype, jnp.float32)) / max(len(sources) - 1, 1)
         options = dict(score_scale=parameters["key"].shape[1] ** -0.5, bias=parameters["recency_bias"] * recency)
     else:
         query, options = parameters["query"], dict(key_norm_scale=parameters["key_norm"])

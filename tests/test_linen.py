@@ -1,0 +1,58 @@
+"""Linen twins: same parameters, same outputs, same gradients as NNX; and flax's own bridge still works."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from oasis_jax import AttentionConfig, Decoder, ModelConfig, linen
+
+SMALL = dict(width=24, num_heads=3, num_layers=4, vocab_size=29)
+INPUTS = jax.random.randint(jax.random.key(0), (2, 9), 0, 29)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(preset="residual", tied_head=False),
+        dict(preset="oasis", qk_norm=True, num_kv_heads=1, remat="layer"),
+        dict(preset="oasis_blocks", norm="gatednorm"),
+        dict(preset="learned_sink", norm="none", gate="per_head"),
+        dict(preset="clipped", norm="dyt"),
+    ],
+    ids=lambda o: o["preset"],
+)
+def test_decoder_outputs_and_gradients_agree(options):
+    config = ModelConfig(**SMALL, **options)
+    graphdef, state = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    module = linen.Decoder(config)
+    params = linen.params_from_nnx(nnx.to_pure_dict(state))
+    initial = module.init(jax.random.key(1), INPUTS)["params"]
+    chex.assert_trees_all_equal_shapes_and_dtypes(initial, params)
+
+    def nnx_loss(state):
+        logits, statistics = nnx.merge(graphdef, state)(INPUTS)
+        return (logits**2).mean() + statistics.attention[1].null_mass.sum()
+
+    def linen_loss(params):
+        logits, statistics = module.apply({"params": params}, INPUTS)
+        return (logits**2).mean() + statistics.attention[1].null_mass.sum()
+
+    expected, expected_gradient = jax.jit(jax.value_and_grad(nnx_loss))(state)
+    value, gradient = jax.jit(jax.value_and_grad(linen_loss))(params)
+    chex.assert_trees_all_close(value, expected, rtol=1e-6)
+    chex.assert_trees_all_close(gradient, linen.params_from_nnx(nnx.to_pure_dict(expected_gradient)), rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_survive_the_round_trip():
+    pure = nnx.to_pure_dict(nnx.state(Decoder(ModelConfig(preset="oasis", **SMALL), rngs=nnx.Rngs(0))))
+    chex.assert_trees_all_equal(linen.params_to_nnx(linen.params_from_nnx(pure)), pure)
+
+
+def test_the_bridge_of_flax_still_wraps_the_linen_attention():
+    x = jnp.ones((2, 5, 24))
+    wrapped = nnx.bridge.ToNNX(linen.Attention(AttentionConfig(width=24, num_heads=3)), rngs=nnx.Rngs(0)).lazy_init(x)
+    output, statistics = wrapped(x)
+    chex.assert_shape(output, (2, 5, 24))
+    chex.assert_tree_all_finite(statistics.null_mass)
