@@ -3,7 +3,9 @@
 import ast
 import configparser
 import importlib.metadata
+import os
 import pathlib
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable
@@ -133,6 +135,15 @@ def test_kernels_stand_alone():
         modules = [a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names]
         modules += [n.module for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.module]
         assert not {m.partition(".")[0] for m in modules} & {"oasis_jax", "flax"}, path
+
+
+def test_an_installation_imports_from_anywhere(setup, tmp_path):
+    code = "from importlib.metadata import version; print(version('oasis_jax')); import pallas_kernels, oasis_jax"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    if "PackageNotFoundError" in done.stderr:
+        pytest.skip("oasis_jax is not installed in this environment")
+    assert (done.returncode, done.stdout.strip()) == (0, setup["metadata"]["version"]), done.stderr
 
 
 def test_packages_are_found_with_all_their_folders(setup):
