@@ -1,0 +1,148 @@
+"""The public depth_route: its contract, the check of its arguments and the table of its backends."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, Sources
+from pallas_kernels.depth_route.reference import depth_route_reference
+from pallas_kernels.depth_route.xla import depth_route_xla
+from pallas_kernels.dispatch import dispatch
+
+# Fastest first. A backend takes RouteInputs and raises Unavailable where it cannot serve.
+IMPLEMENTATIONS = {"xla": depth_route_xla, "reference": depth_route_reference}
+
+
+def depth_route(
+    sources: Sources,
+    query: Float[Array, " D"] | Float[Array, "B T D"],
+    *,
+    key_norm_scale: Float[Array, " D"] | None = None,
+    score_scale: float = 1.0,
+    bias: Float[Array, " L"] | Float[Array, "B T L"] | None = None,
+    null_evidence: Float[Array, "L B T"] | Sequence[Float[Array, "B T"]] | None = None,
+    coupling: float | Float[Array, ""] = 0.0,
+    null_logit: float | Float[Array, ""] = 0.0,
+    num_sources: int | Int[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> DepthRoute:
+    """For every token, the weighted sum of L sources (earlier layers), with a null source of score `null_logit` and value zero.
+
+        g_i = score_scale * u.n(v_i) + bias_i - coupling * (psi_i - mean_j psi_j)      clamped to [-50, 50]
+        alpha_i = exp(g_i) / (exp(b) + sum_j exp(g_j)),   output = sum_i alpha_i v_i
+
+    n is the identity (OASIS, arXiv 2605.17887) or RMSNorm with gain (AttnRes, arXiv 2603.15031); the values are never
+    normalized. psi is the inter-layer null evidence: the null mass of the attention that made a source (OASIS, arXiv
+    2605.17887). b = 0 is Softmax1 over depth, b = -inf is softmax.
+
+    Args:
+      sources: an array [L, B, T, D], or a sequence of L arrays [B, T, D], which is never stacked.
+      query: u, one for all tokens [D] or one per token [B, T, D].
+      key_norm_scale: gain of the RMSNorm of the keys (epsilon 1e-6); None scores the sources themselves.
+      score_scale: a Python number.
+      bias: added to the scores, [L] or [B, T, L].
+      null_evidence: psi, [L, B, T] or a sequence of L arrays [B, T].
+      coupling: beta, a scalar; only with null_evidence.
+      null_logit: b, a scalar; -inf leaves the null out.
+      num_sources: only the first so many sources are live: the others have weight 0 and gradient 0, whatever they hold, and the
+        mean of psi is over the live ones. A Python number leaves dead sources unread; a traced one is a mask.
+      implementation: a name of `pallas_kernels.implementations("depth_route")`; None takes the fastest that can serve.
+
+    Returns:
+      DepthRoute(output [B, T, D], weights [B, T, L], null_mass [B, T]); all differentiable in every floating-point argument.
+
+    Raises:
+      ValueError: an argument does not fit, or the named implementation does not exist or cannot serve.
+    """
+    sources = _check_sources(sources)
+    count, shape = len(sources), sources[0].shape
+    _check_shapes(count, shape, query=query, key_norm_scale=key_norm_scale, bias=bias, coupling=coupling, null_logit=null_logit)
+    evidence = _check_evidence(null_evidence, coupling, (count, *shape[:2]))
+    if not isinstance(score_scale, int | float):
+        raise ValueError(f"score_scale: must be a Python number, got {score_scale!r}")
+    live = _check_num_sources(num_sources, count)
+    wide = jnp.promote_types(sources[0].dtype, jnp.float32)
+    query, key_norm_scale, bias = (None if x is None else jnp.asarray(x) for x in (query, key_norm_scale, bias))
+    if isinstance(live, int):
+        sources, evidence = sources[:live], None if evidence is None else evidence[:live]
+        bias = None if bias is None else bias[..., :live]
+    inputs = RouteInputs(
+        sources, query, key_norm_scale, bias, evidence, jnp.asarray(coupling, wide), jnp.asarray(null_logit, wide),
+        None if isinstance(live, int) else live, float(score_scale),
+    )  # fmt: skip
+    result = dispatch("depth_route", IMPLEMENTATIONS, implementation)(inputs)
+    if len(sources) == count:
+        return result
+    return result._replace(weights=jnp.pad(result.weights, [(0, 0), (0, 0), (0, count - len(sources))]))
+
+
+def _check_sources(sources):
+    if hasattr(sources, "ndim"):
+        if sources.ndim != 4 or 0 in sources.shape:
+            raise ValueError(f"sources: an array must be [sources, batch, length, width], none of them 0, got shape {sources.shape}")
+        sources, each = jnp.asarray(sources), [sources[0]]
+    else:
+        sources = each = tuple(jnp.asarray(source) for source in sources)
+        if not each:
+            raise ValueError("sources: must hold at least one array, got an empty sequence")
+    for i, source in enumerate(each):
+        if source.ndim != 3 or source.shape != each[0].shape or source.dtype != each[0].dtype:
+            raise ValueError(
+                f"sources: all must be [batch, length, width] of one shape and dtype; source 0 is {each[0].dtype} {each[0].shape}, "
+                f"source {i} is {source.dtype} {source.shape}"
+            )
+    if not jnp.issubdtype(each[0].dtype, jnp.floating):
+        raise ValueError(f"sources: must be floating-point, got {each[0].dtype}")
+    return sources
+
+
+def _check_shapes(count: int, shape: tuple[int, ...], **arguments) -> None:
+    batch, length, width = shape
+    allowed = {
+        "query": [(width,), shape],
+        "key_norm_scale": [(width,)],
+        "bias": [(count,), (batch, length, count)],
+        "coupling": [()],
+        "null_logit": [()],
+    }
+    for name, x in arguments.items():
+        if x is None and name in ("key_norm_scale", "bias"):
+            continue
+        if x is None or jnp.shape(x) not in allowed[name]:
+            wanted = " or ".join(str(s) for s in allowed[name])
+            got = "None" if x is None else f"shape {jnp.shape(x)}"
+            raise ValueError(f"{name}: must have shape {wanted} for {count} sources of shape {shape}, got {got}")
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating) and not isinstance(x, int):
+            raise ValueError(f"{name}: must be floating-point, got {jnp.result_type(x)}")
+
+
+def _check_evidence(null_evidence, coupling, shape: tuple[int, ...]) -> Float[Array, "L B T"] | None:
+    if null_evidence is None:
+        if not isinstance(coupling, int | float) or coupling != 0:
+            raise ValueError("coupling: needs null_evidence, got None")
+        return None
+    if not hasattr(null_evidence, "ndim"):
+        shapes = [jnp.shape(psi) for psi in null_evidence]
+        if shapes != [shape[1:]] * shape[0]:
+            raise ValueError(f"null_evidence: a sequence must hold {shape[0]} arrays of shape {shape[1:]}, got {shapes}")
+        null_evidence = jnp.stack([jnp.asarray(psi) for psi in null_evidence])
+    if null_evidence.shape != shape or not jnp.issubdtype(null_evidence.dtype, jnp.floating):
+        raise ValueError(
+            f"null_evidence: must be floating-point of shape {shape}, got {null_evidence.dtype} of shape {null_evidence.shape}"
+        )
+    return jnp.asarray(null_evidence)
+
+
+def _check_num_sources(num_sources, count: int):
+    """None for all, an int, or the mask [L] of a traced number."""
+    if num_sources is None:
+        return None
+    if isinstance(num_sources, int | np.integer) and not isinstance(num_sources, bool):
+        if not 1 <= num_sources <= count:
+            raise ValueError(f"num_sources: must lie between 1 and the number of sources {count}, got {num_sources}")
+        return int(num_sources)
+    if jnp.shape(num_sources) != () or not jnp.issubdtype(jnp.result_type(num_sources), jnp.integer):
+        raise ValueError(f"num_sources: must be one whole number, got {num_sources!r}")
+    return jnp.arange(count) < num_sources

@@ -1,0 +1,43 @@
+"""The plain definition of depth routing, differentiated by JAX."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, score_shift
+
+
+def depth_route_reference(inputs: RouteInputs) -> DepthRoute:
+    """Depth routing in float32 or better over stacked sources. In plain JAX, for a query [B, T, D] and all sources live:
+
+        keys = sources * lax.rsqrt(jnp.mean(sources**2, -1, keepdims=True) + 1e-6) * key_norm_scale    # or keys = sources
+        scores = score_scale * jnp.einsum("BTD,LBTD->LBT", query, keys) + bias
+        scores = jnp.clip(scores - coupling * (null_evidence - null_evidence.mean(0)), -50, 50)
+        total = jnp.exp(null_logit) + jnp.exp(scores).sum(0)
+        weights = jnp.exp(scores) / total
+        output = jnp.einsum("LBT,LBTD->BTD", weights, sources)
+        null_mass = jnp.exp(null_logit) / total
+
+    The code below subtracts the maximum first and keeps whatever lies in dead sources out of values and gradients.
+    """
+    wide, live = inputs.wide, inputs.live
+    sources = inputs.sources if hasattr(inputs.sources, "ndim") else jnp.stack(inputs.sources)
+    sources = sources.astype(wide)
+    live = jnp.ones((len(sources), 1, 1), bool) if live is None else live[:, None, None]
+    sources = jnp.where(live[..., None], sources, 0.0)
+    keys = sources
+    if inputs.key_norm_scale is not None:
+        mean_square = jnp.mean(sources * sources, axis=-1, keepdims=True)
+        keys = sources * lax.rsqrt(mean_square + KEY_NORM_EPSILON) * inputs.key_norm_scale.astype(wide)
+    query = jnp.broadcast_to(inputs.query.astype(wide), sources.shape[1:])
+    scores = jnp.einsum("BTD,LBTD->LBT", query, keys, precision=lax.Precision.HIGHEST) * inputs.score_scale
+    scores = lax.clamp(jnp.asarray(-MAX_SCORE, wide), scores + score_shift(inputs), jnp.asarray(MAX_SCORE, wide))
+
+    b = inputs.null_logit.astype(wide)
+    top = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=0, initial=-MAX_SCORE, where=live), b))
+    e = jnp.where(live, jnp.exp(jnp.where(live, scores - top, 0.0)), 0.0)
+    null = jnp.exp(b - top)
+    total = e.sum(0) + null
+    weights = e / jnp.where(total == 0.0, 1.0, total)
+    output = jnp.einsum("LBT,LBTD->BTD", weights, sources, precision=lax.Precision.HIGHEST)
+    null_mass = null / jnp.where(total == 0.0, 1.0, total)
+    return DepthRoute(output.astype(inputs.dtype), jnp.moveaxis(weights, 0, -1), null_mass)

@@ -1,0 +1,186 @@
+"""Attention with a null for any platform: query tiles in plain XLA under one custom_vjp, memory linear in T.
+
+A tile of queries computes its scores against the keys that its mask can reach, and nothing else: causal and windowed attention skip the
+rest at compile time. The backward pass recomputes the scores from the saved lse. With
+
+    delta = rowsum(dO * O) + omega * d_omega - d_lse        the cotangents of null mass and lse only shift delta
+
+it is the backward of FlashAttention: dS = P * (dP - delta).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.null_attention.base import NullAttention, Options, Segments, allowed_keys, wide_dtype
+
+# Tiles of one group run one after the other in a loop against the keys that the last of them can reach: the loop keeps one tile of scores
+# alive at a time (unrolled, XLA's CPU scheduler kept them all), and few groups keep the program small for any length.
+_GROUPS = 8
+
+
+class _Group(NamedTuple):
+    """`count` tiles of `rows` queries from `first` on, each against `width` keys."""
+
+    first: int
+    rows: int
+    count: int
+    width: int
+
+
+def null_attention_xla(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    null_logit: Float[Array, " N"],
+    segments: Segments | None,
+    options: Options,
+) -> NullAttention:
+    """The blockwise path: the contract of `null_attention`, at one tile of scores at a time."""
+    return _attention(options, query, key, value, null_logit, segments)
+
+
+def _groups(length: int, keys: int, options: Options) -> list[_Group]:
+    rows = min(length, 32 if length <= 256 else 64 if length <= 1024 else 128)  # measured on CPUs, 128 to 2048 queries
+    tiles, rest = divmod(length, rows)
+    backward_only = options.causal or options.window is not None
+    per_group = max(2, -(-tiles // _GROUPS)) if backward_only else tiles
+
+    def group(first: int, rows: int, count: int) -> _Group:
+        reach = max(0, min(keys, first + rows * count + keys - length)) if backward_only else keys
+        return _Group(first, rows, count, reach if options.window is None else min(reach, rows + options.window - 1))
+
+    groups = [group(start * rows, rows, min(per_group, tiles - start)) for start in range(0, tiles, per_group)]
+    return groups + ([group(length - rest, rest, 1)] if rest else [])
+
+
+def _run(groups: list[_Group], tile: Callable, carry):
+    """Runs `tile(group, carry, first row) -> carry, results` over all tiles and joins the results along the rows, their axis 3."""
+    parts = []
+    for group in groups:
+        if group.count == 1:
+            carry, results = tile(group, carry, group.first)
+        else:
+            starts = group.first + group.rows * jnp.arange(group.count)
+            carry, results = lax.scan(functools.partial(tile, group), carry, starts)
+            results = [jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1, *x.shape[5:]) for x in results]
+        parts.append(results)
+    return carry, [jnp.concatenate(pieces, axis=3) for pieces in zip(*parts)]
+
+
+def _heads_first(x: Float[Array, "B T N H"], key_heads: int) -> Float[Array, "B K G T H"]:
+    batch, length, heads, size = x.shape
+    return x.reshape(batch, length, key_heads, heads // key_heads, size).transpose(0, 2, 3, 1, 4)
+
+
+def _heads_last(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+    batch, key_heads, group, length, size = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, key_heads * group, size)
+
+
+class _Keys(NamedTuple):
+    """Where a tile's keys lie, its masked scores in wide dtype, and the derivative of the soft cap (None without one)."""
+
+    start: Array
+    scores: Float[Array, "B K G t s"]
+    slope: Float[Array, "B K G t s"] | None
+
+
+def _scores(options: Options, q, key, segments: Segments | None, group: _Group, first, length: int) -> _Keys:
+    """Scores of the query tile q [B, K, G, t, H] that starts at row `first` against the keys [B, K, S, H] it can reach."""
+    keys = key.shape[2]
+    offset = first + keys - length
+    start = 0 if options.window is None else jnp.clip(offset - options.window + 1, 0, keys - group.width)
+    k = lax.dynamic_slice_in_dim(key, start, group.width, 2)
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=wide_dtype(q.dtype)) * options.scale
+    slope = None
+    if options.softcap is not None:
+        scores = jnp.tanh(scores / options.softcap)
+        slope, scores = 1.0 - scores * scores, options.softcap * scores
+    if segments is not None:
+        segments = (
+            lax.dynamic_slice_in_dim(segments[0], first, group.rows, 1),
+            lax.dynamic_slice_in_dim(segments[1], start, group.width, 1),
+        )
+    allowed = allowed_keys(options, offset + jnp.arange(group.rows), start + jnp.arange(group.width), segments)
+    return _Keys(start, scores if allowed is None else jnp.where(allowed, scores, -jnp.inf), slope)
+
+
+def _forward(options: Options, query, key, value, null_logit, segments) -> tuple[NullAttention, Float[Array, "B N T"]]:
+    """The results and the attention mass sum_j p_j, which 1 - null_mass would lose where the null takes nearly everything."""
+    (batch, length, heads, _), (_, keys, key_heads, _) = query.shape, key.shape
+    wide = wide_dtype(query.dtype)
+    q, k, v = _heads_first(query, key_heads), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    b = null_logit.reshape(key_heads, -1, 1)
+
+    def tile(group, carry, first):
+        start, scores, _ = _scores(options, lax.dynamic_slice_in_dim(q, first, group.rows, 3), k, segments, group, first, length)
+        top = jnp.maximum(jnp.max(scores, axis=-1, initial=-jnp.inf), b)
+        top = jnp.where(top == -jnp.inf, 0.0, top)  # no key and no null
+        e = jnp.exp(scores - top[..., None])
+        attended, null = e.sum(-1), jnp.exp(b - top)
+        empty = attended + null == 0.0
+        total = jnp.where(empty, 1.0, attended + null)
+        weighted = jnp.einsum(
+            "BKGTS,BKSH->BKGTH", e.astype(v.dtype), lax.dynamic_slice_in_dim(v, start, group.width, 2), preferred_element_type=wide
+        )
+        output = (weighted / total[..., None]).astype(query.dtype)
+        # log(total) without losing a small `attended` when the null is the largest term and exp(b - top) = 1
+        lse = top + jnp.log1p(jnp.where(empty, 0.0, attended + jnp.expm1(b - top)))
+        return carry, (output, null / total, jnp.where(empty, -jnp.inf, lse), attended / total)
+
+    _, (output, *statistics) = _run(_groups(length, keys, options), tile, None)
+    null_mass, lse, mass = (x.reshape(batch, heads, length) for x in statistics)
+    return NullAttention(_heads_last(output), null_mass, lse), mass
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(options, query, key, value, null_logit, segments):
+    return _forward(options, query, key, value, null_logit, segments)[0]
+
+
+def _attention_forward(options, query, key, value, null_logit, segments):
+    result, mass = _forward(options, query, key, value, null_logit, segments)
+    return result, (query, key, value, segments, result, mass)
+
+
+def _attention_backward(options, saved, cotangents):
+    query, key, value, segments, (output, null_mass, lse), mass = saved
+    d_output, d_null_mass, d_lse = cotangents
+    (batch, length, _, _), (_, keys, key_heads, _) = query.shape, key.shape
+    wide = wide_dtype(query.dtype)
+    through_output = jnp.einsum("BTNH,BTNH->BNT", output.astype(wide), d_output.astype(wide))
+    delta = (through_output + null_mass * d_null_mass - d_lse).reshape(batch, key_heads, -1, length)
+    # omega * (delta - d_omega) with 1 - omega written as the attention mass, which stays exact when omega is nearly 1
+    d_null_logit = -jnp.sum(null_mass * (through_output - mass * d_null_mass - d_lse), axis=(0, 2))
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse).reshape(delta.shape)
+    q, d_o = _heads_first(query, key_heads), _heads_first(d_output, key_heads)
+    k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+
+    def tile(group, carry, first):
+        rows = functools.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=group.rows, axis=3)
+        start, scores, slope = _scores(options, rows(q), k, segments, group, first, length)
+        columns = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=group.width, axis=2)
+        p = jnp.exp(scores - rows(lse)[..., None])
+        d_p = jnp.einsum("BKGTH,BKSH->BKGTS", rows(d_o), columns(v), preferred_element_type=wide)
+        d_s = p * (d_p - rows(delta)[..., None]) * (options.scale if slope is None else options.scale * slope)
+        d_s = d_s.astype(query.dtype)
+        d_q = jnp.einsum("BKGTS,BKSH->BKGTH", d_s, columns(k), preferred_element_type=wide).astype(query.dtype)
+        added = (
+            jnp.einsum("BKGTS,BKGTH->BKSH", d_s, rows(q), preferred_element_type=wide),
+            jnp.einsum("BKGTS,BKGTH->BKSH", p.astype(d_o.dtype), rows(d_o), preferred_element_type=wide),
+        )
+        return tuple(lax.dynamic_update_slice_in_dim(x, columns(x) + dx, start, 2) for x, dx in zip(carry, added)), (d_q,)
+
+    start = (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
+    (d_k, d_v), (d_q,) = _run(_groups(length, keys, options), tile, start)
+    d_k, d_v = (x.transpose(0, 2, 1, 3).astype(query.dtype) for x in (d_k, d_v))
+    return _heads_last(d_q), d_k, d_v, d_null_logit, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
