@@ -90,8 +90,8 @@ def _check_sources(sources):
     for i, source in enumerate(each):
         if source.ndim != 3 or source.shape != each[0].shape or source.dtype != each[0].dtype:
             raise ValueError(
-                f"sources: all must be [batch, length, width] of one shape and dtype; source 0 is {each[0].dtype} {each[0].shape}, "
-                f"source {i} is {source.dtype} {source.shape}"
+                f"sources: all must be [batch, length, width] of one shape and dtype, got {each[0].dtype} {each[0].shape} for "
+                f"source 0 and {source.dtype} {source.shape} for source {i}"
             )
     if not jnp.issubdtype(each[0].dtype, jnp.floating):
         raise ValueError(f"sources: must be floating-point, got {each[0].dtype}")

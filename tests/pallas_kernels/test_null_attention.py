@@ -42,7 +42,7 @@ def plain(query, key, value, b, *, is_causal=True, window=None, segment_ids=None
     for i in range(length):
         for j in range(keys):
             distance = i + keys - length - j
-            if (is_causal or window) and distance < 0 or window and distance >= window:
+            if ((is_causal or window) and distance < 0) or (window and distance >= window):
                 allowed[:, :, i, j] = False
     if segment_ids is not None:
         allowed &= segment_ids[0][:, None, :, None] == segment_ids[1][:, None, None, :]
