@@ -14,8 +14,16 @@ endif
 .PHONY: demo test bench lint clean venv
 .DELETE_ON_ERROR:
 
+# The same commands work by hand; a run that is already there is resumed, so a second `make demo` only evaluates.
+DEMO := runs/demo
+TRAIN := $(RUN) train.py --config
 demo: venv
-	$(RUN) -m oasis_jax.demo --out runs/demo
+	$(TRAIN)=configs/demo.py --workdir=$(DEMO)/oasis
+	$(TRAIN)=configs/demo.py --workdir=$(DEMO)/attnres_cumulative --set model.preset=attnres_cumulative
+	$(TRAIN)=configs/trigger.py --workdir=$(DEMO)/sink_softmax
+	$(TRAIN)=configs/trigger.py --workdir=$(DEMO)/sink_softmax1 --set model.normalizer=softmax1
+	$(RUN) eval.py --workdir=$(DEMO)/sink_softmax --workdir=$(DEMO)/sink_softmax1 --report=$(DEMO)/report_sink_task
+	$(RUN) eval.py --workdir=$(DEMO)/oasis --workdir=$(DEMO)/attnres_cumulative --report=$(DEMO)/report
 
 # Two workers; NPROC keeps each one's XLA thread pool to one core.
 test: venv

@@ -60,12 +60,13 @@ def test_outputs_do_not_depend_on_later_tokens(preset):
     assert float(jnp.abs(first[:, 7:] - second[:, 7:]).max()) > 1e-3
 
 
-@pytest.mark.parametrize("preset", ["residual", "oasis", "oasis_blocks"])
-def test_remat_changes_no_value(preset):
+@pytest.mark.parametrize("options", [dict(preset="oasis"), dict(preset="oasis_blocks", blocks=3)], ids=lambda o: o["preset"])
+def test_remat_changes_no_value(options):
     inputs = tokens()
+    options = SMALL | dict(num_layers=2) | options
 
     def value_and_grad(remat):
-        graphdef, parameters = nnx.split(Decoder(ModelConfig(preset=preset, remat=remat, **SMALL), rngs=nnx.Rngs(0)))
+        graphdef, parameters = nnx.split(Decoder(ModelConfig(remat=remat, **options), rngs=nnx.Rngs(0)))
         return jax.jit(jax.value_and_grad(lambda p: (nnx.merge(graphdef, p)(inputs)[0] ** 2).mean()))(parameters)
 
     chex.assert_trees_all_close(value_and_grad("none"), value_and_grad("layer"), rtol=1e-5, atol=1e-6)

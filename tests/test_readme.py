@@ -1,0 +1,26 @@
+"""The README's Python examples run as they stand, and its preset table is the code's."""
+
+import pathlib
+import re
+
+import pytest
+
+from oasis_jax import PRESETS
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 3
+
+
+@pytest.mark.parametrize("source", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_example(source, capsys):
+    exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
+    promised = [line.split("#", 1)[1].strip() for line in source.splitlines() if line.startswith("print(")]
+    assert capsys.readouterr().out.splitlines() == promised
+
+
+def test_every_preset_is_in_the_table():
+    assert re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE) == list(PRESETS)
