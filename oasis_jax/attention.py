@@ -45,12 +45,12 @@ def rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float
 
 
 def _allowed(query: Array, key: Array, config: AttentionConfig, segment_ids: Int[Array, "B T"] | None) -> Array:
-    """Which keys a query may see: [1 or B, 1, T, S]."""
+    """Which of the first S keys a query may see: [1 or B, 1, T, S]."""
     distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])[None, :]
     allowed = (distance >= 0) & ((distance < config.window) if config.window else True)
     allowed = allowed[None, None]
     if segment_ids is not None:
-        allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, : key.shape[1]])
     return allowed
 
 
@@ -70,8 +70,9 @@ def _fused(query, key, value, null_logit, config: AttentionConfig, segment_ids) 
         query, key, value, null_logit=null_logit, is_causal=True, window=config.window or None, segment_ids=segment_ids,
         logit_softcap=config.logit_softcap or None, implementation=backend("null_attention", config.attention_implementation),
     )  # fmt: skip
-    first = _scores(query, key[:, :1], config)[..., 0]
-    allowed = _allowed(query, key, config, segment_ids)[..., 0]
+    first_key = key[:, :1]
+    first = _scores(query, first_key, config)[..., 0]
+    allowed = _allowed(query, first_key, config, segment_ids)[..., 0]
     first_token_mass = jnp.where(allowed, jnp.exp(jnp.where(allowed, first - lse, 0.0)), 0.0)
     return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse)
 
