@@ -1,0 +1,1 @@
+"""Training: loss, optimizer, sharding, the compiled step, checkpoints, logs and the loop."""

@@ -1,0 +1,275 @@
+"""Checkpoints that say what they are: arrays, the place in the data, the full config, tokenizer, corpus and versions."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import logging
+import os
+import pathlib
+import platform
+import sys
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from oasis_jax.config import Config, from_dict, sections, to_dict
+from oasis_jax.data import Corpus, Tokenizer
+from oasis_jax.decoder import Decoder
+from oasis_jax.errors import UserError
+from oasis_jax.training.sharding import parameter_shapes
+from oasis_jax.training.state import TrainState, abstract_state, build_model, placed
+
+_PACKAGES = ("oasis_jax", "jax", "flax", "optax", "orbax-checkpoint")
+# What may be another when a run is resumed: how it computes and what it shows, never what it computes. The files of a pattern
+# are compared by content. run.steps shapes the schedule, so it joins them only where the schedule is constant.
+_MAY_DIFFER = {
+    *("model.remat", "model.attention_implementation", "model.depth_implementation"),
+    *("data.pattern", "optimizer.accumulation_steps"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules"),
+    *("run.log_interval", "run.telemetry_interval", "run.eval_interval", "run.eval_batches"),
+    *("run.checkpoint_interval", "run.keep_checkpoints", "run.tensorboard"),
+}
+# Filled in from the data: 0 in a config means what the checkpoint has.
+_FROM_DATA = ("vocab_size", "vector_dim")
+
+T = TypeVar("T")
+
+
+class Resumed(NamedTuple):
+    """A run as its newest whole checkpoint has it."""
+
+    step: int
+    state: TrainState
+    data_state: dict  # of the training iterator
+    tokenizer: Tokenizer | None
+    corpus_identity: dict
+
+
+class LoadedRun(NamedTuple):
+    """A trained model and what it was made from, from a checkpoint alone."""
+
+    model: Decoder
+    config: Config
+    tokenizer: Tokenizer | None
+    corpus_identity: dict
+    versions: dict[str, str]
+    step: int
+
+
+def versions() -> dict[str, str]:
+    """What is running: versions of Python and of the packages that decide what is computed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe(config: Config, corpus: Corpus) -> dict:
+    """What every checkpoint of a run says about itself, JSON-able."""
+    tokenizer = corpus.tokenizer and {"identity": corpus.tokenizer.identity, "json": corpus.tokenizer.to_json()}
+    return {"config": to_dict(config), "corpus": corpus.identity, "tokenizer": tokenizer, "versions": versions()}
+
+
+def differing_fields(asked: Config, stored: Config) -> list[str]:
+    """In words, every field in which a config differs from a checkpoint's and must not; see `_MAY_DIFFER`."""
+    free = _MAY_DIFFER | ({"run.steps"} if asked.optimizer.schedule == stored.optimizer.schedule == "constant" else set())
+    found = []
+    for section, cls in sections().items():
+        for field in dataclasses.fields(cls):
+            name = f"{section}.{field.name}"
+            new, old = (getattr(getattr(config, section), field.name) for config in (asked, stored))
+            unset = field.name in _FROM_DATA and new == 0
+            if new != old and name not in free and not unset:
+                found.append(f"{name} is {old!r} there, {new!r} now")
+    return found
+
+
+def check_corpus(corpus: Corpus, identity: dict) -> None:
+    """Raises UserError, naming what differs, where a corpus is not the one of a checkpoint."""
+    differing = [name for name in {**identity, **corpus.identity} if identity.get(name) != corpus.identity.get(name)]
+    if differing:
+        found = "; ".join(f"{name} was {identity.get(name)!r}, is {corpus.identity.get(name)!r}" for name in differing)
+        raise UserError(f"data: the corpus is not the one this run was trained on ({found}); restore it or take another workdir")
+
+
+def _tokenizer(metadata: dict) -> Tokenizer | None:
+    stored = metadata["tokenizer"]
+    if stored is None:
+        return None
+    tokenizer = Tokenizer.from_json(stored["json"])
+    if tokenizer.identity != stored["identity"]:
+        raise UserError(f"tokenizer: the checkpoint's says {stored['identity']}, read back it is {tokenizer.identity}")
+    return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    """The start of what a failed restore says; its full text holds tracebacks of the storage library."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, written in the background, each one whole or not there; a context manager.
+
+    Args:
+      workdir: an existing folder.
+      keep: newest checkpoints that are kept; None: the folder is only read.
+      say: prints one line about a checkpoint that is passed over.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, keep: int | None, say: Callable[[str], None]):
+        self.folder, self._broken_folder, self._say = workdir / "checkpoints", workdir / "checkpoints_broken", say
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=LatestN(keep), create=keep is not None, cleanup_tmp_directories=keep is not None, read_only=keep is None
+        )
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def save(self, state: TrainState, *, step: int, data_state: dict, description: dict) -> None:
+        """Starts to write a checkpoint; returns when the state's arrays may be given up."""
+        rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                rest=ocp.args.StandardSave(rest),
+                metadata=ocp.args.JsonSave(description | {"data_state": data_state}),
+            ),
+        )
+        if not saved:
+            raise RuntimeError(f"checkpoint {step} was not saved; there are {self.steps()}")
+
+    def metadata(self, step: int) -> dict:
+        """What a checkpoint says about itself, as `describe` made it, and its "data_state"."""
+        return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+
+    def params(self, step: int, abstract: dict) -> dict:
+        """Only the parameters of a checkpoint."""
+        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params
+
+    def state(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of a checkpoint, laid out as `abstract` says."""
+        rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract.params), rest=ocp.args.StandardRestore(rest))
+        )
+        return TrainState(params=restored.params, **restored.rest)
+
+    def first_whole(self, restore: Callable[[int], T], steps: list[int]) -> tuple[T, list[int]]:
+        """restore(step) of the first of these steps that it can read, and the ones before that it cannot, each named in a line.
+
+        Raises:
+          UserError: none is whole, or `restore` refuses a whole one.
+        """
+        broken = {}
+        for step in steps:
+            try:
+                with _quiet():
+                    found = restore(step)
+            except UserError:
+                raise
+            except Exception as error:  # the storage library has no one kind of error for a damaged file
+                broken[step] = _one_line(error)
+                continue
+            for bad, reason in broken.items():
+                self._say(f"checkpoint {bad} is not whole, step {step} is used instead: {reason}")
+            return found, list(broken)
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in broken.items())
+        raise UserError(f"{self.folder}: no whole checkpoint ({reasons}); restore one or take another workdir")
+
+    def resume(self, config: Config, mesh: Mesh) -> Resumed | None:
+        """The run of this workdir, on this mesh; None where there is no checkpoint. Broken newer ones are moved aside.
+
+        Raises:
+          UserError: the checkpoint's run is another one (the differing fields are named), or none is whole.
+        """
+        if not self.steps():
+            return None
+
+        def restore(step: int) -> Resumed:
+            metadata = self.metadata(step)
+            stored = from_dict(metadata["config"])
+            differing = differing_fields(config, stored)
+            if differing:
+                raise UserError(
+                    f"{self.folder.parent} holds a run with another config: {'; '.join(differing)}; take these values or another workdir"
+                )
+            self._compare_versions(metadata["versions"])
+            state = self.state(step, abstract_state(dataclasses.replace(stored, mesh=config.mesh), mesh))
+            return Resumed(step, state, metadata["data_state"], _tokenizer(metadata), metadata["corpus"])
+
+        resumed, broken = self.first_whole(restore, self.steps())
+        for step in broken:
+            self._move_aside(step)
+        return resumed
+
+    def _compare_versions(self, stored: dict[str, str]) -> None:
+        changed = [f"{name} {stored.get(name)} -> {version}" for name, version in versions().items() if stored.get(name) != version]
+        if changed:
+            self._say(f"versions changed since the checkpoint ({', '.join(changed)}): losses may differ in their last bits")
+
+    def _move_aside(self, step: int) -> None:
+        """Frees the step's name for the checkpoint that will come again, without destroying what is left of the old one."""
+        self._broken_folder.mkdir(exist_ok=True)
+        there = {path.name for path in self._broken_folder.iterdir()}
+        names = (f"{step}{suffix}" for suffix in ("", *(f"-{i}" for i in range(1, len(there) + 1))))
+        (self.folder / str(step)).rename(self._broken_folder / next(name for name in names if name not in there))
+        self._manager.reload()
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps the storage library's log of a failed read away: the caller says it in one line."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
+def load_run(workdir: str | os.PathLike, step: int | None = None) -> LoadedRun:
+    """A run's model, from its checkpoint alone.
+
+    Args:
+      workdir: where it was trained.
+      step: which checkpoint; None: the newest whole one.
+
+    Raises:
+      UserError: there is no such checkpoint, or no whole one, or this version cannot build its model.
+    """
+    workdir = pathlib.Path(workdir)
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"--workdir: there is no run in {str(workdir)!r} (it has no folder 'checkpoints')")
+    with Checkpoints(workdir, keep=None, say=lambda text: print(text, file=sys.stderr)) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"--workdir: the run in {str(workdir)!r} has no checkpoint yet")
+        if step is not None and step not in steps:
+            raise UserError(f"step {step}: {str(workdir)!r} has no such checkpoint; allowed: {', '.join(map(str, steps))}")
+
+        def restore(step: int) -> LoadedRun:
+            metadata = checkpoints.metadata(step)
+            config = from_dict(metadata["config"])
+            device = SingleDeviceSharding(jax.local_devices()[0])
+            shapes = jax.tree.map(lambda x: placed(x, device), parameter_shapes(config.model))
+            model = build_model(config.model, checkpoints.params(step, shapes))
+            return LoadedRun(model, config, _tokenizer(metadata), metadata["corpus"], metadata["versions"], step)
+
+        return checkpoints.first_whole(restore, steps if step is None else [step])[0]

@@ -1,0 +1,131 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard files, a progress bar."""
+
+import datetime
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from oasis_jax.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+_SECONDS_BETWEEN_PLAIN_LINES = 10.0
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict]:
+    """The lines of a workdir's metrics.jsonl, in order; what a killed run left half-written is skipped."""
+    path = pathlib.Path(workdir, FILE_NAME)
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl, one flushed line a step, and to TensorBoard files where asked to; a context manager."""
+
+    def __init__(self, workdir: pathlib.Path, *, step: int, tensorboard: bool):
+        """Continues after `step`: lines of later steps, which will come again, are dropped.
+
+        Raises:
+          UserError: TensorBoard files are asked for and tensorboardX is not installed.
+        """
+        self._tensorboard = _summary_writer(workdir / "tensorboard", step) if tensorboard else None
+        kept = "".join(json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= step)
+        path = workdir / FILE_NAME
+        partial = path.with_suffix(".partial")
+        partial.write_text(kept)
+        partial.replace(path)
+        self._file = path.open("a")
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes {"step": step, **values, "time": seconds since 1970}."""
+        self._file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+
+def _summary_writer(folder: pathlib.Path, step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "run.tensorboard: tensorboardX is not installed; python -m pip install 'oasis_jax[tensorboard]', or set it to false"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+class Speed:
+    """Tokens per second since the last look, without compilation, evaluation and saving."""
+
+    def __init__(self, tokens_per_step: int):
+        self._tokens_per_step = tokens_per_step
+        self._since: tuple[int, float] | None = None
+
+    def restart(self, step: int) -> None:
+        """Counts from here: what came before is not training."""
+        self._since = (step, time.perf_counter())
+
+    def read(self, step: int) -> dict[str, float]:
+        """{"tokens_per_second": ...}, or {} when no step was timed since the restart."""
+        if self._since is None or step == self._since[0]:
+            return {}
+        steps, seconds = step - self._since[0], time.perf_counter() - self._since[1]
+        self.restart(step)
+        return {"tokens_per_second": round(steps * self._tokens_per_step / seconds, 1)}
+
+
+class ProgressBar:
+    """Loss, tokens per second and time left: a bar on a terminal, now and then a plain line elsewhere; a context manager."""
+
+    def __init__(self, *, steps: int, tokens_per_step: int):
+        self._steps, self._tokens_per_step = steps, tokens_per_step
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("compiling", total=steps)
+        self._last_line = time.monotonic()
+        self._rate = 0.0
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Prints a line on stderr, above the bar if there is one."""
+        self._console.print(text, markup=False)
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows where the run is after `step`."""
+        self._rate = values.get("tokens_per_second", self._rate)
+        text = f"step {step}/{self._steps}  loss {values['loss']:.4f}"
+        if self._rate:
+            left = datetime.timedelta(seconds=round((self._steps - step) * self._tokens_per_step / self._rate))
+            text += f"  {self._rate:,.0f} tokens/s  {left} left"
+        self._bar.update(self._task, completed=step, description=text)
+        if self._bar.disable and (step == self._steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_PLAIN_LINES):
+            self._last_line = time.monotonic()
+            self.say(text)

@@ -1,0 +1,148 @@
+"""Where arrays lie: the mesh, the one table of logical axes, and the shardings that follow from them.
+
+Nothing here is global. The mesh is passed on, the model gets `constrain`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from oasis_jax.attention import Constrain
+from oasis_jax.config import Config, MeshConfig, ModelConfig
+from oasis_jax.decoder import Decoder, parameter_axes
+from oasis_jax.errors import UserError, unknown_name
+
+MESH_AXES = ("data", "fsdp", "tensor")
+# The logical axes of parameters and activations; those without a rule are not split.
+LOGICAL_AXES = ("batch", "length", "embed", "vocab", "heads", "kv_heads", "mlp")
+
+Rules = Sequence[tuple[str, tuple[str, ...]]]
+LogicalAxes = tuple[str | None, ...]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh with axes data, fsdp and tensor that a config asks for.
+
+    Args:
+      config: sizes of the axes; data=-1 takes all devices that the others leave.
+      devices: what to build it from; all devices where not given. A smaller mesh takes the first ones.
+
+    Raises:
+      UserError: more mesh than devices, devices that cannot be dealt out evenly, or rules with unknown names.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    check_rules(config.rules)
+    rest = config.fsdp * config.tensor
+    data = config.data if config.data > 0 else max(len(devices) // rest, 1)
+    if data * rest > len(devices):
+        raise UserError(
+            f"mesh: data={data} x fsdp={config.fsdp} x tensor={config.tensor} needs {data * rest} devices, there are {len(devices)}"
+        )
+    if config.data == -1 and len(devices) % rest:
+        raise UserError(
+            f"mesh.data: {len(devices)} devices are not divisible by fsdp={config.fsdp} x tensor={config.tensor} = {rest}; give mesh.data to use fewer"
+        )
+    sizes = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices[: data * rest])
+
+
+def check_rules(rules: Rules) -> None:
+    """Raises UserError for a rule of an unknown logical or mesh axis, which would otherwise leave arrays unsplit in silence."""
+    for rule in rules:
+        if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], tuple | list)):
+            raise UserError(f"mesh.rules: expected (logical axis, (mesh axes ...)), got {rule!r}")
+        name, axes = rule
+        if name not in LOGICAL_AXES:
+            raise unknown_name("mesh.rules", name, LOGICAL_AXES)
+        for axis in axes:
+            if axis not in MESH_AXES:
+                raise unknown_name(f"mesh.rules, {name}", axis, MESH_AXES)
+
+
+def logical_to_spec(rules: Rules, axes: LogicalAxes) -> PartitionSpec:
+    """The mesh axes of every dimension: (batch, length, heads) -> PartitionSpec(("data", "fsdp"), None, "tensor").
+
+    Raises:
+      UserError: two dimensions of one array claim the same mesh axis.
+    """
+    table = dict(rules)
+    split = [tuple(table.get(name, ())) for name in axes]
+    claimed = [axis for dimension in split for axis in dimension]
+    for axis in claimed:
+        if claimed.count(axis) > 1:
+            raise UserError(f"mesh.rules: mesh axis {axis!r} is claimed more than once by an array with the logical axes {axes}")
+    return PartitionSpec(*(None if not names else names[0] if len(names) == 1 else names for names in split))
+
+
+def constrain(mesh: Mesh, rules: Rules) -> Constrain:
+    """A function (array, logical axes) -> array that pins how an activation is split, for `Decoder.__call__`."""
+
+    def pin(x: Array, axes: LogicalAxes) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, logical_to_spec(rules, axes)))
+
+    return pin
+
+
+def parameter_shapes(config: ModelConfig) -> dict:
+    """Shape and type of every parameter, in the structure of `parameter_axes(config)`."""
+    return nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0)))))
+
+
+def parameter_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> dict:
+    """The sharding of every parameter, in the structure of `parameter_axes(config)`.
+
+    Raises:
+      UserError: a dimension that its mesh axes do not divide.
+    """
+
+    def place(path, shape, logical):
+        spec = logical_to_spec(rules, logical)
+        _check_divisible(".".join(str(key.key) for key in path), shape.shape, logical, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, parameter_shapes(config), parameter_axes(config))
+
+
+def _check_divisible(name: str, shape: tuple[int, ...], logical: LogicalAxes, spec: PartitionSpec, mesh: Mesh) -> None:
+    for dimension, (size, axis, names) in enumerate(zip(shape, logical, spec)):
+        ways, text = _ways(names, mesh)
+        if size % ways:
+            raise UserError(
+                f"mesh: dimension {dimension} ({axis}) of parameter {name} has size {size}, not divisible by {text}; "
+                f"change the mesh, the model or the rule of {axis!r} in mesh.rules"
+            )
+
+
+def _ways(names: str | tuple[str, ...] | None, mesh: Mesh) -> tuple[int, str]:
+    """Into how many parts one entry of a PartitionSpec splits, and that in words."""
+    names = () if names is None else (names,) if isinstance(names, str) else names
+    return math.prod(mesh.shape[name] for name in names), " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds in full."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(config: Config, mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch [B, ...]: its examples are split.
+
+    Raises:
+      UserError: a micro-batch cannot be dealt out evenly.
+    """
+    spec = logical_to_spec(config.mesh.rules, ("batch",))
+    ways, text = _ways(spec[0], mesh)
+    steps, size = config.optimizer.accumulation_steps, config.data.batch_size
+    if size // steps % ways:
+        micro = f" / optimizer.accumulation_steps={steps} = {size // steps}" if steps > 1 else ""
+        raise UserError(f"data.batch_size: {size}{micro} is not divisible by the {ways} devices of {text}; take a multiple of {ways * steps}")
+    return NamedSharding(mesh, spec)
+
+
+def put_batch(batch: dict, sharding: NamedSharding) -> dict[str, Array]:
+    """This process's part [B / processes, ...] of a batch as global arrays [B, ...]."""
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}

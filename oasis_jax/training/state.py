@@ -1,0 +1,70 @@
+"""What a training run carries from step to step, and how it is made where it will lie."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from oasis_jax.config import Config, ModelConfig
+from oasis_jax.decoder import Decoder
+from oasis_jax.training.optimizer import make_optimizer
+from oasis_jax.training.sharding import parameter_shardings, replicated
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes, and the key that whatever is random in step k folds k into."""
+
+    step: Int[Array, ""]  # updates made
+    params: dict  # nested, in the structure of oasis_jax.decoder.parameter_axes; float32
+    opt_state: optax.OptState
+    rng: Array  # a jax.random.key
+
+
+def build_model(config: ModelConfig, params: dict) -> Decoder:
+    """The decoder with these parameters."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def _initial(config: Config) -> TrainState:
+    parameter_key, rng = jax.random.split(jax.random.key(config.run.seed))
+    params = nnx.to_pure_dict(nnx.state(Decoder(config.model, rngs=nnx.Rngs(params=parameter_key))))
+    opt_state = make_optimizer(config.optimizer, config.run.steps).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rng)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state; an optimizer's moments lie where their parameters do.
+
+    Raises:
+      UserError: the model cannot be built, or not be split over this mesh.
+    """
+    shardings = parameter_shardings(config.model, mesh, config.mesh.rules)
+    state = jax.eval_shape(partial(_initial, config))
+    everywhere = replicated(mesh)
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    moments = optax.tree_map_params(
+        optimizer, lambda _, sharding: sharding, state.opt_state, shardings, transform_non_params=lambda _: everywhere
+    )
+    return jax.tree.map(placed, state, TrainState(everywhere, shardings, moments, everywhere))
+
+
+def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """The abstract array with a sharding."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def shardings_of(state: Any) -> Any:
+    """The shardings of a tree of arrays or abstract arrays."""
+    return jax.tree.map(lambda x: x.sharding, state)
+
+
+def new_state(config: Config, mesh: Mesh) -> TrainState:
+    """The state before the first step, made in its shards: no device ever holds the whole."""
+    return jax.jit(partial(_initial, config), out_shardings=shardings_of(abstract_state(config, mesh)))()

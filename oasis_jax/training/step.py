@@ -1,0 +1,114 @@
+"""One optimizer step and one look at the model's statistics, compiled for a mesh."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from oasis_jax import statistics
+from oasis_jax.attention import Constrain
+from oasis_jax.config import Config
+from oasis_jax.training.loss import mean_loss, total_weight
+from oasis_jax.training.optimizer import learning_rate, make_optimizer
+from oasis_jax.training.sharding import batch_sharding, constrain, replicated
+from oasis_jax.training.state import TrainState, abstract_state, build_model, shardings_of
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+
+
+def make_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled step(state, batch) -> (state, metrics); the state that goes in is given up.
+
+    Args:
+      config: the run; its model has its vocabulary or vector size.
+      mesh: as `make_mesh` builds it.
+
+    Returns:
+      A function of the state and of a batch of global arrays [B, T, ...] ("inputs", "targets", "weights" and, where an
+      example holds several documents, "segment_ids"). Its metrics are float32 scalars: "loss" (the weighted mean over the
+      batch), "grad_norm" (before clipping), "parameter_norm" (after the update) and "learning_rate".
+
+    Raises:
+      UserError: the batch or the model cannot be split over the mesh.
+    """
+    shardings = shardings_of(abstract_state(config, mesh))
+    return jax.jit(
+        partial(_step, config=config, shardings=shardings, pin=constrain(mesh, config.mesh.rules)),
+        in_shardings=(shardings, batch_sharding(config, mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_telemetry(config: Config, mesh: Mesh) -> Callable[[dict, Batch], Metrics]:
+    """The compiled telemetry(params, batch) -> `oasis_jax.statistics.telemetry` of a forward pass.
+
+    A function of its own, so that looking at a run at other intervals, or never, changes no bit of it.
+    """
+    shardings = shardings_of(abstract_state(config, mesh).params)
+    return jax.jit(
+        partial(_telemetry, config=config, pin=constrain(mesh, config.mesh.rules)),
+        in_shardings=(shardings, batch_sharding(config, mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def _step(state: TrainState, batch: Batch, *, config: Config, shardings: TrainState, pin: Constrain) -> tuple[TrainState, Metrics]:
+    loss, gradients = _loss_and_gradients(state.params, batch, config, pin)
+    gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(gradients),
+        "parameter_norm": optax.tree.norm(params),
+        "learning_rate": learning_rate(config.optimizer, config.run.steps)(state.step),
+    }
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Constrain) -> tuple[Array, dict]:
+    """Those of the whole batch, one micro-batch after the other: each gives its part of the whole, and parts add up."""
+    total = total_weight(batch)
+
+    def loss(params, micro_batch):
+        model = build_model(config.model, params)
+        outputs, _ = model(micro_batch["inputs"], segment_ids=micro_batch.get("segment_ids"), constrain=pin)
+        return mean_loss(outputs, micro_batch, config.model, total)
+
+    def add(sums, micro_batch):
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, micro_batch)), None
+
+    if config.optimizer.accumulation_steps == 1:
+        return jax.value_and_grad(loss)(params, batch)
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zeros, _micro_batches(batch, config, pin))[0]
+
+
+def _telemetry(params: dict, batch: Batch, *, config: Config, pin: Constrain) -> Metrics:
+    def look(micro_batch):
+        model = build_model(config.model, params)
+        _, seen = model(micro_batch["inputs"], segment_ids=micro_batch.get("segment_ids"), constrain=pin)
+        return statistics.telemetry(seen)
+
+    if config.optimizer.accumulation_steps == 1:
+        return look(batch)
+    # Micro-batches are equally large, and telemetry is not weighted.
+    return jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(look, _micro_batches(batch, config, pin)))
+
+
+def _micro_batches(batch: Batch, config: Config, pin: Constrain) -> Batch:
+    """[B, ...] -> [steps, B / steps, ...]. Micro-batch i takes the rows i, i + steps, ...: every device keeps its own rows."""
+    steps = config.optimizer.accumulation_steps
+
+    def deal(x):
+        dealt = x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1)
+        return pin(dealt, (None, "batch", *(None,) * (x.ndim - 1)))
+
+    return jax.tree.map(deal, batch)

@@ -1,0 +1,23 @@
+"""Trains the model of a config: python train.py --config=configs/demo.py --workdir=runs/oasis. See --help."""
+
+from collections.abc import Sequence
+
+from oasis_jax.command_line import parse_train, run_main
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, workdir = parse_train(argv)
+
+    # Imported here, so that --help and mistakes in flags do not wait for JAX.
+    from oasis_jax.training.loop import fit
+
+    evaluators = {}
+    if config.run.eval_interval:
+        from oasis_jax.evaluation import evaluate_model
+
+        evaluators = {"all": evaluate_model}
+    fit(config, workdir, evaluators=evaluators)
+
+
+if __name__ == "__main__":
+    run_main(main)
