@@ -1,9 +1,8 @@
 """Checkpoints that say what they are: arrays, the place in the data, the full config, tokenizer, corpus and versions."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import logging
+import json
 import os
 import pathlib
 import platform
@@ -35,6 +34,8 @@ _MAY_DIFFER = {
 }
 # Filled in from the data: 0 in a config means what the checkpoint has.
 _FROM_DATA = ("vocab_size", "vector_dim")
+
+_FILE_LIST = "files.json"
 
 T = TypeVar("T")
 
@@ -127,8 +128,12 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, *, keep: int | None, say: Callable[[str], None]):
         self.folder, self._broken_folder, self._say = workdir / "checkpoints", workdir / "checkpoints_broken", say
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(keep), create=keep is not None, cleanup_tmp_directories=keep is not None, read_only=keep is None
+            preservation_policy=LatestN(keep),
+            create=keep is not None,
+            cleanup_tmp_directories=keep is not None,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
         )
+        self._saving: int | None = None
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -144,6 +149,8 @@ class Checkpoints:
     def save(self, state: TrainState, *, step: int, data_state: dict, description: dict) -> None:
         """Starts to write a checkpoint; returns when the state's arrays may be given up."""
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+        self._manager.wait_until_finished()
+        self._saving = step
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -154,6 +161,25 @@ class Checkpoints:
         )
         if not saved:
             raise RuntimeError(f"checkpoint {step} was not saved; there are {self.steps()}")
+
+    def _list_files(self) -> None:
+        """Leaves a list of what was written in the checkpoint, before it gets its final name."""
+        (folder,) = (path for path in self.folder.iterdir() if path.name.split(".")[0] == str(self._saving))
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.glob("*/**/*") if path.is_file()}
+        (folder / _FILE_LIST).write_text(json.dumps(files))
+
+    def _check_files(self, step: int) -> None:
+        """Raises an error where a file of the checkpoint is missing or has another size than it was written with.
+
+        Reading arrays from damaged files fails too, but fills the terminal with what the storage library's threads have to say.
+        """
+        folder = self.folder / str(step)
+        if not (folder / _FILE_LIST).exists():
+            raise ValueError(f"{_FILE_LIST} is missing")
+        for name, size in json.loads((folder / _FILE_LIST).read_text()).items():
+            found = (folder / name).stat().st_size if (folder / name).exists() else None
+            if found != size:
+                raise ValueError(f"{name} {'is missing' if found is None else f'has {found} bytes instead of {size}'}")
 
     def metadata(self, step: int) -> dict:
         """What a checkpoint says about itself, as `describe` made it, and its "data_state"."""
@@ -180,11 +206,11 @@ class Checkpoints:
         broken = {}
         for step in steps:
             try:
-                with _quiet():
-                    found = restore(step)
+                self._check_files(step)
+                found = restore(step)
             except UserError:
                 raise
-            except Exception as error:  # the storage library has no one kind of error for a damaged file
+            except Exception as error:  # the storage library has no one kind of error for damaged contents
                 broken[step] = _one_line(error)
                 continue
             for bad, reason in broken.items():
@@ -231,17 +257,6 @@ class Checkpoints:
         names = (f"{step}{suffix}" for suffix in ("", *(f"-{i}" for i in range(1, len(there) + 1))))
         (self.folder / str(step)).rename(self._broken_folder / next(name for name in names if name not in there))
         self._manager.reload()
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keeps the storage library's log of a failed read away: the caller says it in one line."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(previous)
 
 
 def load_run(workdir: str | os.PathLike, step: int | None = None) -> LoadedRun:

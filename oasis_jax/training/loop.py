@@ -6,18 +6,19 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 
-from oasis_jax.config import Config
+from oasis_jax.config import Config, RunConfig
 from oasis_jax.data import Corpus, eval_batches, load_corpus, train_batches
 from oasis_jax.decoder import Decoder
 from oasis_jax.errors import UserError
 from oasis_jax.training.checkpoints import Checkpoints, check_corpus, describe
 from oasis_jax.training.metrics import MetricsWriter, ProgressBar, Speed, read_metrics
 from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
-from oasis_jax.training.state import build_model, new_state
+from oasis_jax.training.state import TrainState, build_model, new_state
 from oasis_jax.training.step import make_step, make_telemetry
 
 Evaluator = Callable[[Decoder, Sequence[Mapping]], Mapping[str, object]]
@@ -33,8 +34,8 @@ def fit(config: Config, workdir: str | os.PathLike, *, evaluators: Mapping[str, 
     Args:
       config: the run.
       workdir: gets metrics.jsonl, checkpoints/ and, where asked for, tensorboard/.
-      evaluators: each run(model, held-out batches) -> {name: value}, called every run.eval_interval steps; numbers among the
-        values are logged as "eval/<name>".
+      evaluators: each run(model, held-out batches) -> {name: value}, called every run.eval_interval steps; finite numbers
+        among the values are logged as "eval/<name>".
 
     Returns:
       The last line of metrics.jsonl.
@@ -44,66 +45,102 @@ def fit(config: Config, workdir: str | os.PathLike, *, evaluators: Mapping[str, 
       TrainingStopped: loss, gradient or parameters are no longer finite; such a state is never saved.
     """
     mesh = make_mesh(config.mesh)
-    sharding = batch_sharding(config, mesh)
+    batch_sharding(config, mesh)  # a batch that cannot be split is refused before anything is read or written
     workdir = writable(workdir)
-    tokens = config.data.batch_size * config.data.sequence_length
     with contextlib.ExitStack() as stack:
-        # Where the run stands: nothing is written before the config is known to be that of the workdir.
-        progress = ProgressBar(steps=config.run.steps, tokens_per_step=tokens)
+        # Where the run stands. Nothing is changed before the workdir's run is known to be this one.
+        progress = ProgressBar(steps=config.run.steps, tokens_per_step=config.data.batch_size * config.data.sequence_length)
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.run.keep_checkpoints, say=progress.say))
         resumed = checkpoints.resume(config, mesh)
         corpus = load_corpus(config.data, seed=config.run.seed, tokenizer=resumed and resumed.tokenizer)
         if resumed:
             check_corpus(corpus, resumed.corpus_identity)
         config = with_sizes(config, corpus)
-        description = describe(config, corpus)
-        first = resumed.step if resumed else 0
-        if first == config.run.steps:
-            progress.say(f"{workdir} has all its {first} steps")
-            return read_metrics(workdir)[-1]
+        if resumed and resumed.step == config.run.steps:
+            progress.say(f"{workdir} has all its {resumed.step} steps")
+            return _last_line(workdir)
 
-        # State, data, compiled functions
+        # State and data.
         state = resumed.state if resumed else new_state(config, mesh)
-        batches = stack.enter_context(contextlib.closing(train_batches(
-            corpus.train, config.data, seed=config.run.seed, process_index=jax.process_index(), process_count=jax.process_count()
-        )))  # fmt: skip
+        part = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        batches = stack.enter_context(contextlib.closing(train_batches(corpus.train, config.data, seed=config.run.seed, **part)))
         if resumed:
             batches.set_state(resumed.data_state)
-        heldout = eval_batches(corpus.heldout, config.data, num_batches=config.run.eval_batches) if evaluators else []
-        train_step, telemetry = make_step(config, mesh), make_telemetry(config, mesh)
 
-        # Logs
+        # Logs.
+        first = resumed.step if resumed else 0
         writer = stack.enter_context(MetricsWriter(workdir, step=first, tensorboard=config.run.tensorboard))
         stack.enter_context(progress)
-        progress.say(_header(config, state.params, mesh, first, tokens))
-        speed, pending, values = Speed(tokens), {}, {}
+        progress.say(_header(config, state.params, mesh, first))
+        _train(config, mesh, state, batches, corpus, first, checkpoints, writer, progress, evaluators or {})
+    return _last_line(workdir)
 
-        for step in range(first + 1, config.run.steps + 1):
-            last = step == config.run.steps
-            look = _due(step, config.run.telemetry_interval)
-            evaluate = bool(evaluators) and _due(step, config.run.eval_interval)
-            save = last or _due(step, config.run.checkpoint_interval)
-            log = last or look or evaluate or _due(step, config.run.log_interval)
 
-            # One step. The device is only waited for where something is read.
-            batch = put_batch(next(batches), sharding)
-            seen = telemetry(state.params, batch) if look else {}
-            state, pending[step] = train_step(state, batch)
+def _train(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    batches: Iterator[Mapping],
+    corpus: Corpus,
+    first: int,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    progress: ProgressBar,
+    evaluators: Mapping[str, Evaluator],
+) -> None:
+    """The steps after `first`. The device is only waited for where something is read."""
+    train_step, telemetry = make_step(config, mesh), make_telemetry(config, mesh)
+    sharding, description = batch_sharding(config, mesh), describe(config, corpus)
+    heldout = eval_batches(corpus.heldout, config.data, num_batches=config.run.eval_batches) if evaluators else []
+    speed = Speed(config.data.batch_size * config.data.sequence_length)
+    pending = {}
+    for step in range(first + 1, config.run.steps + 1):
+        due = _due(step, config.run, evaluators)
 
-            if log or save:
-                values = _fetch(pending, checkpoints)
-                pending = {}
-            if log:
-                values |= speed.read(step) | _floats(seen)
-                if evaluate:
-                    values |= _evaluate(evaluators, build_model(config.model, state.params), heldout)
-                writer.write(step, values)
-                progress.update(step, values)
-            if save:  # after the line is written: what a checkpoint has seen is logged
-                checkpoints.save(state, step=step, data_state=batches.get_state(), description=description)
-            if evaluate or save or look or step == first + 1:
-                speed.restart(step)
-    return read_metrics(workdir)[-1]
+        # One step, and before it a look at the parameters that it starts from.
+        batch = put_batch(next(batches), sharding)
+        seen = {}
+        if due.telemetry:
+            seen = _floats(telemetry(state.params, batch))
+            speed.restart(step - 1)
+        state, pending[step] = train_step(state, batch)
+
+        # What was left on the device is looked at before it is logged or saved.
+        if due.log or due.save:
+            values = _fetch(pending, checkpoints)
+            pending = {}
+        if due.log:
+            values |= speed.read(step) | seen
+            if due.evaluate:
+                values |= _evaluate(evaluators, build_model(config.model, state.params), heldout)
+            writer.write(step, values)
+            progress.update(step, values)
+
+        # After the log: the steps that a checkpoint has behind it are all in there.
+        if due.save:
+            checkpoints.save(state, step=step, data_state=batches.get_state(), description=description)
+        if due.evaluate or due.save or step == first + 1:
+            speed.restart(step)
+
+
+class _Due(NamedTuple):
+    """What a step does beside training."""
+
+    telemetry: bool
+    evaluate: bool
+    save: bool
+    log: bool
+
+
+def _due(step: int, run: RunConfig, evaluators: Mapping[str, Evaluator]) -> _Due:
+    """What the intervals of a run ask for at a step; 0 is never. The last step is logged and saved."""
+
+    def at(interval: int) -> bool:
+        return interval > 0 and step % interval == 0
+
+    last = step == run.steps
+    look, evaluate = at(run.telemetry_interval), bool(evaluators) and at(run.eval_interval)
+    return _Due(look, evaluate, last or at(run.checkpoint_interval), last or look or evaluate or at(run.log_interval))
 
 
 def writable(workdir: str | os.PathLike) -> pathlib.Path:
@@ -130,8 +167,8 @@ def with_sizes(config: Config, corpus: Corpus) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **{name: size}))
 
 
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+def _last_line(workdir: pathlib.Path) -> dict[str, float]:
+    return (read_metrics(workdir) or [{}])[-1]
 
 
 def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
@@ -154,13 +191,13 @@ def _evaluate(evaluators: Mapping[str, Evaluator], model: Decoder, batches: Sequ
     found = {}
     for run in evaluators.values():
         found |= run(model, batches)
-    return {f"eval/{name}": float(value) for name, value in found.items() if isinstance(value, int | float)}
+    return {f"eval/{name}": float(value) for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
-def _header(config: Config, params: dict, mesh: jax.sharding.Mesh, first: int, tokens: int) -> str:
+def _header(config: Config, params: dict, mesh: jax.sharding.Mesh, first: int) -> str:
     """What is trained on what, in a line."""
     count = sum(x.size for x in jax.tree.leaves(params))
     axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     devices = f"{mesh.size} of {len(jax.devices())} {jax.default_backend()} devices"
     start = f"resumed at step {first}" if first else "from the start"
-    return f"{config.model.preset}: {count:,} parameters on {devices} ({axes}), {tokens:,} tokens a step, {start}"
+    return f"{config.model.preset}: {count:,} parameters on {devices} ({axes}), {start}"

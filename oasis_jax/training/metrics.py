@@ -88,8 +88,8 @@ class Speed:
         self._since = (step, time.perf_counter())
 
     def read(self, step: int) -> dict[str, float]:
-        """{"tokens_per_second": ...}, or {} when no step was timed since the restart."""
-        if self._since is None or step == self._since[0]:
+        """{"tokens_per_second": ...}, or {} before the first restart."""
+        if self._since is None:
             return {}
         steps, seconds = step - self._since[0], time.perf_counter() - self._since[1]
         self.restart(step)

@@ -139,7 +139,9 @@ def batch_sharding(config: Config, mesh: Mesh) -> NamedSharding:
     steps, size = config.optimizer.accumulation_steps, config.data.batch_size
     if size // steps % ways:
         micro = f" / optimizer.accumulation_steps={steps} = {size // steps}" if steps > 1 else ""
-        raise UserError(f"data.batch_size: {size}{micro} is not divisible by the {ways} devices of {text}; take a multiple of {ways * steps}")
+        raise UserError(
+            f"data.batch_size: {size}{micro} is not divisible by the {ways} devices of {text}; take a multiple of {ways * steps}"
+        )
     return NamedSharding(mesh, spec)
 
 
