@@ -1,0 +1,74 @@
+"""What the benchmarks share: interleaved timing, facts of the machine, a table on the screen and a JSON file beside it."""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def measure(functions: Mapping[str, Callable], arguments: tuple, *, repetitions: int) -> dict[str, dict[str, float]]:
+    """Median and least time in ms and temporary memory in MiB of each function, jitted, on equal arguments.
+
+    The functions take turns in every repetition, so that a slow moment of the machine meets them all; compare them as ratios.
+    """
+    compiled = {name: jax.jit(function).lower(*arguments).compile() for name, function in functions.items()}
+    for run in compiled.values():
+        jax.block_until_ready(run(*arguments))
+    times = {name: [] for name in compiled}
+    for _ in range(repetitions):
+        for name, run in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        name: {
+            "median_ms": float(np.median(times[name])),
+            "least_ms": min(times[name]),
+            "temporary_mib": run.memory_analysis().temp_size_in_bytes / 2**20,
+        }
+        for name, run in compiled.items()
+    }
+
+
+def show(title: str, results: Mapping[str, Mapping[str, float]], baseline: str) -> None:
+    """Prints one comparison as a table; `speed` is the baseline's median time over this one's."""
+    print(f"\n{title}\n{'':34s}{'median':>12s}{'speed':>9s}{'least':>12s}{'temporary':>15s}")
+    for name, row in results.items():
+        speed = results[baseline]["median_ms"] / row["median_ms"]
+        print(f"{name:34s}{row['median_ms']:9.2f} ms{speed:8.2f}x{row['least_ms']:9.2f} ms{row['temporary_mib']:11.1f} MiB", flush=True)
+
+
+def save(name: str, comparisons: Mapping[str, Mapping]) -> None:
+    """Writes results/<name>-<device>.json: the comparisons and where, when and with what they were made."""
+    device = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    path = RESULTS / f"{name}-{device}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": _machine(), "comparisons": comparisons}, indent=2) + "\n")
+    print(f"\nsaved {path}")
+
+
+def _machine() -> dict[str, object]:
+    model = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    describe = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": jax.devices()[0].device_kind,
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_at_end": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None,
+    }
