@@ -43,8 +43,8 @@ class Evaluator:
     definitions: Mapping[str, Mapping[str, str]]
 
     def __call__(self, model: nnx.Module, batches: Iterable[Batch]) -> dict[str, Value]:
-        """Runs this family alone; see `evaluate_model` for many at once."""
-        return evaluate_model(model, batches, {"alone": self})
+        """Runs this family alone; see `oasis_jax.evaluation.evaluate_model` for many at once."""
+        return run_evaluators(model, batches, {"alone": self})
 
 
 def _replicated(state) -> NamedSharding | None:
@@ -64,18 +64,8 @@ def _read(graphdef, state, batch, evaluators: tuple[Evaluator, ...], sharding: N
     return rows if sharding is None else jax.lax.with_sharding_constraint(rows, sharding)
 
 
-def evaluate_model(model: nnx.Module, batches: Iterable[Batch], evaluators: Mapping[str, Evaluator]) -> dict[str, Value]:
-    """Measures a model with one forward pass per batch, whatever the number of evaluators.
-
-    Args:
-      model: an `oasis_jax.decoder.Decoder`, or any NNX module with `.config` and the same call.
-      batches: dicts of arrays [B, T, ...] with "inputs", "targets", "weights", as `oasis_jax.data.eval_batches` gives them;
-        at least one.
-      evaluators: name -> Evaluator, such as `oasis_jax.evaluation.EVALUATORS`.
-
-    Returns:
-      {metric name: float, nested lists, or None where the metric does not apply}; `DEFINITIONS` says what each one is.
-    """
+def run_evaluators(model: nnx.Module, batches: Iterable[Batch], evaluators: Mapping[str, Evaluator]) -> dict[str, Value]:
+    """One forward pass per batch for all evaluators; see `oasis_jax.evaluation.evaluate_model`."""
     chosen = tuple(evaluators.values())
     graphdef, state = nnx.split(model)
     sharding = _replicated(state)

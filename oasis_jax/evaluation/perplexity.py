@@ -1,5 +1,7 @@
 """How well the model predicts: perplexity and bits per byte for tokens, the squared error for vectors."""
 
+import math
+
 import numpy as np
 
 from oasis_jax.config import ModelConfig
@@ -13,13 +15,13 @@ DEFINITIONS = {
         "source": "cross entropy; mean squared error",
     },
     "perplexity": {
-        "tensor": "logits against the next token",
+        "tensor": "logits, the padding of the vocabulary included, against the next token",
         "average": "exp of the weighted mean over all target tokens of the cross entropy in nats",
         "source": "exp(cross entropy)",
         "applies_to": "models of tokens",
     },
     "bits_per_byte": {
-        "tensor": "logits against the next token",
+        "tensor": "logits, the padding of the vocabulary included, against the next token",
         "average": "cross entropy in bits, summed over all target tokens, per byte of the text they stand for",
         "source": "cross entropy / (ln 2 * bytes)",
         "applies_to": "byte tokenizers",
@@ -45,13 +47,17 @@ def read(reading: Reading) -> Rows:
     return rows
 
 
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # of more, Python's raises
+
+
 def finish(rows: dict[str, np.ndarray], config: ModelConfig) -> dict[str, Value]:
     """Sums over all tokens before dividing, so that a short sequence counts for what it holds."""
     loss = float(rows["loss"].sum() / rows["weight"].sum())
     tokens = config.inputs == "tokens"
     return {
         "loss": loss,
-        "perplexity": float(np.exp(loss)) if tokens else None,
+        "perplexity": _exp(loss) if tokens else None,
         "bits_per_byte": float(rows["loss"].sum() / np.log(2) / rows["bytes"].sum()) if "bytes" in rows else None,
         "squared_error": None if tokens else loss,
     }

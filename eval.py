@@ -1,0 +1,30 @@
+"""Measures trained runs and writes a report: `python eval.py --workdir runs/a --workdir runs/b --report runs/report`."""
+
+from collections.abc import Sequence
+
+from oasis_jax.command_line import Parser, run_main
+
+
+def parser() -> Parser:
+    """The command line of eval.py."""
+    parser = Parser(prog="eval.py", description="Measures runs, each loaded from its checkpoint alone, and writes them side by side.")
+    parser.add_argument("--workdir", action="append", required=True, metavar="FOLDER", help="a trained run; repeatable")
+    parser.add_argument("--report", required=True, metavar="FOLDER", help="where index.html, metrics.json and figures/ are written")
+    parser.add_argument("--batches", type=int, metavar="N", help="held-out batches to read; as many as run.eval_batches by default")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+
+    # Imported here, so that --help and mistakes in flags do not wait for JAX.
+    from oasis_jax.evaluation.runs import evaluate
+    from oasis_jax.evaluation.terminal import print_comparison
+
+    runs = evaluate(args.workdir, args.report, num_batches=args.batches)
+    print_comparison(runs)
+    print(f"report: {args.report}/index.html")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,142 @@
+"""Which pictures a report has, made from measured runs. Colour scales are shared by all runs, colours by all pictures."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from oasis_jax.evaluation.comparison import MeasuredRun
+from oasis_jax.evaluation.figures import Panel, Picture, curves, heat_map, strip_map
+
+Runs = Sequence[MeasuredRun]
+
+_MOST_POINTS = 150  # of a training curve; more are averaged in windows
+_TAPS = {"attention_output": "attention outputs", "mlp_output": "MLP outputs", "layer_output": "layer outputs"}
+
+
+def pictures(runs: Runs) -> list[Picture]:
+    """All pictures that apply to at least one of the runs."""
+    found = [
+        _by_head(runs, "first_token_mass_by_head", "sink_mass", "Attention on the first token, by layer and head", _SINK_CAPTION),
+        _by_head(runs, "null_mass_by_head", "null_mass", "Attention on the null, by layer and head", _NULL_CAPTION),
+        _by_position(runs),
+        _depth(runs),
+        _per_layer(runs, "inf_norm_by_tap", "inf_norm", "Largest activation, by layer", "max |x|", _NORM_CAPTION),
+        _per_layer(runs, "kurtosis_by_tap", "kurtosis", "Kurtosis of activations, by layer", "kurtosis", _KURTOSIS_CAPTION),
+        _training(runs),
+    ]
+    return [picture for picture in found if picture.panels]
+
+
+_SINK_CAPTION = "Mean over queries and held-out sequences, in percent of a query's attention. Above 30 a head counts as a sink."
+_NULL_CAPTION = "Mean over queries and held-out sequences, in percent of a query's attention: what a head sends to no token at all."
+_NORM_CAPTION = "max |x| of a sequence, mean over held-out sequences."
+_KURTOSIS_CAPTION = "Mean over held-out sequences; 3 is a normal distribution, more means heavier tails. Logarithmic scale."
+
+
+def _having(runs: Runs, name: str) -> list[tuple[int, MeasuredRun]]:
+    return [(index, run) for index, run in enumerate(runs) if run.metrics[name] is not None]
+
+
+def _top(tables: Sequence[Sequence[Sequence[float | None]]]) -> float:
+    """The end of a shared scale: the largest share, rounded up to a twentieth."""
+    largest = max(value for table in tables for row in table for value in row if value is not None)
+    return min(1.0, max(math.ceil(20 * largest - 1e-9), 1) / 20)
+
+
+def _numbers(count: int) -> list[str]:
+    return [str(i) for i in range(count)]
+
+
+def _by_head(runs: Runs, name: str, file: str, title: str, caption: str) -> Picture:
+    having = _having(runs, name)
+    top = _top([run.metrics[name] for _, run in having]) if having else 1.0
+    panels = []
+    for _, run in having:
+        table = run.metrics[name]
+        rows, columns = _numbers(len(table)), _numbers(len(table[0]))
+        panels.append(heat_map(run.label, table, top, rows=rows, columns=columns, across="head", down="layer"))
+    return Picture(file, title, caption, panels, scale=(0.0, top, "% of attention"))
+
+
+def _by_position(runs: Runs) -> Picture:
+    name = "null_mass_by_position"
+    having = _having(runs, name)
+    top = _top([run.metrics[name] for _, run in having]) if having else 1.0
+    panels = []
+    for _, run in having:
+        table = run.metrics[name]
+        rows = _numbers(len(table))
+        panels.append(strip_map(run.label, table, top, rows=rows, across="position of the query in the sequence", down="layer"))
+    caption = "Mean over heads and held-out sequences, in percent of a query's attention, for every position."
+    return Picture("null_mass_by_position", "Attention on the null, by layer and position", caption, panels, (0.0, top, "% of attention"))
+
+
+def _short(name: str) -> str:
+    """ "layer0.attention" -> "0 attn", "own mlp" -> "own mlp"."""
+    return name.removeprefix("layer").replace(".attention", " attn").replace(".mlp", " mlp").replace("attention", "attn")
+
+
+def _depth(runs: Runs) -> Picture:
+    having = _having(runs, "depth_weights")
+    panels = []
+    for _, run in having:
+        routers = [_short(name) for name in run.metrics["depth_routers"]]
+        columns = [
+            "layer " + name.removeprefix("layer") if name.removeprefix("layer").isdigit() else _short(name)
+            for name in run.metrics["depth_sources"]
+        ]
+        panels.append(heat_map(run.label, run.metrics["depth_weights"], 1.0, rows=routers, columns=columns, across="source", down="router"))
+    caption = (
+        "Mean weight over tokens, in percent. A row is the router after (delta wiring: before) a sublayer; empty cells are sources it does not "
+        "read. A row adds up to 100 less what goes to the depth null."
+    )
+    return Picture("depth_weights", "Depth weights, router by source", caption, panels, scale=(0.0, 1.0, "% of weight"))
+
+
+def _legend(runs: Runs) -> dict[str, int]:
+    return {run.label: index for index, run in enumerate(runs)}
+
+
+def _per_layer(runs: Runs, name: str, file: str, title: str, unit: str, caption: str) -> Picture:
+    panels = []
+    for kind, words in _TAPS.items():
+        values = {i: np.array(run.metrics[name][kind], float) for i, run in _having(runs, name)}  # None, not finite, becomes NaN
+        lines = {i: (range(len(y)), y) for i, y in values.items() if np.isfinite(y).any()}
+        panels.append(curves(words, lines, across="layer", along=unit, marks=True, logarithmic=file == "kurtosis"))
+    return Picture(file, title, caption, panels, legend=_legend(runs))
+
+
+def _windows(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    """Steps and values, averaged in windows where there are many."""
+    width = -(-len(points) // _MOST_POINTS)
+    parts = [np.array(points[start : start + width], float) for start in range(0, len(points), width)]
+    return [part[:, 0].mean() for part in parts], [part[:, 1].mean() for part in parts]
+
+
+def _series(runs: Runs, key: str, *, needs: str | None = None) -> dict[int, tuple[list[float], list[float]]]:
+    """One logged quantity of every run that has it; `needs`: a metric that has to apply."""
+    lines = {}
+    for index, run in enumerate(runs):
+        points = [(line["step"], line[key]) for line in run.history if isinstance(line.get(key), int | float) and math.isfinite(line[key])]
+        if points and (needs is None or run.metrics[needs] is not None):
+            lines[index] = _windows(points)
+    return lines
+
+
+def _training(runs: Runs) -> Picture:
+    wanted = (
+        ("loss", "loss", "nats per token" if any(run.tokenizer for run in runs) else "squared error", None),
+        ("attention on the first token", "first_token_mass", "share", None),
+        ("attention on the null", "null_mass", "share", "null_mass"),
+        ("coupling beta", "beta", "beta, mean over routers", "beta"),
+    )
+    panels: list[Panel] = []
+    for title, key, unit, needs in wanted:
+        lines = _series(runs, key, needs=needs)
+        if lines:
+            panels.append(curves(title, lines, across="step", along=unit, marks=False))
+    caption = (
+        f"From each run's metrics.jsonl, on training batches; runs with more than {_MOST_POINTS} logged steps are averaged in windows."
+    )
+    return Picture("training", "Training", caption, panels, legend=_legend(runs))

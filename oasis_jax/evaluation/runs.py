@@ -1,0 +1,138 @@
+"""From workdirs to a report: load each run from its checkpoint alone, measure it on its held-out data, write down what was found."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from oasis_jax.data import Tokenizer, eval_batches, load_corpus
+from oasis_jax.errors import UserError
+from oasis_jax.evaluation import DEFINITIONS, EVALUATORS, evaluate_model
+from oasis_jax.evaluation.comparison import MeasuredRun, groups, not_comparable
+from oasis_jax.evaluation.evaluator import Batch
+from oasis_jax.evaluation.report import write_report
+from oasis_jax.training.checkpoints import check_corpus, load_run
+from oasis_jax.training.metrics import read_metrics
+
+
+def evaluate(workdirs: Sequence[str | os.PathLike], report: str | os.PathLike, *, num_batches: int | None = None) -> list[MeasuredRun]:
+    """Measures runs and writes report/metrics.json, report/index.html and report/figures/*.png.
+
+    Args:
+      workdirs: of trained runs; each is loaded from its newest whole checkpoint.
+      report: folder, made where it is missing.
+      num_batches: held-out batches to read; None: as many as each run's own evaluations (run.eval_batches).
+
+    Raises:
+      UserError: a workdir twice or without a run, a corpus that is not the run's, a report that cannot be written.
+    """
+    if num_batches is not None and num_batches < 1:
+        raise UserError(f"--batches: must be at least 1, got {num_batches}")
+    labels, folder = unique_labels(workdirs), _writable(report)
+    runs = [measure_run(workdir, label, num_batches) for workdir, label in zip(workdirs, labels)]
+    text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    write_report(runs, folder)
+    return runs
+
+
+def unique_labels(workdirs: Sequence[str | os.PathLike]) -> list[str]:
+    """The shortest ends of the paths that tell them apart; raises UserError where two are one folder, or there is none."""
+    if not workdirs:
+        raise UserError("--workdir: give at least one")
+    paths = [pathlib.Path(workdir).resolve() for workdir in workdirs]
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
+            raise UserError(f"--workdir: {str(workdirs[index])!r} is given twice")
+    for count in range(1, max(len(path.parts) for path in paths) + 1):
+        labels = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _writable(report: str | os.PathLike) -> pathlib.Path:
+    """The folder, before anything is measured."""
+    folder = pathlib.Path(report)
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").open("a").close()
+    except OSError as error:
+        raise UserError(f"--report: cannot write to {str(folder)!r}: {error.strerror}") from None
+    return folder
+
+
+def measure_run(workdir: str | os.PathLike, label: str, num_batches: int | None) -> MeasuredRun:
+    """Loads one run, finds its held-out data again, and runs every evaluator on it."""
+    run = load_run(workdir)
+    try:
+        corpus = load_corpus(run.config.data, seed=run.config.run.seed, tokenizer=run.tokenizer)
+        check_corpus(corpus, run.corpus_identity)
+    except UserError as error:
+        raise UserError(f"{workdir}: {error}") from None
+    batches = eval_batches(corpus.heldout, run.config.data, num_batches=num_batches or run.config.run.eval_batches)
+    batches = [with_bytes(batch, run.tokenizer) for batch in batches]
+    sequences = sum(len(batch["inputs"]) for batch in batches)
+    metrics = evaluate_model(run.model, batches, EVALUATORS)
+    return MeasuredRun(
+        label=label,
+        workdir=str(workdir),
+        step=run.step,
+        config=run.config,
+        corpus=run.corpus_identity,
+        tokenizer=run.tokenizer and run.tokenizer.identity,
+        samples={"sequences": sequences, "positions": sequences * batches[0]["inputs"].shape[1]},
+        metrics={name: _finite(value) for name, value in metrics.items()},
+        absent={name: _why_absent(name, value) for name, value in metrics.items() if _finite(value) is None},
+        history=read_metrics(workdir),
+        versions=run.versions,
+    )
+
+
+def with_bytes(batch: Batch, tokenizer: Tokenizer | None) -> Batch:
+    """A batch that also says how many bytes of text each target stands for: "bytes" [B, T]."""
+    if tokenizer is None:
+        return batch
+    lengths = np.array([len(tokenizer.decode([token])) for token in range(tokenizer.vocab_size)], np.int32)
+    return {**batch, "bytes": lengths[batch["targets"]]}
+
+
+def _finite(value):
+    """None in place of numbers that JSON does not have: a diverged model."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _why_absent(name: str, value) -> str:
+    return f"not applicable: only for {DEFINITIONS[name]['applies_to']}" if value is None else f"not finite: {value}"
+
+
+def as_json(runs: Sequence[MeasuredRun]) -> dict:
+    """What metrics.json holds: per workdir every value with its definition and the samples it was read from."""
+    return {
+        "comparable": [[run.workdir for run in group] for group in groups(runs)],
+        "note": not_comparable(runs),
+        "runs": {run.workdir: _run_as_json(run) for run in runs},
+    }
+
+
+def _run_as_json(run: MeasuredRun) -> dict:
+    metrics = {}
+    for name, definition in DEFINITIONS.items():
+        reason = {"reason": run.absent[name]} if name in run.absent else {}
+        metrics[name] = {"value": run.metrics[name], **reason, **definition, "samples": run.samples}
+    return {
+        "label": run.label,
+        "step": run.step,
+        "preset": run.config.model.preset,
+        "corpus": run.corpus,
+        "tokenizer": run.tokenizer,
+        "versions": run.versions,
+        "metrics": metrics,
+    }

@@ -1,0 +1,38 @@
+"""The comparison as a table on the terminal."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from oasis_jax.evaluation.comparison import MeasuredRun, best, describe_data, groups, method, not_comparable, rows, sentences, show
+
+
+def table(runs: Sequence[MeasuredRun]) -> Table:
+    """Runs that read the same examples, side by side; the best value bold where lower is better."""
+    found = Table(
+        title=describe_data(runs),
+        title_justify="left",
+        title_style="bold",
+        caption="↓ lower is better, the best in bold",
+        caption_justify="left",
+    )
+    found.add_column("measure")
+    for run in runs:
+        found.add_column(escape(f"{run.label}\n{method(run.config)}"), justify="right")
+    for row in rows(runs):
+        winners = best(row, runs)
+        cells = [f"[bold]{show(run.metrics[row.name])}[/bold]" if run.label in winners else show(run.metrics[row.name]) for run in runs]
+        found.add_row(row.title + (" ↓" if row.direction == "lower" else ""), *cells)
+    return found
+
+
+def print_comparison(runs: Sequence[MeasuredRun]) -> None:
+    """One table per group of comparable runs, and below it what its numbers say."""
+    console = Console(highlight=False)
+    for group in groups(runs):
+        console.print(table(group))
+        console.print(" ".join(sentences(group)) + "\n", markup=False)
+    if not_comparable(runs):
+        console.print(not_comparable(runs) + "\n", markup=False)

@@ -1,0 +1,235 @@
+"""From workdirs to the report: what it says, what it holds, and how it refuses."""
+
+import html.parser
+import json
+import re
+
+import pytest
+
+from oasis_jax.config import Config, DataConfig, ModelConfig
+from oasis_jax.data import load_corpus
+from oasis_jax.errors import UserError
+from oasis_jax.evaluation import DEFINITIONS
+from oasis_jax.evaluation.comparison import TABLE, MeasuredRun, best, groups, method, not_comparable, rows, sentences, show
+from oasis_jax.evaluation.report import write_report
+from oasis_jax.evaluation.runs import evaluate, unique_labels, with_bytes
+from oasis_jax.evaluation.terminal import print_comparison
+from oasis_jax.training.checkpoints import Checkpoints, describe
+from oasis_jax.training.loop import with_sizes
+from oasis_jax.training.metrics import MetricsWriter
+from oasis_jax.training.sharding import make_mesh
+from oasis_jax.training.state import new_state
+
+
+def write_run(workdir, config: Config) -> None:
+    """A workdir as training leaves it, with the parameters of the start."""
+    workdir.mkdir()
+    corpus, mesh = load_corpus(config.data, seed=config.run.seed), make_mesh(config.mesh)
+    config = with_sizes(config, corpus)
+    with Checkpoints(workdir, keep=1, say=print) as checkpoints:
+        checkpoints.save(new_state(config, mesh), step=1, data_state={}, description=describe(config, corpus))
+    with MetricsWriter(workdir, step=0, tensorboard=False) as writer:
+        for step in range(1, 401):
+            writer.write(step, {"loss": 5 / step, "null_mass": 0.2, "first_token_mass": 0.3, "beta": 0.01})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Three tiny runs: oasis and its twin on the same text, and one on the trigger task."""
+    root = tmp_path_factory.mktemp("runs")
+    text = "def double(x):\n    return x + x\n" * 40
+    for i in range(4):
+        (root / f"{i}.txt").write_text(text + f"# file {i}\n")
+    data = dict(sequence_length=13, batch_size=3, holdout_fraction=0.3)
+    tokens = DataConfig(corpus="files", pattern=str(root / "*.txt"), **data)
+    small = dict(num_layers=2, width=12, num_heads=2, mlp_dim=10)
+    write_run(root / "oasis", Config(model=ModelConfig(preset="oasis", **small), data=tokens))
+    write_run(root / "twin", Config(model=ModelConfig(preset="residual", **small), data=tokens))
+    vectors = ModelConfig(preset="residual", inputs="vectors", **small)
+    write_run(root / "sink", Config(model=vectors, data=DataConfig(corpus="trigger", trigger_dim=3, **data)))
+    return root
+
+
+class Page(html.parser.HTMLParser):
+    """What a page would fetch, and its visible text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.fetched, self.text, self.tags = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attributes if name.endswith(("src", "href", "srcset", "data")) and value]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def check_self_contained(text: str) -> Page:
+    page = Page(text)
+    assert all(value.startswith(("data:", "#")) for value in page.fetched), page.fetched
+    assert "http" not in text and "@import" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+    assert "script" not in page.tags
+    return page
+
+
+def test_one_run(trained, tmp_path):
+    evaluate([trained / "oasis"], tmp_path / "out")
+    page = check_self_contained((tmp_path / "out" / "index.html").read_text())
+    assert page.tags.count("svg") >= 10
+    names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    assert names == {
+        f"{name}.png" for name in ("sink_mass", "null_mass", "null_mass_by_position", "depth_weights", "inf_norm", "kurtosis", "training")
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "out" / "figures").iterdir())
+
+
+def test_three_runs_on_two_kinds_of_data(trained, tmp_path, capsys):
+    workdirs = [trained / name for name in ("oasis", "twin", "sink")]
+    runs = evaluate(workdirs, tmp_path, num_batches=1)
+    page = check_self_contained((tmp_path / "index.html").read_text())
+    assert page.tags.count("table") == 2
+    assert "are not comparable" in page.text
+    print_comparison(runs)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "not comparable" in printed and "perplexity" in printed and "squared error" in printed
+
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(found["runs"]) == [str(workdir) for workdir in workdirs]
+    assert found["comparable"] == [[str(workdirs[0]), str(workdirs[1])], [str(workdirs[2])]]
+    assert "corpus" in found["note"] and "tokenizer" in found["note"]
+    for run in found["runs"].values():
+        assert set(run["metrics"]) == set(DEFINITIONS)
+        for name, metric in run["metrics"].items():
+            assert {"value", "tensor", "average", "source", "samples"} <= set(metric), name
+            assert metric["samples"] == {"sequences": 3, "positions": 39}
+            assert ("reason" in metric) == (metric["value"] is None), name
+    twin = found["runs"][str(workdirs[1])]["metrics"]
+    assert twin["depth_weights"]["value"] is None
+    assert twin["depth_weights"]["reason"] == "not applicable: only for models with depth routers"
+    assert twin["bits_per_byte"]["value"] > 0
+
+
+def test_text_of_a_corpus_that_changed_is_refused(trained, tmp_path):
+    (trained / "4.txt").write_text("one more file\n" * 30)
+    try:
+        with pytest.raises(UserError, match=r"oasis: data: the corpus is not the one .*sha256") as error:
+            evaluate([trained / "oasis"], tmp_path)
+    finally:
+        (trained / "4.txt").unlink()
+    assert "\n" not in str(error.value)
+
+
+def test_workdir_that_is_no_run(trained, tmp_path):
+    with pytest.raises(UserError, match=r"^--workdir: .*nothing") as error:
+        evaluate([trained / "nothing"], tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_report_that_cannot_be_written(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^--report: cannot write to '.*file': ") as error:
+        evaluate([trained / "oasis"], tmp_path / "file")
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_workdir_twice(tmp_path):
+    with pytest.raises(UserError, match=r"^--workdir: 'x/../a' is given twice$"):
+        unique_labels(["a", "b", "x/../a"])
+
+
+def test_no_batches(tmp_path):
+    with pytest.raises(UserError, match=r"^--batches: must be at least 1, got 0$"):
+        evaluate(["a"], tmp_path, num_batches=0)
+
+
+def test_labels_are_as_long_as_they_have_to_be():
+    assert unique_labels(["runs/a", "runs/b"]) == ["a", "b"]
+    assert unique_labels(["one/a", "two/a"]) == ["one/a", "two/a"]
+
+
+def test_bytes_of_targets_count_what_tokens_stand_for():
+    class Tokenizer:
+        vocab_size = 3
+
+        def decode(self, ids):
+            return [b"ab", b"c", b""][ids[0]]
+
+    assert with_bytes({"targets": [[0, 1], [2, 0]]}, Tokenizer())["bytes"].tolist() == [[2, 1], [0, 2]]
+
+
+# The comparison, from made-up numbers
+
+
+def measured(label: str, preset: str = "oasis", data: DataConfig | None = None, **metrics) -> MeasuredRun:
+    values = dict.fromkeys(DEFINITIONS) | dict(
+        perplexity=5.0, max_inf_norm=10.0, avg_kurtosis=4.0, max_kurtosis=9.0, sink_rate=0.25, first_token_mass=0.2
+    )
+    identity = {"name": "stdlib", "sha256": "0" * 64}
+    config = Config(model=ModelConfig(preset=preset), data=data or DataConfig())
+    tokenizer = {"kind": "bytes", "vocab_size": 258, "sha256": "1"}
+    samples = {"sequences": 8, "positions": 8 * 256}
+    return MeasuredRun(label, f"runs/{label}", 1, config, identity, tokenizer, samples, values | metrics, {}, [], {"jax": "0"})
+
+
+def row(name: str):
+    return next(row for row in TABLE if row.name == name)
+
+
+def test_best_is_marked_where_lower_is_better():
+    runs = [measured("a", perplexity=5.0), measured("b", perplexity=4.9), measured("c", perplexity=4.90001)]
+    assert best(row("perplexity"), runs) == {"b", "c"}  # equal as shown
+    assert best(row("perplexity"), runs[1:]) == set()
+    assert best(row("null_mass"), [measured("a", null_mass=0.1), measured("b", null_mass=0.2)]) == set()
+    assert best(row("bits_per_byte"), [measured("a"), measured("b", bits_per_byte=1.0)]) == set()
+    assert not [row for row in rows(runs) if row.name == "beta"]
+
+
+def test_words_say_so_when_oasis_is_worse():
+    oasis, twin = measured("oasis", perplexity=5.5, max_inf_norm=12.0), measured("twin", preset="attnres_cumulative", perplexity=5.0)
+    text = " ".join(sentences([oasis, twin]))
+    assert "twin has the lowest perplexity, 5.000: 9.1 % below oasis (5.500)" in text
+    assert "OASIS did not help prediction here" in text
+    assert "OASIS did not lower the largest activation." in text
+    assert "OASIS did not lower the kurtosis." not in text
+    assert "trained once" in text
+
+
+def test_words_say_so_when_oasis_is_better():
+    oasis, twin = (
+        measured("oasis", perplexity=4.5, null_mass=0.4, first_token_mass_conditional=0.3, beta=0.01),
+        measured("twin", preset="attnres_cumulative"),
+    )
+    text = " ".join(sentences([twin, oasis]))
+    assert "oasis has the lowest perplexity, 4.500: 10.0 % below twin (5.000)" in text
+    assert "did not" not in text
+    assert "40 %" in text and "0.010" in text
+
+
+def test_runs_are_compared_only_on_the_same_examples():
+    same, other = [measured("a"), measured("b")], measured("c", data=DataConfig(sequence_length=64))
+    assert groups([*same, other]) == [same, [other]]
+    assert not_comparable(same) is None
+    assert "differ in sequence length" in not_comparable([*same, other])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0.0, "0.000"), (0.25, "0.250"), (0.0067, "0.007"), (0.0001234, "1.23e-04"), (5.1234, "5.123"), (51.234, "51.23"), (512.34, "512.3"), (5123.4, "5123"), (51234.0, "5.12e+04")],
+)  # fmt: skip
+def test_numbers_as_shown(value, text):
+    assert show(value) == text
+
+
+def test_method_names_what_differs_from_the_preset():
+    assert method(Config(model=ModelConfig(preset="residual", normalizer="softmax1"))) == "residual, normalizer=softmax1"
+    assert method(Config(model=ModelConfig(preset="oasis"))) == "oasis"
+
+
+def test_labels_cannot_break_the_page(tmp_path):
+    values = {"inf_norm_by_tap": {kind: [1.0, None] for kind in ("attention_output", "mlp_output", "layer_output")}}
+    values |= {"kurtosis_by_tap": values["inf_norm_by_tap"], "first_token_mass_by_head": [[0.1, 0.2], [0.3, 0.4]]}
+    page = check_self_contained(write_report([measured("<script>alert(1)</script>", **values)], tmp_path).read_text())
+    assert "<script>alert(1)</script>" in page.text
