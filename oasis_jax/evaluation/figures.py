@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 # One colour and marker a model, everywhere; told apart by most colour-blind readers too.
 COLORS = ("#2f7fc1", "#e1812c", "#3a9a6b", "#a75fc2", "#c9473f", "#8c8a2e")
@@ -25,6 +25,7 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#eef3f1", "#b5dcd0", "#5fb3ab
 
 PANEL_WIDTH, FONT_SIZE = 4.1, 9.0  # inches, points
 _CELLS_WITH_NUMBERS = 130
+_WIDE = 30  # largest over smallest value of curves from which on they need a logarithmic axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,16 +153,10 @@ def strip_map(title: str, values: Sequence[Sequence[float]], top: float, *, rows
     return Panel(title, 0.75 + 0.29 * max(len(rows), 2), draw)
 
 
-def curves(
-    title: str,
-    lines: Mapping[int, tuple[Sequence[float], Sequence[float]]],
-    *,
-    across: str,
-    along: str,
-    marks: bool,
-    logarithmic: bool = False,
-) -> Panel:
-    """Lines, by the index of their model: x and y of each."""
+def curves(title: str, lines: Mapping[int, tuple[Sequence[float], Sequence[float]]], *, across: str, along: str, marks: bool) -> Panel:
+    """Lines, by the index of their model: x and y of each. The y axis is logarithmic, and says so, where values differ widely."""
+    values = np.concatenate([np.asarray(y, float) for _, y in lines.values()])
+    logarithmic = np.nanmin(values) > 0 and np.nanmax(values) > _WIDE * np.nanmin(values)
 
     def draw(axes: Axes, ink: Ink) -> None:
         for index, (x, y) in lines.items():
@@ -170,12 +165,14 @@ def curves(
             axes.plot(x, y, style, color=color(index), marker=marker, markersize=4.5, linewidth=1.7)
         if logarithmic:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         else:
-            axes.set_ylim(bottom=min([0, *(np.nanmin(y) for _, y in lines.values())]))
+            axes.set_ylim(min(0.0, np.nanmin(values)), np.nanmax(values) * 1.07 or 1.0)
             axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel(across)
-        axes.set_ylabel(along)
+        axes.set_ylabel(along + (" (log scale)" if logarithmic else ""))
         _plain(axes, ink, grid=True)
 
     return Panel(title, 2.5, draw)

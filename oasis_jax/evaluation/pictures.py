@@ -31,7 +31,7 @@ def pictures(runs: Runs) -> list[Picture]:
 _SINK_CAPTION = "Mean over queries and held-out sequences, in percent of a query's attention. Above 30 a head counts as a sink."
 _NULL_CAPTION = "Mean over queries and held-out sequences, in percent of a query's attention: what a head sends to no token at all."
 _NORM_CAPTION = "max |x| of a sequence, mean over held-out sequences."
-_KURTOSIS_CAPTION = "Mean over held-out sequences; 3 is a normal distribution, more means heavier tails. Logarithmic scale."
+_KURTOSIS_CAPTION = "Mean over held-out sequences; 3 is a normal distribution, more means heavier tails."
 
 
 def _having(runs: Runs, name: str) -> list[tuple[int, MeasuredRun]]:
@@ -103,7 +103,7 @@ def _per_layer(runs: Runs, name: str, file: str, title: str, unit: str, caption:
     for kind, words in _TAPS.items():
         values = {i: np.array(run.metrics[name][kind], float) for i, run in _having(runs, name)}  # None, not finite, becomes NaN
         lines = {i: (range(len(y)), y) for i, y in values.items() if np.isfinite(y).any()}
-        panels.append(curves(words, lines, across="layer", along=unit, marks=True, logarithmic=file == "kurtosis"))
+        panels.append(curves(words, lines, across="layer", along=unit, marks=True))
     return Picture(file, title, caption, panels, legend=_legend(runs))
 
 

@@ -14,11 +14,11 @@ from oasis_jax.evaluation.comparison import (
     method,
     not_comparable,
     rows,
-    sentences,
     show,
 )
 from oasis_jax.evaluation.figures import Picture, color, save_png, scale_css, svg
 from oasis_jax.evaluation.pictures import pictures
+from oasis_jax.evaluation.words import findings, summary
 
 _CSS = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1c2430; --muted: #5d6878; --grid: #d9dee5; --accent: #1f6f8b;
@@ -32,15 +32,16 @@ h2 { font-size: 1.15rem; margin: 0 0 .2rem; }
 h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .3rem; display: flex; align-items: center; gap: .45rem; }
 section { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 1.15rem 1.25rem 1.25rem; margin-top: 1.1rem; }
 .lead { font-size: 1.05rem; max-width: 76ch; margin: .9rem 0 0; }
+.points { max-width: 80ch; margin: .7rem 0 0; padding-left: 1.1rem; } .points li { margin: .25rem 0; }
 .warn { border-left: 4px solid #d08a1d; padding-left: .8rem; max-width: 76ch; }
 .note, figcaption { color: var(--muted); font-size: .9rem; max-width: 90ch; margin: 0 0 .8rem; }
 .chip { width: .75em; height: .75em; border-radius: 3px; display: inline-block; flex: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); font-weight: 400; min-width: 9.5rem; }
-thead th { font-weight: 600; } thead small { display: block; font-weight: 400; color: var(--muted); white-space: nowrap; }
-td.way { color: var(--muted); font-size: .85rem; text-align: left; white-space: nowrap; } td b { color: var(--accent); }
+th, td { padding: .34rem 0 .34rem 1.3rem; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); padding-left: 0; min-width: 9rem; }
+thead th { font-weight: 600; } thead small { display: block; font-weight: 400; color: var(--muted); }
+th i, td i { display: inline-block; width: 1.1em; font-style: normal; color: var(--muted); } td b { color: var(--accent); }
 tbody tr:last-child > * { border-bottom: 0; }
 figure { margin: 0; } .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 310px), 1fr)); gap: 1.1rem 1.4rem; }
 .panel { max-width: 460px; } .panel svg { display: block; width: 100%; height: auto; }
@@ -48,7 +49,7 @@ figure { margin: 0; } .panels { display: grid; grid-template-columns: repeat(aut
 .key span { display: inline-flex; align-items: center; gap: .4rem; } .bar { width: 9rem; height: .75rem; border-radius: 3px; background: SCALE; }
 summary { cursor: pointer; font-weight: 600; } dl { font-size: .9rem; margin: .8rem 0 0; } dt { font-weight: 600; margin-top: .6rem; font-family: ui-monospace, monospace; }
 dd { margin: 0; color: var(--muted); max-width: 95ch; }
-@media (max-width: 600px) { main { padding: 1.2rem .7rem 3rem; } section { padding: .95rem .85rem 1rem; } h1 { font-size: 1.4rem; } th, td { padding-right: .6rem; } }
+@media (max-width: 600px) { main { padding: 1.2rem .7rem 3rem; } section { padding: .95rem .85rem 1rem; } h1 { font-size: 1.4rem; } th, td { padding-left: .7rem; } thead small { font-size: .72rem; } }
 """
 
 
@@ -74,7 +75,7 @@ def _chip(index: int) -> str:
 def _page(runs: Sequence[MeasuredRun], found: Sequence[Picture]) -> str:
     names = " and ".join([", ".join(run.label for run in runs[:-1]), runs[-1].label]) if len(runs) > 1 else runs[0].label
     warning = not_comparable(runs)
-    leads = "".join(f'<p class="lead">{_text(" ".join(sentences(group)))}</p>' for group in groups(runs))
+    leads = "".join(_lead(group) for group in groups(runs))
     tables = "".join(_table(group, runs) for group in groups(runs))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -89,20 +90,25 @@ def _page(runs: Sequence[MeasuredRun], found: Sequence[Picture]) -> str:
     )
 
 
+def _lead(group: Sequence[MeasuredRun]) -> str:
+    points = "".join(f"<li><b>{_text(topic)}.</b> {_text(text)}</li>" for topic, text in findings(group).items())
+    return f'<p class="lead">{_text(summary(group))}</p>' + (f'<ul class="points">{points}</ul>' if points else "")
+
+
 def _table(group: Sequence[MeasuredRun], runs: Sequence[MeasuredRun]) -> str:
-    heads = "".join(f"<th>{_chip(runs.index(run))} {_text(run.label)}<small>{_text(method(run.config))}</small></th>" for run in group)
+    heads = "".join(f"<th>{_chip(runs.index(run))}&nbsp;{_text(run.label)}<small>{_text(method(run.config))}</small></th>" for run in group)
     body = []
     for row in rows(group):
         winners = best(row, group)
         cells = "".join(
             f"<td>{f'<b>{show(run.metrics[row.name])}</b>' if run.label in winners else show(run.metrics[row.name])}</td>" for run in group
         )
-        way = "lower is better" if row.direction == "lower" else ABSENT
-        body.append(f'<tr><td title="{_text(row.name)}">{_text(row.title)}</td>{cells}<td class="way">{way}</td></tr>')
+        way = "↓" if row.direction == "lower" else ""
+        body.append(f'<tr><td title="{_text(row.name)}"><i>{way}</i>{_text(row.title)}</td>{cells}</tr>')
     return (
         f'<section><h2>Side by side</h2><p class="note">Held-out data: {_text(describe_data(group))}. Best value in bold where a direction is better; '
         f"{ABSENT} in place of a number: does not apply to this model.</p>"
-        f'<div class="scroll"><table><thead><tr><th>measure</th>{heads}<th></th></tr></thead><tbody>{"".join(body)}</tbody></table></div></section>\n'
+        f'<div class="scroll"><table><thead><tr><th><i></i>measure</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div></section>\n'
     )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,7 +60,8 @@ def _writable(report: str | os.PathLike) -> pathlib.Path:
     folder = pathlib.Path(report)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").open("a").close()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(f"--report: cannot write to {str(folder)!r}: {error.strerror}") from None
     return folder

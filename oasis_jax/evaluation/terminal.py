@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from oasis_jax.evaluation.comparison import MeasuredRun, best, describe_data, groups, method, not_comparable, rows, sentences, show
+from oasis_jax.evaluation.comparison import MeasuredRun, best, describe_data, groups, method, not_comparable, rows, show
+from oasis_jax.evaluation.words import findings, summary
 
 
 def table(runs: Sequence[MeasuredRun]) -> Table:
@@ -18,13 +19,13 @@ def table(runs: Sequence[MeasuredRun]) -> Table:
         caption="↓ lower is better, the best in bold",
         caption_justify="left",
     )
-    found.add_column("measure")
+    found.add_column("  measure", no_wrap=True)
     for run in runs:
         found.add_column(escape(f"{run.label}\n{method(run.config)}"), justify="right")
     for row in rows(runs):
         winners = best(row, runs)
         cells = [f"[bold]{show(run.metrics[row.name])}[/bold]" if run.label in winners else show(run.metrics[row.name]) for run in runs]
-        found.add_row(row.title + (" ↓" if row.direction == "lower" else ""), *cells)
+        found.add_row(("↓ " if row.direction == "lower" else "  ") + row.title, *cells)
     return found
 
 
@@ -33,6 +34,7 @@ def print_comparison(runs: Sequence[MeasuredRun]) -> None:
     console = Console(highlight=False)
     for group in groups(runs):
         console.print(table(group))
-        console.print(" ".join(sentences(group)) + "\n", markup=False)
+        texts = [summary(group), *(f"{topic}: {text}" for topic, text in findings(group).items())]
+        console.print("\n".join(texts) + "\n", markup=False)
     if not_comparable(runs):
         console.print(not_comparable(runs) + "\n", markup=False)

@@ -10,10 +10,11 @@ from oasis_jax.config import Config, DataConfig, ModelConfig
 from oasis_jax.data import load_corpus
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation import DEFINITIONS
-from oasis_jax.evaluation.comparison import TABLE, MeasuredRun, best, groups, method, not_comparable, rows, sentences, show
+from oasis_jax.evaluation.comparison import TABLE, MeasuredRun, best, groups, method, not_comparable, rows, show
 from oasis_jax.evaluation.report import write_report
 from oasis_jax.evaluation.runs import evaluate, unique_labels, with_bytes
 from oasis_jax.evaluation.terminal import print_comparison
+from oasis_jax.evaluation.words import findings, summary
 from oasis_jax.training.checkpoints import Checkpoints, describe
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.metrics import MetricsWriter
@@ -189,23 +190,29 @@ def test_best_is_marked_where_lower_is_better():
 
 def test_words_say_so_when_oasis_is_worse():
     oasis, twin = measured("oasis", perplexity=5.5, max_inf_norm=12.0), measured("twin", preset="attnres_cumulative", perplexity=5.0)
-    text = " ".join(sentences([oasis, twin]))
-    assert "twin has the lowest perplexity, 5.000: 9.1 % below oasis (5.500)" in text
-    assert "OASIS did not help prediction here" in text
-    assert "OASIS did not lower the largest activation." in text
-    assert "OASIS did not lower the kurtosis." not in text
+    text = summary([oasis, twin])
+    assert "the perplexity is lowest in twin, 5.000 (5.500 in oasis)." in text
+    assert "The largest activation is lowest in twin, 10.00 (12.00 in oasis)." in text
+    assert "The mean kurtosis of activations is 4.000 in all runs." in text
+    assert "OASIS did not lower the perplexity and the largest activation here." in text
     assert "trained once" in text
 
 
 def test_words_say_so_when_oasis_is_better():
-    oasis, twin = (
-        measured("oasis", perplexity=4.5, null_mass=0.4, first_token_mass_conditional=0.3, beta=0.01),
-        measured("twin", preset="attnres_cumulative"),
-    )
-    text = " ".join(sentences([twin, oasis]))
-    assert "oasis has the lowest perplexity, 4.500: 10.0 % below twin (5.000)" in text
-    assert "did not" not in text
-    assert "40 %" in text and "0.010" in text
+    values = dict(perplexity=4.5, null_mass=0.4, first_token_mass_conditional=0.3, beta=0.01)
+    oasis, twin = measured("oasis", **values), measured("twin", preset="attnres_cumulative")
+    text = summary([twin, oasis])
+    assert "lowest in oasis, 4.500 (5.000 in twin)" in text and "did not" not in text
+    found = findings([twin, oasis])
+    assert list(found) == ["Null", "Depth"]
+    assert "the null takes 40\N{NO-BREAK SPACE}% in oasis" in found["Null"]
+    assert "gets 30\N{NO-BREAK SPACE}% in oasis" in found["Null"] and "gets 20\N{NO-BREAK SPACE}% in twin" in found["Null"]
+    assert "is 0.01 in oasis" in found["Depth"]
+
+
+def test_words_about_one_run():
+    text = summary([measured("only")])
+    assert "perplexity is 5.000." in text and "in all runs" not in text and "trained once" not in text
 
 
 def test_runs_are_compared_only_on_the_same_examples():
@@ -217,7 +224,7 @@ def test_runs_are_compared_only_on_the_same_examples():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0.0, "0.000"), (0.25, "0.250"), (0.0067, "0.007"), (0.0001234, "1.23e-04"), (5.1234, "5.123"), (51.234, "51.23"), (512.34, "512.3"), (5123.4, "5123"), (51234.0, "5.12e+04")],
+    [(None, "–"), (0.0, "0"), (0.25, "0.250"), (0.0067, "0.0067"), (0.00012345, "0.000123"), (0.000012345, "1.23e-05"), (5.1234, "5.123"), (51.234, "51.23"), (512.34, "512.3"), (5123.4, "5123"), (51234.0, "5.12e+04")],
 )  # fmt: skip
 def test_numbers_as_shown(value, text):
     assert show(value) == text

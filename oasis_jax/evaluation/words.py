@@ -1,0 +1,103 @@
+"""What the numbers of comparable runs say, in words computed from them, whether they speak for OASIS or not."""
+
+from collections.abc import Callable, Sequence
+
+from oasis_jax.evaluation.comparison import MeasuredRun, describe_data, having, listed, show
+from oasis_jax.evaluation.sinks import EPSILON
+
+Runs = Sequence[MeasuredRun]
+Form = Callable[[float], str]
+
+
+def percent(value: float) -> str:
+    """0.5 -> "50 %", 0.997 -> "99.7 %"; the space does not break."""
+    digits = 0 if 0.1 <= value <= 0.99 or value in (0, 1) else 1
+    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def _labelled(runs: Runs, name: str, form: Form) -> str:
+    return listed([f"{form(run.metrics[name])} in {run.label}" for run in runs])
+
+
+def _each(runs: Runs, name: str, form: Form = show) -> str:
+    """ "0.31 in a and 0.24 in b" over the runs to which a metric applies; just the number where there is one run."""
+    return form(runs[0].metrics[name]) if len(runs) == 1 else _labelled(having(runs, name), name, form)
+
+
+def _lowest(runs: Runs, name: str, form: Form = show) -> str:
+    """ "12.0", "12.0 in all runs", or "lowest in a, 12.0 (13.0 in b and 15.0 in c)"."""
+    order = sorted(having(runs, name), key=lambda run: run.metrics[name])
+    values = [form(run.metrics[name]) for run in order]
+    if len(set(values)) == 1:
+        return values[0] + (" in all runs" if len(values) > 1 else "")
+    return f"lowest in {order[0].label}, {values[0]} ({_labelled(order[1:], name, form)})"
+
+
+def summary(runs: Runs) -> str:
+    """The first paragraph: prediction, outliers and sinks, and where OASIS did not help."""
+    name, title = ("perplexity", "perplexity") if having(runs, "perplexity") else ("squared_error", "squared error")
+    measures = {
+        f"On {describe_data(runs)} the {title}": (name, show),
+        "The largest activation": ("max_inf_norm", show),
+        "The mean kurtosis of activations": ("avg_kurtosis", show),
+        f"The sink rate, the share of heads that give the first token more than {percent(EPSILON)} of their attention,": (
+            "sink_rate",
+            percent,
+        ),
+    }
+    texts = [f"{subject} is {_lowest(runs, name, form)}." for subject, (name, form) in measures.items() if having(runs, name)]
+    texts += _oasis_failed(
+        runs, {name: f"the {title}", "max_inf_norm": "the largest activation", "avg_kurtosis": "kurtosis", "sink_rate": "the sink rate"}
+    )
+    return " ".join(texts + ["Each run was trained once, so small differences may be chance."] * (len(runs) > 1))
+
+
+def _oasis_failed(runs: Runs, measures: dict[str, str]) -> list[str]:
+    """Names what another method did better than the best run with the inter-layer null signal."""
+    oasis = [run for run in runs if run.config.model.coupling]
+    others = [run for run in runs if not run.config.model.coupling]
+    worse = []
+    for name, title in measures.items():
+        lowest = [min((run.metrics[name] for run in having(part, name)), default=None) for part in (oasis, others)]
+        if None not in lowest and lowest[0] > lowest[1] and show(lowest[0]) != show(lowest[1]):
+            worse.append(title)
+    return [f"OASIS did not lower {listed(worse)} here."] if worse else []
+
+
+def findings(runs: Runs) -> dict[str, str]:
+    """Topic -> what there is to say beyond the summary; only topics that apply."""
+    found = {"Null": _null(runs), "Sink task": _sink_task(runs), "Depth": _depth(runs)}
+    return {topic: " ".join(texts) for topic, texts in found.items() if texts}
+
+
+def _null(runs: Runs) -> list[str]:
+    if not having(runs, "null_mass"):
+        return []
+    null, rest = (_each(runs, name, percent) for name in ("null_mass", "first_token_mass_conditional"))
+    texts = [f"Of all attention the null takes {null}; of what is left on tokens, the first token gets {rest}."]
+    if softmax := [run for run in runs if run.metrics["null_mass"] is None]:
+        texts.append(f"Without a null the first token gets {_labelled(softmax, 'first_token_mass', percent)}.")
+    return texts
+
+
+def _sink_task(runs: Runs) -> list[str]:
+    if not having(runs, "non_trigger_first_token_mass"):
+        return []
+    first = _each(runs, "non_trigger_first_token_mass_max", percent)
+    texts = [
+        f"Rows without a trigger have nothing to look for; the head that relies most on the first token gives it {first} of such a row."
+    ]
+    if having(runs, "non_trigger_null_mass"):
+        texts.append(f"Over all heads the null takes {_each(runs, 'non_trigger_null_mass', percent)} of it.")
+    return texts
+
+
+def _depth(runs: Runs) -> list[str]:
+    texts = []
+    if having(runs, "depth_embedding_weight"):
+        texts.append(f"Depth routers give the embedding a mean weight of {_each(runs, 'depth_embedding_weight', percent)}.")
+    if having(runs, "depth_null_mass"):
+        texts.append(f"Their own null takes {_each(runs, 'depth_null_mass', percent)}.")
+    if having(runs, "beta"):
+        texts.append(f"The coupling beta, which training starts at 0.00672, is {_each(runs, 'beta')}.")
+    return texts
