@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, facts of the machine, a table on the screen and a JSON file beside it."""
 
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -21,22 +22,23 @@ def measure(functions: Mapping[str, Callable], arguments: tuple, *, repetitions:
     The functions take turns in every repetition, so that a slow moment of the machine meets them all; compare them as ratios.
     """
     compiled = {name: jax.jit(function).lower(*arguments).compile() for name, function in functions.items()}
-    for run in compiled.values():
-        jax.block_until_ready(run(*arguments))
-    times = {name: [] for name in compiled}
+    results = interleave({name: functools.partial(run, *arguments) for name, run in compiled.items()}, repetitions=repetitions)
+    for name, run in compiled.items():
+        results[name]["temporary_mib"] = run.memory_analysis().temp_size_in_bytes / 2**20
+    return results
+
+
+def interleave(runs: Mapping[str, Callable[[], object]], *, repetitions: int) -> dict[str, dict[str, float]]:
+    """Median and least time in ms of each run, after one that is not counted; they take turns."""
+    times = {name: [] for name in runs}
+    for run in runs.values():
+        jax.block_until_ready(run())
     for _ in range(repetitions):
-        for name, run in compiled.items():
+        for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(run(*arguments))
+            jax.block_until_ready(run())
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {
-        name: {
-            "median_ms": float(np.median(times[name])),
-            "least_ms": min(times[name]),
-            "temporary_mib": run.memory_analysis().temp_size_in_bytes / 2**20,
-        }
-        for name, run in compiled.items()
-    }
+    return {name: {"median_ms": float(np.median(taken)), "least_ms": min(taken)} for name, taken in times.items()}
 
 
 def show(title: str, results: Mapping[str, Mapping[str, float]], baseline: str) -> None:
