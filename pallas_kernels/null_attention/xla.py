@@ -177,7 +177,7 @@ def _attention_backward(options, saved, cotangents):
         )
         return tuple(lax.dynamic_update_slice_in_dim(x, columns(x) + dx, start, 2) for x, dx in zip(carry, added)), (d_q,)
 
-    start = (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
+    start = (jnp.zeros_like(k, wide), jnp.zeros_like(v, wide))
     (d_k, d_v), (d_q,) = _run(_groups(length, keys, options), tile, start)
     d_k, d_v = (x.transpose(0, 2, 1, 3).astype(query.dtype) for x in (d_k, d_v))
     return _heads_last(d_q), d_k, d_v, d_null_logit, None
