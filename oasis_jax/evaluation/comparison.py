@@ -121,10 +121,10 @@ def differences(runs: Sequence[MeasuredRun]) -> list[str]:
 
 
 def describe_data(runs: Sequence[MeasuredRun]) -> str:
-    """The held-out examples of one group: "64 sequences of 256 byte tokens of stdlib"."""
+    """The held-out examples of one group: "64 held-out sequences of 256 byte tokens (corpus stdlib)"."""
     run = runs[0]
     kind = "vectors" if run.tokenizer is None else "byte tokens" if run.tokenizer["kind"] == "bytes" else f"{run.tokenizer['kind']} tokens"
-    return f"{run.samples['sequences']} sequences of {run.config.data.sequence_length} {kind} of {run.corpus['name']}"
+    return f"{run.samples['sequences']} held-out sequences of {run.config.data.sequence_length} {kind} (corpus {run.corpus['name']})"
 
 
 def not_comparable(runs: Sequence[MeasuredRun]) -> str | None:

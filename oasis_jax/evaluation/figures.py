@@ -106,14 +106,14 @@ def heat_map(
 ) -> Panel:
     """Percentages in cells, rows from the top; None leaves a cell empty."""
     table = np.array([[np.nan if v is None else 100 * v for v in row] for row in values])
-    numbers = table.size <= _CELLS_WITH_NUMBERS
+    numbers, digits = table.size <= _CELLS_WITH_NUMBERS, 0 if top > 0.1 else 1
 
     def draw(axes: Axes, ink: Ink) -> None:
         norm = Normalize(0, 100 * top)
         axes.pcolormesh(np.ma.masked_invalid(table), cmap=HEAT, norm=norm, edgecolors=ink.paper, linewidth=1.5)
         for i, j in np.argwhere(~np.isnan(table)) if numbers else ():
-            dark = norm(table[i, j]) > 0.45
-            text = f"{table[i, j]:.0f}"
+            dark = norm(table[i, j]) > 0.56
+            text = f"{table[i, j]:.{digits}f}"
             axes.text(
                 j + 0.5,
                 i + 0.5,
@@ -153,10 +153,12 @@ def strip_map(title: str, values: Sequence[Sequence[float]], top: float, *, rows
     return Panel(title, 0.75 + 0.29 * max(len(rows), 2), draw)
 
 
-def curves(title: str, lines: Mapping[int, tuple[Sequence[float], Sequence[float]]], *, across: str, along: str, marks: bool) -> Panel:
-    """Lines, by the index of their model: x and y of each. The y axis is logarithmic, and says so, where values differ widely."""
+def curves(
+    title: str, lines: Mapping[int, tuple[Sequence[float], Sequence[float]]], *, across: str, along: str, marks: bool, linear: bool
+) -> Panel:
+    """Lines, by the index of their model: x and y of each. Unless `linear`, the y axis is logarithmic, and says so, where values differ widely."""
     values = np.concatenate([np.asarray(y, float) for _, y in lines.values()])
-    logarithmic = np.nanmin(values) > 0 and np.nanmax(values) > _WIDE * np.nanmin(values)
+    logarithmic = not linear and np.nanmin(values) > 0 and np.nanmax(values) > _WIDE * np.nanmin(values)
 
     def draw(axes: Axes, ink: Ink) -> None:
         for index, (x, y) in lines.items():
@@ -212,6 +214,7 @@ def save_png(picture: Picture, folder: pathlib.Path) -> pathlib.Path:
     height = max(panel.height for panel in picture.panels) + 0.35
     figure = Figure(figsize=(PANEL_WIDTH * columns + (0.6 if picture.scale else 0), height * lines + 0.55), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(picture.panels) :]:
         axes.remove()

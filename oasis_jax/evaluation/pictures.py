@@ -62,14 +62,15 @@ def _by_head(runs: Runs, name: str, file: str, title: str, caption: str) -> Pict
 def _by_position(runs: Runs) -> Picture:
     name = "null_mass_by_position"
     having = _having(runs, name)
-    top = _top([run.metrics[name] for _, run in having]) if having else 1.0
+    # The first queries have few keys and the null takes much of them; a scale up to their values would hide all others.
+    top = _top([[[np.quantile(run.metrics[name], 0.98)]] for _, run in having]) if having else 1.0
     panels = []
     for _, run in having:
         table = run.metrics[name]
         rows = _numbers(len(table))
         panels.append(strip_map(run.label, table, top, rows=rows, across="position of the query in the sequence", down="layer"))
     caption = "Mean over heads and held-out sequences, in percent of a query's attention, for every position."
-    return Picture("null_mass_by_position", "Attention on the null, by layer and position", caption, panels, (0.0, top, "% of attention"))
+    return Picture(name, "Attention on the null, by layer and position", caption, panels, (0.0, top, "% of attention, or more"))
 
 
 def _short(name: str) -> str:
@@ -103,7 +104,7 @@ def _per_layer(runs: Runs, name: str, file: str, title: str, unit: str, caption:
     for kind, words in _TAPS.items():
         values = {i: np.array(run.metrics[name][kind], float) for i, run in _having(runs, name)}  # None, not finite, becomes NaN
         lines = {i: (range(len(y)), y) for i, y in values.items() if np.isfinite(y).any()}
-        panels.append(curves(words, lines, across="layer", along=unit, marks=True))
+        panels.append(curves(words, lines, across="layer", along=unit, marks=True, linear=False))
     return Picture(file, title, caption, panels, legend=_legend(runs))
 
 
@@ -114,28 +115,31 @@ def _windows(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]
     return [part[:, 0].mean() for part in parts], [part[:, 1].mean() for part in parts]
 
 
-def _series(runs: Runs, key: str, *, needs: str | None = None) -> dict[int, tuple[list[float], list[float]]]:
-    """One logged quantity of every run that has it; `needs`: a metric that has to apply."""
+def _series(runs: Runs, key: str, *, needs: str | None, scale: float) -> dict[int, tuple[list[float], list[float]]]:
+    """One logged quantity of every run that has it and to which the metric `needs` applies."""
     lines = {}
     for index, run in enumerate(runs):
-        points = [(line["step"], line[key]) for line in run.history if isinstance(line.get(key), int | float) and math.isfinite(line[key])]
+        points = [
+            (line["step"], scale * line[key]) for line in run.history if isinstance(line.get(key), int | float) and math.isfinite(line[key])
+        ]
         if points and (needs is None or run.metrics[needs] is not None):
             lines[index] = _windows(points)
     return lines
 
 
 def _training(runs: Runs) -> Picture:
+    units = {"squared error" if run.tokenizer is None else "nats per token" for run in runs}
     wanted = (
-        ("loss", "loss", "nats per token" if any(run.tokenizer for run in runs) else "squared error", None),
-        ("attention on the first token", "first_token_mass", "share", None),
-        ("attention on the null", "null_mass", "share", "null_mass"),
+        ("loss", "loss", " or ".join(sorted(units)), None),
+        ("attention on the first token", "first_token_mass", "% of attention", None),
+        ("attention on the null", "null_mass", "% of attention", "null_mass"),
         ("coupling beta", "beta", "beta, mean over routers", "beta"),
     )
     panels: list[Panel] = []
     for title, key, unit, needs in wanted:
-        lines = _series(runs, key, needs=needs)
+        lines = _series(runs, key, needs=needs, scale=100 if "%" in unit else 1)
         if lines:
-            panels.append(curves(title, lines, across="step", along=unit, marks=False))
+            panels.append(curves(title, lines, across="step", along=unit, marks=False, linear=key != "loss"))
     caption = (
         f"From each run's metrics.jsonl, on training batches; runs with more than {_MOST_POINTS} logged steps are averaged in windows."
     )

@@ -39,17 +39,18 @@ section { background: var(--card); border: 1px solid var(--grid); border-radius:
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .34rem 0 .34rem 1.3rem; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); padding-left: 0; min-width: 9rem; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); padding-left: 1.1em; text-indent: -1.1em; min-width: 9rem; }
 thead th { font-weight: 600; } thead small { display: block; font-weight: 400; color: var(--muted); }
-th i, td i { display: inline-block; width: 1.1em; font-style: normal; color: var(--muted); } td b { color: var(--accent); }
+th i, td i { display: inline-block; width: 1.1em; font-style: normal; color: var(--muted); text-indent: 0; } td b { color: var(--accent); }
 tbody tr:last-child > * { border-bottom: 0; }
 figure { margin: 0; } .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 310px), 1fr)); gap: 1.1rem 1.4rem; }
 .panel { max-width: 460px; } .panel svg { display: block; width: 100%; height: auto; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem; margin: 0 0 .8rem; align-items: center; }
-.key span { display: inline-flex; align-items: center; gap: .4rem; } .bar { width: 9rem; height: .75rem; border-radius: 3px; background: SCALE; }
+.key span { display: inline-flex; align-items: center; gap: .4rem; } .bar { width: min(9rem, 30vw); height: .75rem; border-radius: 3px; background: SCALE; }
 summary { cursor: pointer; font-weight: 600; } dl { font-size: .9rem; margin: .8rem 0 0; } dt { font-weight: 600; margin-top: .6rem; font-family: ui-monospace, monospace; }
 dd { margin: 0; color: var(--muted); max-width: 95ch; }
-@media (max-width: 600px) { main { padding: 1.2rem .7rem 3rem; } section { padding: .95rem .85rem 1rem; } h1 { font-size: 1.4rem; } th, td { padding-left: .7rem; } thead small { font-size: .72rem; } }
+@media (max-width: 600px) { main { padding: 1.2rem .7rem 3rem; } section { padding: .95rem .85rem 1rem; } h1 { font-size: 1.4rem; } table { font-size: .82rem; }
+  th, td { padding-left: .6rem; } th:first-child, td:first-child { min-width: 6.6rem; padding-left: 1.1em; } thead small { font-size: .7rem; } }
 """
 
 
@@ -66,6 +67,11 @@ def write_report(runs: Sequence[MeasuredRun], folder: pathlib.Path) -> pathlib.P
 
 def _text(value: object) -> str:
     return html.escape(str(value))
+
+
+def _name(run: MeasuredRun) -> str:
+    """A label that may break after an underscore."""
+    return _text(run.label).replace("_", "_<wbr>")
 
 
 def _chip(index: int) -> str:
@@ -96,7 +102,11 @@ def _lead(group: Sequence[MeasuredRun]) -> str:
 
 
 def _table(group: Sequence[MeasuredRun], runs: Sequence[MeasuredRun]) -> str:
-    heads = "".join(f"<th>{_chip(runs.index(run))}&nbsp;{_text(run.label)}<small>{_text(method(run.config))}</small></th>" for run in group)
+    heads = ""
+    for run in group:
+        how = method(run.config)
+        small = f"<small>{_text(how).replace('_', '_<wbr>')}</small>" if how != run.label else ""
+        heads += f"<th>{_chip(runs.index(run))}&nbsp;{_name(run)}{small}</th>"
     body = []
     for row in rows(group):
         winners = best(row, group)
@@ -106,8 +116,8 @@ def _table(group: Sequence[MeasuredRun], runs: Sequence[MeasuredRun]) -> str:
         way = "↓" if row.direction == "lower" else ""
         body.append(f'<tr><td title="{_text(row.name)}"><i>{way}</i>{_text(row.title)}</td>{cells}</tr>')
     return (
-        f'<section><h2>Side by side</h2><p class="note">Held-out data: {_text(describe_data(group))}. Best value in bold where a direction is better; '
-        f"{ABSENT} in place of a number: does not apply to this model.</p>"
+        f'<section><h2>Measures</h2><p class="note">{_text(describe_data(group))}. ↓: lower is better, the best value in bold; no arrow: neither '
+        f"direction is better; {ABSENT}: does not apply to this model.</p>"
         f'<div class="scroll"><table><thead><tr><th><i></i>measure</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div></section>\n'
     )
 

@@ -15,7 +15,7 @@ from oasis_jax.evaluation import DEFINITIONS, EVALUATORS, evaluate_model
 from oasis_jax.evaluation.comparison import MeasuredRun, groups, not_comparable
 from oasis_jax.evaluation.evaluator import Batch
 from oasis_jax.evaluation.report import write_report
-from oasis_jax.training.checkpoints import check_corpus, load_run
+from oasis_jax.training.checkpoints import LoadedRun, check_corpus, load_run
 from oasis_jax.training.metrics import read_metrics
 
 
@@ -33,7 +33,8 @@ def evaluate(workdirs: Sequence[str | os.PathLike], report: str | os.PathLike, *
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches: must be at least 1, got {num_batches}")
     labels, folder = unique_labels(workdirs), _writable(report)
-    runs = [measure_run(workdir, label, num_batches) for workdir, label in zip(workdirs, labels)]
+    loaded = [load_run(workdir) for workdir in workdirs]  # all of them, before the first is measured
+    runs = [measure_run(run, workdir, label, num_batches) for run, workdir, label in zip(loaded, workdirs, labels)]
     text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
     write_report(runs, folder)
@@ -67,9 +68,8 @@ def _writable(report: str | os.PathLike) -> pathlib.Path:
     return folder
 
 
-def measure_run(workdir: str | os.PathLike, label: str, num_batches: int | None) -> MeasuredRun:
-    """Loads one run, finds its held-out data again, and runs every evaluator on it."""
-    run = load_run(workdir)
+def measure_run(run: LoadedRun, workdir: str | os.PathLike, label: str, num_batches: int | None) -> MeasuredRun:
+    """Finds the held-out data of a run again and runs every evaluator on it."""
     try:
         corpus = load_corpus(run.config.data, seed=run.config.run.seed, tokenizer=run.tokenizer)
         check_corpus(corpus, run.corpus_identity)

@@ -21,7 +21,8 @@ def table(runs: Sequence[MeasuredRun]) -> Table:
     )
     found.add_column("  measure", no_wrap=True)
     for run in runs:
-        found.add_column(escape(f"{run.label}\n{method(run.config)}"), justify="right")
+        how = method(run.config)
+        found.add_column(escape(run.label if how == run.label else f"{run.label}\n{how}"), justify="right")
     for row in rows(runs):
         winners = best(row, runs)
         cells = [f"[bold]{show(run.metrics[row.name])}[/bold]" if run.label in winners else show(run.metrics[row.name]) for run in runs]

@@ -20,8 +20,11 @@ def _labelled(runs: Runs, name: str, form: Form) -> str:
 
 
 def _each(runs: Runs, name: str, form: Form = show) -> str:
-    """ "0.31 in a and 0.24 in b" over the runs to which a metric applies; just the number where there is one run."""
-    return form(runs[0].metrics[name]) if len(runs) == 1 else _labelled(having(runs, name), name, form)
+    """ "0.31 in a and 0.24 in b" over the runs to which a metric applies; "0.31", or "0.31 in all runs", where one number says it."""
+    values = {form(run.metrics[name]) for run in having(runs, name)}
+    if len(values) == 1 and having(runs, name) == list(runs):
+        return values.pop() + (" in all runs" if len(runs) > 1 else "")
+    return _labelled(having(runs, name), name, form)
 
 
 def _lowest(runs: Runs, name: str, form: Form = show) -> str:
@@ -37,7 +40,7 @@ def summary(runs: Runs) -> str:
     """The first paragraph: prediction, outliers and sinks, and where OASIS did not help."""
     name, title = ("perplexity", "perplexity") if having(runs, "perplexity") else ("squared_error", "squared error")
     measures = {
-        f"On {describe_data(runs)} the {title}": (name, show),
+        f"On {describe_data(runs)}, the {title}": (name, show),
         "The largest activation": ("max_inf_norm", show),
         "The mean kurtosis of activations": ("avg_kurtosis", show),
         f"The sink rate, the share of heads that give the first token more than {percent(EPSILON)} of their attention,": (
@@ -88,7 +91,7 @@ def _sink_task(runs: Runs) -> list[str]:
         f"Rows without a trigger have nothing to look for; the head that relies most on the first token gives it {first} of such a row."
     ]
     if having(runs, "non_trigger_null_mass"):
-        texts.append(f"Over all heads the null takes {_each(runs, 'non_trigger_null_mass', percent)} of it.")
+        texts.append(f"Of such rows the null takes, over all heads, {_each(runs, 'non_trigger_null_mass', percent)}.")
     return texts
 
 
