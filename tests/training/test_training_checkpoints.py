@@ -1,0 +1,334 @@
+"""What a checkpoint holds, what it refuses, and what happens to damaged ones."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, from_dict, to_dict
+from oasis_jax.data import load_corpus
+from oasis_jax.errors import UserError
+from oasis_jax.training.checkpoints import Checkpoints, check_corpus, describe, differing_fields, load_run
+from oasis_jax.training.loop import with_sizes
+from oasis_jax.training.sharding import make_mesh
+from oasis_jax.training.state import build_model, new_state
+
+MESH = make_mesh(MeshConfig(), jax.devices()[:1])
+STEPS = (3, 6, 9)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(9):
+        (folder / f"{i}.txt").write_text(" ".join(f"{i * k % 97} apples" for k in range(60)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(text):
+    """(asked config, config with its vocabulary, corpus, states by step) of a run that never took place."""
+    asked = Config(
+        model=ModelConfig(preset="oasis_blocks", blocks=2, num_layers=1, width=14, num_heads=1, mlp_dim=22),
+        data=DataConfig(
+            corpus="files",
+            pattern=f"{text}/*.txt",
+            tokenizer="bpe",
+            bpe_vocab_size=300,
+            sequence_length=9,
+            batch_size=2,
+            holdout_fraction=0.2,
+        ),
+        run=RunConfig(steps=20),
+    )
+    corpus = load_corpus(asked.data, seed=0)
+    config = with_sizes(asked, corpus)
+    first = new_state(config, MESH)
+    states = {}
+    for step in STEPS:
+        arrays = jax.tree.map(lambda x, step=step: x + jnp.asarray(step / 7, x.dtype), first._replace(rng=None, step=None))
+        states[step] = arrays._replace(rng=jax.random.key(step), step=jnp.int32(step))
+    return asked, config, corpus, states
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def written(run, tmp_path_factory) -> pathlib.Path:
+    _, config, corpus, states = run
+    workdir = tmp_path_factory.mktemp("written")
+    with Checkpoints(workdir, keep=2, say=print) as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(state, step=step, data_state={"next_index": 5 * step}, description=describe(config, corpus))
+    return workdir
+
+
+@pytest.fixture
+def workdir(written, tmp_path) -> pathlib.Path:
+    """A copy that may be damaged."""
+    return shutil.copytree(written, tmp_path / "run")
+
+
+def resume(config, workdir, said):
+    with Checkpoints(workdir, keep=2, say=said.append) as checkpoints:
+        return checkpoints.resume(config, MESH)
+
+
+def equal(first, second) -> bool:
+    bits = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(bits(x), bits(y)) and x.dtype == y.dtype, first, second))
+
+
+def test_everything_comes_back(run, workdir, said):
+    asked, config, corpus, states = run
+    resumed = resume(asked, workdir, said)
+    assert resumed.step == 9
+    assert equal(resumed.state, states[9])
+    assert jax.tree.structure(resumed.state) == jax.tree.structure(states[9])
+    assert resumed.data_state == {"next_index": 45}
+    assert resumed.tokenizer.to_json() == corpus.tokenizer.to_json()
+    assert resumed.corpus_identity == corpus.identity
+    assert said == []
+    with Checkpoints(workdir, keep=None, say=said.append) as checkpoints:
+        metadata = checkpoints.metadata(9)
+    assert from_dict(metadata["config"]) == config
+    assert {"python", "oasis_jax", "jax", "flax", "optax", "orbax-checkpoint"} == set(metadata["versions"])
+    assert metadata["versions"]["jax"] == jax.__version__
+
+
+def test_the_newest_are_kept(workdir):
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["6", "9"]
+
+
+def test_an_empty_workdir_is_a_new_run(run, tmp_path, said):
+    assert resume(run[0], tmp_path, said) is None
+
+
+# Damage
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+DAMAGE = [truncate, empty, pathlib.Path.unlink]
+
+
+@pytest.mark.parametrize("harm", DAMAGE, ids=["truncated", "emptied", "deleted"])
+def test_any_damaged_file_of_the_newest_falls_back_and_says_so(run, written, tmp_path, harm):
+    """Every file of the newest checkpoint in turn; the few that hold nothing needed may be harmed without effect."""
+    asked, _, _, states = run
+    names = [path.relative_to(written) for path in (written / "checkpoints" / "9").rglob("*") if path.is_file()]
+    noticed = []
+    for i, name in enumerate(sorted(names)):
+        workdir, said = shutil.copytree(written, tmp_path / str(i)), []
+        harm(workdir / name)
+        resumed = resume(asked, workdir, said)
+        assert equal(resumed.state, states[resumed.step])
+        if resumed.step == 6:
+            noticed.append(name)
+            (line,) = said
+            assert line.startswith("checkpoint 9 is not whole, step 6 is used instead: ")
+            assert "\n" not in line
+            assert resumed.data_state == {"next_index": 30}
+            assert (workdir / "checkpoints_broken" / "9").is_dir()
+            assert not (workdir / "checkpoints" / "9").exists()
+    folders = {name.parts[2] for name in noticed}
+    assert {"params", "rest", "metadata", "files.json"} <= folders
+    assert {name.name for name in set(names) - set(noticed)} <= {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+def test_damage_that_keeps_the_size_falls_back_too(run, workdir, said):
+    path = workdir / "checkpoints" / "9" / "metadata" / "metadata"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert resume(run[0], workdir, said).step == 6
+
+
+def test_the_place_of_a_broken_checkpoint_can_be_saved_to_again(run, workdir, said):
+    asked, config, corpus, states = run
+    for attempt in range(2):
+        truncate(workdir / "checkpoints" / "9" / "rest" / "manifest.ocdbt")
+        with Checkpoints(workdir, keep=2, say=said.append) as checkpoints:
+            assert checkpoints.resume(asked, MESH).step == 6
+            checkpoints.save(states[9], step=9, data_state={}, description=describe(config, corpus))
+        assert len(list((workdir / "checkpoints_broken").iterdir())) == attempt + 1
+    assert resume(asked, workdir, said).step == 9
+
+
+def test_a_deleted_newest_checkpoint(run, workdir, said):
+    shutil.rmtree(workdir / "checkpoints" / "9")
+    assert resume(run[0], workdir, said).step == 6
+
+
+def test_what_a_killed_save_leaves_is_cleared(run, workdir, said):
+    shutil.copytree(workdir / "checkpoints" / "9", workdir / "checkpoints" / "12.orbax-checkpoint-tmp")
+    assert resume(run[0], workdir, said).step == 9
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["6", "9"]
+
+
+def test_no_whole_checkpoint(run, workdir, said):
+    for step in ("6", "9"):
+        truncate(workdir / "checkpoints" / step / "files.json")
+    for attempt in (lambda: resume(run[0], workdir, said), lambda: load_run(workdir)):
+        with pytest.raises(UserError, match=r"no whole checkpoint \(9: .*; 6: ") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["6", "9"]
+
+
+# Another run
+
+
+def changed(config, **fields):
+    for name, value in fields.items():
+        section, field = name.split("__")
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+    return config
+
+
+def test_another_config_is_refused_by_the_names_of_its_fields(run, workdir, said):
+    asked = changed(run[0], model__width=28, data__sequence_length=10, optimizer__beta2=0.99, run__seed=1)
+    with pytest.raises(UserError) as error:
+        resume(asked, workdir, said)
+    assert "model.width is 14 there, 28 now; data.sequence_length is 9 there, 10 now; optimizer.beta2 is 0.95 there, 0.99 now; " in str(
+        error.value
+    )
+    assert "run.seed is 0 there, 1 now; take these values or another workdir" in str(error.value)
+
+
+def test_what_may_differ(run, workdir, said):
+    asked = changed(
+        run[0],
+        model__remat="layer",
+        model__attention_implementation="reference",
+        optimizer__accumulation_steps=2,
+        mesh__data=1,
+        mesh__rules=(("batch", ("data",)),),
+        run__log_interval=7,
+        run__telemetry_interval=0,
+        run__eval_interval=3,
+        run__eval_batches=1,
+        run__checkpoint_interval=2,
+        run__keep_checkpoints=5,
+        run__tensorboard=True,
+    )
+    assert resume(asked, workdir, said).step == 9
+
+
+def test_every_other_field_is_compared():
+    config = Config(model=ModelConfig(vocab_size=258))
+    fields = [f"{section}.{name}" for section, values in to_dict(config).items() for name in values]
+    other = to_dict(config)
+    compared = [line.split()[0] for line in differing_fields(_Everything(other), config)]
+    free = [name for name in fields if name not in compared]
+    assert set(free) == {
+        *("model.remat", "model.attention_implementation", "model.depth_implementation", "data.pattern", "optimizer.accumulation_steps"),
+        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules", "run.log_interval", "run.telemetry_interval", "run.eval_interval"),
+        *("run.eval_batches", "run.checkpoint_interval", "run.keep_checkpoints", "run.tensorboard"),
+    }
+
+
+class _Everything:
+    """A config whose every field has another value than any other config's, but for the schedule."""
+
+    def __init__(self, values):
+        for name, fields in values.items():
+            setattr(self, name, type("Section", (), dict.fromkeys(fields, object())))
+        self.optimizer.schedule = "linear"
+
+
+def test_only_a_constant_schedule_can_be_made_longer():
+    for schedule, expected in [
+        ("cosine", ["run.steps is 300 there, 400 now"]),
+        ("linear", ["run.steps is 300 there, 400 now"]),
+        ("constant", []),
+    ]:
+        stored = Config(optimizer=OptimizerConfig(schedule=schedule))
+        assert differing_fields(changed(stored, run__steps=400), stored) == expected
+
+
+def test_a_vocabulary_is_only_compared_when_asked_for():
+    stored = Config(model=ModelConfig(vocab_size=258))
+    assert differing_fields(Config(), stored) == []
+    assert differing_fields(changed(stored, model__vocab_size=300), stored) == ["model.vocab_size is 258 there, 300 now"]
+
+
+def test_another_corpus_is_refused_by_name(run, text, tmp_path):
+    asked, _, corpus, _ = run
+    moved = shutil.copytree(text, tmp_path / "moved")
+    elsewhere = dataclasses.replace(asked.data, pattern=f"{moved}/*.txt")
+    check_corpus(load_corpus(elsewhere, seed=0, tokenizer=corpus.tokenizer), corpus.identity)
+    (moved / "3.txt").write_text("something else " * 60)
+    with pytest.raises(
+        UserError, match=r"the corpus is not the one this run was trained on \(sha256 was '.*', is '.*'; bytes was"
+    ) as error:
+        check_corpus(load_corpus(elsewhere, seed=0, tokenizer=corpus.tokenizer), corpus.identity)
+    assert "\n" not in str(error.value)
+
+
+def test_changed_versions_are_said(run, workdir, said, monkeypatch):
+    monkeypatch.setattr("oasis_jax.training.checkpoints.platform.python_version", lambda: "3.99.1")
+    assert resume(run[0], workdir, said).step == 9
+    assert said == [f"versions changed since the checkpoint (python {_python()} -> 3.99.1): losses may differ in their last bits"]
+
+
+def _python():
+    import sys
+
+    return ".".join(map(str, sys.version_info[:3]))
+
+
+# A run from its checkpoint alone
+
+
+def test_load_run(run, workdir):
+    _, config, corpus, states = run
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    loaded = load_run(str(workdir))
+    assert (loaded.step, loaded.config, loaded.corpus_identity) == (9, config, corpus.identity)
+    assert loaded.tokenizer.identity == corpus.tokenizer.identity
+    inputs = jnp.arange(14).reshape(2, 7)
+    assert np.array_equal(loaded.model(inputs)[0], build_model(config.model, states[9].params)(inputs)[0])
+    assert load_run(workdir, step=6).step == 6
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_load_run_reads_parameters_only(workdir, capsys):
+    shutil.rmtree(workdir / "checkpoints" / "9" / "rest")
+    files = workdir / "checkpoints" / "9" / "files.json"
+    files.write_text(json.dumps({name: size for name, size in json.loads(files.read_text()).items() if not name.startswith("rest/")}))
+    assert load_run(workdir).step == 9
+
+
+def test_load_run_falls_back(workdir, capsys):
+    truncate(workdir / "checkpoints" / "9" / "params" / "manifest.ocdbt")
+    assert load_run(workdir).step == 6
+    assert capsys.readouterr().err.startswith("checkpoint 9 is not whole, step 6 is used instead: params/manifest.ocdbt has ")
+    assert (workdir / "checkpoints" / "9").is_dir()
+    with pytest.raises(UserError, match=r"no whole checkpoint \(9: params/manifest.ocdbt has"):
+        load_run(workdir, step=9)
+
+
+def test_load_run_without_a_run(workdir, tmp_path):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    for folder, step, message in [
+        (tmp_path / "nowhere", None, "there is no run in"),
+        (tmp_path, None, "there is no run in"),
+        (tmp_path / "empty", None, "has no checkpoint yet"),
+        (workdir, 7, "step 7: .* has no such checkpoint; allowed: 9, 6"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_run(folder, step)
+    assert not (tmp_path / "nowhere").exists()
