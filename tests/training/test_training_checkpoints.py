@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -281,13 +282,9 @@ def test_another_corpus_is_refused_by_name(run, text, tmp_path):
 def test_changed_versions_are_said(run, workdir, said, monkeypatch):
     monkeypatch.setattr("oasis_jax.training.checkpoints.platform.python_version", lambda: "3.99.1")
     assert resume(run[0], workdir, said).step == 9
-    assert said == [f"versions changed since the checkpoint (python {_python()} -> 3.99.1): losses may differ in their last bits"]
-
-
-def _python():
-    import sys
-
-    return ".".join(map(str, sys.version_info[:3]))
+    assert said == [
+        f"versions changed since the checkpoint (python {'.'.join(map(str, sys.version_info[:3]))} -> 3.99.1): losses may differ in their last bits"
+    ]
 
 
 # A run from its checkpoint alone
