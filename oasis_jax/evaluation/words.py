@@ -37,7 +37,7 @@ def _lowest(runs: Runs, name: str, form: Form = show) -> str:
 
 
 def summary(runs: Runs) -> str:
-    """The first paragraph: prediction, outliers and sinks, and where OASIS did not help."""
+    """The first paragraph: prediction, outliers and sinks, and where OASIS does not come first."""
     name, title = ("perplexity", "perplexity") if having(runs, "perplexity") else ("squared_error", "squared error")
     measures = {
         f"On {describe_data(runs)}, the {title}": (name, show),
@@ -49,13 +49,11 @@ def summary(runs: Runs) -> str:
         ),
     }
     texts = [f"{subject} is {_lowest(runs, name, form)}." for subject, (name, form) in measures.items() if having(runs, name)]
-    texts += _oasis_failed(
-        runs, {name: f"the {title}", "max_inf_norm": "the largest activation", "avg_kurtosis": "kurtosis", "sink_rate": "the sink rate"}
-    )
+    texts += _behind(runs, {name: title, "max_inf_norm": "largest activation", "avg_kurtosis": "kurtosis", "sink_rate": "sink rate"})
     return " ".join(texts + ["Each run was trained once, so small differences may be chance."] * (len(runs) > 1))
 
 
-def _oasis_failed(runs: Runs, measures: dict[str, str]) -> list[str]:
+def _behind(runs: Runs, measures: dict[str, str]) -> list[str]:
     """Names what another method did better than the best run with the inter-layer null signal."""
     oasis = [run for run in runs if run.config.model.coupling]
     others = [run for run in runs if not run.config.model.coupling]
@@ -64,7 +62,7 @@ def _oasis_failed(runs: Runs, measures: dict[str, str]) -> list[str]:
         lowest = [min((run.metrics[name] for run in having(part, name)), default=None) for part in (oasis, others)]
         if None not in lowest and lowest[0] > lowest[1] and show(lowest[0]) != show(lowest[1]):
             worse.append(title)
-    return [f"OASIS did not lower {listed(worse)} here."] if worse else []
+    return [f"OASIS does not come first in {listed(worse)}."] if worse else []
 
 
 def findings(runs: Runs) -> dict[str, str]:

@@ -15,6 +15,8 @@ from oasis_jax.stack import router_names
 
 BATCH, LENGTH, VOCAB = 3, 11, 29
 NORMALIZERS = ("softmax", "softmax1", "learned_sink", "clipped", "entmax15", "sparsemax", "softpick")
+# The expected values come from another compilation of the float32 model: its sums of up to 100 terms are in another order.
+ROUNDING = 100 * float(np.finfo(np.float32).eps)
 WITH_NULL = ("softmax1", "learned_sink", "clipped", "softpick")
 
 
@@ -104,7 +106,7 @@ def test_sinks_equal_those_of_materialized_probabilities(normalizer):
     metrics = EVALUATORS["sinks"](model, batches)
 
     def close(name, expected):
-        np.testing.assert_allclose(metrics[name], expected, atol=3e-6, err_msg=name)
+        np.testing.assert_allclose(metrics[name], expected, atol=ROUNDING, err_msg=name)
 
     close("first_token_mass", first.mean())
     close("first_token_mass_by_head", first.mean((0, 3)))
@@ -181,8 +183,9 @@ def test_outliers_of_a_bfloat16_model_are_reduced_in_float32():
 def test_perplexity_by_hand():
     model, batches = build(preset="oasis"), token_batches()
     logits = forward(model, batches)[0].astype(np.float64)
+    assert logits.shape[-1] == 32  # the padding of the vocabulary takes part, as in training
     targets, weights = (np.concatenate([batch[name] for batch in batches]) for name in ("targets", "weights"))
-    nats = np.log(np.exp(logits[..., :VOCAB]).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     mean = (nats * weights).sum() / weights.sum()
     metrics = EVALUATORS["perplexity"](model, batches)
     assert metrics["loss"] == pytest.approx(mean, rel=1e-5)
@@ -208,22 +211,22 @@ def test_depth_equals_numpy(fields):
     entropies, largest = [], []
     for name, row, variance in zip(routers, metrics["depth_weights"], metrics["depth_weight_variance"]):
         alpha, null = (np.asarray(x, np.float64) for x in routers[name][:2])
-        np.testing.assert_allclose([w for w in row if w is not None], alpha.mean((0, 1)), atol=1e-6)
-        np.testing.assert_allclose([v for v in variance if v is not None], alpha.var(1).mean(0), atol=1e-6)
+        np.testing.assert_allclose([w for w in row if w is not None], alpha.mean((0, 1)), atol=ROUNDING)
+        np.testing.assert_allclose([v for v in variance if v is not None], alpha.var(1).mean(0), atol=ROUNDING)
         outcomes = np.concatenate([alpha, null[..., None]], -1)
         entropies.append(-(outcomes * np.log(np.where(outcomes > 0, outcomes, 1))).sum(-1).mean())
         largest.append(alpha.max(-1).mean())
-    assert metrics["depth_entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
-    assert metrics["depth_max_weight"] == pytest.approx(np.mean(largest), abs=1e-5)
+    assert metrics["depth_entropy"] == pytest.approx(np.mean(entropies), abs=ROUNDING)
+    assert metrics["depth_max_weight"] == pytest.approx(np.mean(largest), abs=ROUNDING)
     embedding = [router.weights[..., 0].mean() for router in routers.values()]
     wide = [mean > 0.3 for mean, router in zip(embedding, routers.values()) if router.weights.shape[-1] >= 3]
-    assert metrics["depth_embedding_weight"] == pytest.approx(np.mean(embedding), abs=1e-6)
+    assert metrics["depth_embedding_weight"] == pytest.approx(np.mean(embedding), abs=ROUNDING)
     assert metrics["depth_sink_rate"] == pytest.approx(np.mean(wide))
     if fields["preset"].startswith("oasis"):
         betas = [np.logaddexp(0, float(router.parameters["beta_raw"])) for router in model.routers]
         np.testing.assert_allclose(metrics["beta_by_router"], betas, rtol=1e-5)
         assert metrics["beta"] == pytest.approx(np.mean(betas), rel=1e-5)
-        assert metrics["depth_null_mass"] == pytest.approx(np.mean([router.null_mass.mean() for router in routers.values()]), abs=1e-6)
+        assert metrics["depth_null_mass"] == pytest.approx(np.mean([router.null_mass.mean() for router in routers.values()]), abs=ROUNDING)
     else:
         assert metrics["beta"] is metrics["beta_by_router"] is metrics["depth_null_mass"] is None
 
@@ -250,7 +253,10 @@ def test_sources_are_named_by_what_they_hold():
 def test_sources_of_a_router_are_as_many_as_its_weights(blocks):
     model = build(preset="attnres", num_layers=3, blocks=blocks)
     places = source_columns(model.config)[1]
-    for name, router in forward(model, token_batches(1))[1].routers.items():
+    graphdef, state = nnx.split(model)
+    _, statistics = jax.eval_shape(lambda state, inputs: nnx.merge(graphdef, state)(inputs), state, token_batches(1)[0]["inputs"])
+    assert len(statistics.routers) == 6
+    for name, router in statistics.routers.items():
         assert len(places[name]) == router.weights.shape[-1], name
 
 
@@ -277,8 +283,8 @@ def test_trigger_rows_equal_numpy(normalizer):
             if normalizer == "softmax" and mass == "null_mass":
                 assert metrics[f"{kind}_{mass}"] is metrics[f"{kind}_{mass}_by_head"] is None
                 continue
-            np.testing.assert_allclose(metrics[f"{kind}_{mass}_by_head"], expected, atol=1e-6)
-            assert metrics[f"{kind}_{mass}"] == pytest.approx(expected.mean(), abs=1e-6)
+            np.testing.assert_allclose(metrics[f"{kind}_{mass}_by_head"], expected, atol=ROUNDING)
+            assert metrics[f"{kind}_{mass}"] == pytest.approx(expected.mean(), abs=ROUNDING)
     assert metrics["non_trigger_first_token_mass_max"] == np.max(metrics["non_trigger_first_token_mass_by_head"])
     error = (outputs - np.concatenate([batch["targets"] for batch in batches])) ** 2
     assert metrics["squared_error"] == pytest.approx(error.mean(), rel=1e-5)
@@ -304,7 +310,7 @@ def test_every_metric_has_a_definition_and_one_pass_gives_what_each_evaluator_gi
         flat_alone, tree_alone = jax.tree.flatten(alone)
         assert tree == tree_alone
         for one, other in zip(flat, flat_alone):
-            assert one == other if isinstance(one, str) else one == pytest.approx(other, rel=1e-5, abs=1e-6)
+            assert one == other if isinstance(one, str) else one == pytest.approx(other, rel=1e-5, abs=ROUNDING)
 
 
 def test_definitions_are_complete():

@@ -1,11 +1,14 @@
 """From workdirs to the report: what it says, what it holds, and how it refuses."""
 
 import html.parser
+import importlib.util
 import json
+import pathlib
 import re
 
 import pytest
 
+from oasis_jax.command_line import run_main
 from oasis_jax.config import Config, DataConfig, ModelConfig
 from oasis_jax.data import load_corpus
 from oasis_jax.errors import UserError
@@ -76,8 +79,18 @@ def check_self_contained(text: str) -> Page:
     return page
 
 
-def test_one_run(trained, tmp_path):
-    evaluate([trained / "oasis"], tmp_path / "out")
+@pytest.fixture(scope="module")
+def script():
+    """eval.py as a module."""
+    spec = importlib.util.spec_from_file_location("eval_script", pathlib.Path(__file__).parents[2] / "eval.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_one_run(trained, tmp_path, script, capsys):
+    script.main(["--workdir", str(trained / "oasis"), "--report", str(tmp_path / "out")])
+    assert f"report: {tmp_path}/out/index.html" in capsys.readouterr().out
     page = check_self_contained((tmp_path / "out" / "index.html").read_text())
     assert page.tags.count("svg") >= 10
     names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
@@ -134,6 +147,25 @@ def test_report_that_cannot_be_written(trained, tmp_path):
     with pytest.raises(UserError, match=r"^--report: cannot write to '.*file': ") as error:
         evaluate([trained / "oasis"], tmp_path / "file")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--workdir", "a", "--workdir", "./a", "--report", "r"], "--workdir: './a' is given twice"),
+        (["--workdir", "nowhere", "--report", "r"], "--workdir: there is no run in 'nowhere'"),
+        (["--workdir", "nowhere"], "--report"),
+        (["--workdir", "a", "--report", "r", "--batch", "3"], "unknown flag --batch (did you mean '--batches'?)"),
+        (["--workdir", "a", "--report", "r", "--batches", "x"], "--batches"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_with_2(arguments, says, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_main(script.main, arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in error and error.count("\n") == 1
 
 
 def test_the_same_workdir_twice(tmp_path):
@@ -194,7 +226,7 @@ def test_words_say_so_when_oasis_is_worse():
     assert "the perplexity is lowest in twin, 5.000 (5.500 in oasis)." in text
     assert "The largest activation is lowest in twin, 10.00 (12.00 in oasis)." in text
     assert "The mean kurtosis of activations is 4.000 in all runs." in text
-    assert "OASIS did not lower the perplexity and the largest activation here." in text
+    assert "OASIS does not come first in perplexity and largest activation." in text
     assert "trained once" in text
 
 
@@ -202,7 +234,7 @@ def test_words_say_so_when_oasis_is_better():
     values = dict(perplexity=4.5, null_mass=0.4, first_token_mass_conditional=0.3, beta=0.01)
     oasis, twin = measured("oasis", **values), measured("twin", preset="attnres_cumulative")
     text = summary([twin, oasis])
-    assert "lowest in oasis, 4.500 (5.000 in twin)" in text and "did not" not in text
+    assert "lowest in oasis, 4.500 (5.000 in twin)" in text and "does not" not in text
     found = findings([twin, oasis])
     assert list(found) == ["Null", "Depth"]
     assert "the null takes 40\N{NO-BREAK SPACE}% in oasis" in found["Null"]
