@@ -21,7 +21,7 @@ from oasis_jax.training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
-from oasis_jax.config import Config, DataConfig, ModelConfig
+from oasis_jax.config import Config, DataConfig, ModelConfig, RunConfig
 
 def get_config():
     return Config(
