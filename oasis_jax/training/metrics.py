@@ -102,7 +102,7 @@ class ProgressBar:
     def __init__(self, *, steps: int, tokens_per_step: int):
         self._steps, self._tokens_per_step = steps, tokens_per_step
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console, disable=not self._console.is_terminal)
+        self._bar = Progress(BarColumn(20), TextColumn("{task.description}"), console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("compiling", total=steps)
         self._last_line = time.monotonic()
         self._rate = 0.0
