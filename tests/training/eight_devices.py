@@ -61,7 +61,7 @@ def main(preset: str, meshes: dict[str, dict]) -> None:
         ]
         report[name] = {
             "losses": losses,
-            "initial_parameters_equal": jax.tree.all(jax.tree.map(np.array_equal, first, alone)),
+            "initial_difference": max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), first, alone))),
             "query_shard": shard(last.params["layers"][0]["attention"]["query"]),
             "moment_shard": shard(moments[0]),
         }
