@@ -14,8 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 # One colour and marker a model, everywhere; told apart by most colour-blind readers too.
@@ -224,14 +226,14 @@ def save_png(picture: Picture, folder: pathlib.Path) -> pathlib.Path:
     figure.suptitle(picture.title, x=0.008, ha="left", fontsize=FONT_SIZE + 3, fontweight="bold", color=ink.text)
     if picture.scale:
         lowest, highest, unit = picture.scale
-        scale = matplotlib.cm.ScalarMappable(Normalize(100 * lowest, 100 * highest), HEAT)
-        bar = figure.colorbar(scale, ax=grid[:lines].ravel().tolist()[: len(picture.panels)], label=unit, fraction=0.05, pad=0.02)
+        scale = ScalarMappable(Normalize(100 * lowest, 100 * highest), HEAT)
+        bar = figure.colorbar(scale, ax=list(grid.flat[: len(picture.panels)]), label=unit, fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=FONT_SIZE, colors=ink.muted, length=0)
         bar.ax.yaxis.label.set(color=ink.muted, fontsize=FONT_SIZE)
     if picture.legend:
         handles = [
-            matplotlib.lines.Line2D([], [], color=color(i), marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=1.7, label=label)
+            Line2D([], [], color=color(i), marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=1.7, label=label)
             for label, i in picture.legend.items()
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=FONT_SIZE)
@@ -242,5 +244,5 @@ def save_png(picture: Picture, folder: pathlib.Path) -> pathlib.Path:
 
 def scale_css() -> str:
     """The colour scale as a CSS gradient."""
-    stops = ", ".join(matplotlib.colors.to_hex(HEAT(x)) for x in np.linspace(0, 1, 9))
+    stops = ", ".join(to_hex(HEAT(x)) for x in np.linspace(0, 1, 9))
     return f"linear-gradient(90deg, {stops})"

@@ -1,5 +1,7 @@
 """The measures against numpy in float64, on statistics computed apart from them."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -45,11 +47,20 @@ def token_batches(count: int = 2) -> list[dict]:
     ]
 
 
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _forward(graphdef, state, inputs):
+    return nnx.merge(graphdef, state)(inputs)
+
+
 def forward(model: Decoder, batches: list[dict]):
     """Outputs and statistics of all sequences at once, in numpy."""
     graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, inputs: nnx.merge(graphdef, state)(inputs))
-    return jax.tree.map(np.asarray, run(state, np.concatenate([batch["inputs"] for batch in batches])))
+    return jax.tree.map(np.asarray, _forward(graphdef, state, np.concatenate([batch["inputs"] for batch in batches])))
+
+
+def measure(model: Decoder, batches: list[dict]) -> dict:
+    """All measures in one pass: tests of the same model share its compilation."""
+    return evaluate_model(model, batches, EVALUATORS)
 
 
 # Probabilities from scores, one row at a time, in float64
@@ -103,7 +114,7 @@ def test_sinks_equal_those_of_materialized_probabilities(normalizer):
         p.append(materialized(layer, model.config, learned))
     p = np.stack(p, 1)  # [B, L, N, T, T]
     first, omega = p[..., 0], np.maximum(0, 1 - p.sum(-1))
-    metrics = EVALUATORS["sinks"](model, batches)
+    metrics = measure(model, batches)
 
     def close(name, expected):
         np.testing.assert_allclose(metrics[name], expected, atol=ROUNDING, err_msg=name)
@@ -112,7 +123,7 @@ def test_sinks_equal_those_of_materialized_probabilities(normalizer):
     close("first_token_mass_by_head", first.mean((0, 3)))
     close("first_token_mass_by_position", first.mean((0, 2)))
     close("sink_rate", (first.mean(-1) > 0.3).mean())
-    null_names = [name for name in metrics if "null" in name or "conditional" in name]
+    null_names = [name for name in EVALUATORS["sinks"].definitions if "null" in name or "conditional" in name]
     if normalizer not in WITH_NULL:
         assert [metrics[name] for name in null_names] == [None] * 6
         return
@@ -159,7 +170,7 @@ def test_kurtosis_of_a_small_and_shifted_tensor():
 def test_outliers_equal_numpy_at_every_tap():
     model, batches = build(preset="oasis"), token_batches()
     taps = forward(model, batches)[1].taps
-    metrics = EVALUATORS["outliers"](model, batches)
+    metrics = measure(model, batches)
     norms = {kind: [np.abs(x).max((1, 2)).mean() for x in layers] for kind, layers in taps.items()}
     kurtoses = {kind: [np.mean([numpy_kurtosis(row) for row in x]) for x in layers] for kind, layers in taps.items()}
     assert sorted(norms) == ["attention_norm", "attention_output", "final_norm", "layer_output", "mlp_norm", "mlp_output"]
@@ -175,7 +186,7 @@ def test_outliers_equal_numpy_at_every_tap():
 def test_outliers_of_a_bfloat16_model_are_reduced_in_float32():
     model, batches = build(preset="oasis", dtype="bfloat16"), token_batches(1)
     tap = forward(model, batches)[1].taps["mlp_output"][0]
-    value = EVALUATORS["outliers"](model, batches)["kurtosis_by_tap"]["mlp_output"][0]
+    value = measure(model, batches)["kurtosis_by_tap"]["mlp_output"][0]
     # Two compilations of a bfloat16 model differ by bfloat16's rounding, not more.
     assert value == pytest.approx(np.mean([numpy_kurtosis(row) for row in tap.astype(np.float32)]), rel=2e-2)
 
@@ -187,7 +198,7 @@ def test_perplexity_by_hand():
     targets, weights = (np.concatenate([batch[name] for batch in batches]) for name in ("targets", "weights"))
     nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     mean = (nats * weights).sum() / weights.sum()
-    metrics = EVALUATORS["perplexity"](model, batches)
+    metrics = measure(model, batches)
     assert metrics["loss"] == pytest.approx(mean, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(np.exp(mean), rel=1e-5)
     assert metrics["bits_per_byte"] is None and metrics["squared_error"] is None
@@ -203,10 +214,10 @@ WIRINGS = [dict(preset="oasis"), dict(preset="attnres"), dict(preset="oasis_bloc
 
 @pytest.mark.parametrize("fields", WIRINGS, ids=lambda fields: fields["preset"])
 def test_depth_equals_numpy(fields):
-    model, batches = build(num_layers=3, **fields), token_batches()
+    model, batches = build(**fields), token_batches()
     found = forward(model, batches)[1].routers
     routers = {name: found[name] for name in router_names(model.config)}
-    metrics = EVALUATORS["depth"](model, batches)
+    metrics = measure(model, batches)
     assert metrics["depth_routers"] == list(routers)
     entropies, largest = [], []
     for name, row, variance in zip(routers, metrics["depth_weights"], metrics["depth_weight_variance"]):
@@ -275,7 +286,7 @@ def test_trigger_rows_equal_numpy(normalizer):
     trigger = np.concatenate([batch["trigger"] for batch in batches])
     others = ~trigger
     others[:, 0] = False
-    metrics = evaluate_model(model, batches, {name: EVALUATORS[name] for name in ("trigger", "perplexity")})
+    metrics = measure(model, batches)
     for mass in ("first_token_mass", "null_mass"):
         by_layer = np.stack([getattr(layer, mass) for layer in statistics.attention], 1)  # [B, L, N, T]
         for kind, mask in (("trigger", trigger), ("non_trigger", others)):
@@ -292,7 +303,7 @@ def test_trigger_rows_equal_numpy(normalizer):
 
 
 def test_what_does_not_apply_is_none_and_not_zero():
-    metrics = evaluate_model(build(preset="residual"), token_batches(1), EVALUATORS)
+    metrics = measure(build(preset="residual"), token_batches(1))
     absent = {name for name, value in metrics.items() if value is None}
     assert {name for name in DEFINITIONS if name.startswith(("depth_", "beta", "trigger_", "non_trigger_", "null_mass"))} <= absent
     assert not absent & {"perplexity", "loss", "sink_rate", "max_inf_norm", "avg_kurtosis", "first_token_mass"}
@@ -301,8 +312,8 @@ def test_what_does_not_apply_is_none_and_not_zero():
 
 @pytest.mark.parametrize("preset", ["residual", "attnres", "oasis", "oasis_blocks"])
 def test_every_metric_has_a_definition_and_one_pass_gives_what_each_evaluator_gives_alone(preset):
-    model, batches = build(preset=preset, **({"blocks": 2} if preset == "oasis_blocks" else {})), token_batches(1)
-    metrics = evaluate_model(model, batches, EVALUATORS)
+    model, batches = build(preset=preset, **({"blocks": 3} if preset == "oasis_blocks" else {})), token_batches(1)
+    metrics = measure(model, batches)
     assert set(metrics) == set(DEFINITIONS)
     if preset == "oasis":
         alone = {name: value for evaluator in EVALUATORS.values() for name, value in evaluator(model, batches).items()}
@@ -323,9 +334,9 @@ def test_a_second_evaluation_compiles_nothing():
     from oasis_jax.evaluation.evaluator import _read
 
     model, batches = build(preset="oasis"), token_batches()
-    evaluate_model(model, batches, EVALUATORS)
+    measure(model, batches)
     before = _read._cache_size()
-    evaluate_model(build(preset="oasis"), batches, EVALUATORS)
+    measure(build(preset="oasis"), batches)
     assert _read._cache_size() == before
 
 
