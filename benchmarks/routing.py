@@ -5,7 +5,7 @@ python benchmarks/routing.py [--repetitions 15]
 
 import argparse
 
-import harness
+import _harness as harness
 import jax
 import jax.numpy as jnp
 

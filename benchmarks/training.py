@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 
-import harness
+import _harness as harness
 import jax
 
 from oasis_jax.command_line import load_config

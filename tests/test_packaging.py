@@ -44,6 +44,8 @@ def imports_of(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
             else:
                 continue
             for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - HOUSE:
+                if top.startswith("_"):  # a script's private neighbour
+                    continue
                 found[canonicalize_name(DISTRIBUTIONS.get(top, top))] = path.relative_to(ROOT)
     return found
 
