@@ -1,13 +1,14 @@
 """Trigger-conditional averaging (arXiv 2603.11487): a task on which softmax attention forms a sink.
 
 At a trigger the model has to put out the mean of the content so far, anywhere else zero. Softmax attention puts out
-zero by sending its mass to a token without content, the begin token; Softmax1 may send it to the null instead.
+zero by sending its mass to a token without content, the begin token. Softmax1 could send it to the null instead; with a
+begin token at hand it does not (README, "What make demo shows").
 
     python train.py --config=configs/trigger.py --workdir=runs/softmax
     python train.py --config=configs/trigger.py --workdir=runs/softmax1 --set model.normalizer=softmax1
     python eval.py --workdir runs/softmax --workdir runs/softmax1 --report runs/sinks
 
-Hardware: two CPU cores, no download. Time and metrics (first_token_mass, null_mass): see README, "Results".
+Hardware: two CPU cores, no download. Time and metrics (first_token_mass, null_mass): see README, "What make demo shows".
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -133,7 +132,7 @@ def params_from_nnx(parameters: Mapping) -> dict:
 def params_to_nnx(parameters: Mapping) -> dict:
     """The inverse of `params_from_nnx`, for the parameters of a `Decoder`."""
     nested: dict = {}
-    for name, value in jax.tree.map(lambda x: x, dict(parameters)).items():
+    for name, value in parameters.items():
         stem, _, index = name.rpartition("_")
         if stem in ("layers", "routers") and index.isdigit():
             nested.setdefault(stem, {})[int(index)] = value
