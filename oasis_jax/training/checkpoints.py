@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import sys
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -127,10 +128,13 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, *, keep: int | None, say: Callable[[str], None]):
         self.folder, self._broken_folder, self._say = workdir / "checkpoints", workdir / "checkpoints_broken", say
+        if keep is not None:
+            # What a killed save left. The manager would do it in a thread that nobody waits for when a run ends before its first save.
+            for unfinished in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(unfinished)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(keep),
             create=keep is not None,
-            cleanup_tmp_directories=keep is not None,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
         )
         self._saving: int | None = None

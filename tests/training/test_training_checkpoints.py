@@ -329,3 +329,13 @@ def test_load_run_without_a_run(workdir, tmp_path):
         with pytest.raises(UserError, match=message):
             load_run(folder, step)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_a_killed_save_left_is_removed_by_training_and_left_by_reading(workdir):
+    unfinished = workdir / "checkpoints" / "12.orbax-checkpoint-tmp" / "params"
+    unfinished.mkdir(parents=True)
+    load_run(workdir)
+    assert unfinished.exists()
+    with Checkpoints(workdir, keep=2, say=print) as checkpoints:
+        assert not unfinished.exists()
+        assert checkpoints.steps() == [9, 6]

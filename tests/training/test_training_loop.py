@@ -203,9 +203,13 @@ def command(pattern, tmp_path, *arguments):
 
 
 def test_mistakes_are_one_line_and_exit_code_2(pattern, tmp_path, stopped_at_5):
+    short = tmp_path / "short.txt"
+    short.write_text("hi")
     for arguments, message in [
         ((f"--workdir={stopped_at_5}", "--set", "model.width=16"), "holds a run with another config: model.width is 14 there, 16 now"),
         ((f"--workdir={tmp_path / 'config.py'}",), "cannot write to"),
+        # Ends after the checkpoints are opened and before anything is saved: no thread may be left behind.
+        ((f"--workdir={tmp_path / 'short'}", "--set", f"data.pattern={short}"), "use a smaller data.sequence_length"),
         ((f"--workdir={tmp_path / 'new'}", "--set", "data.batch_size=7", "--set", "optimizer.accumulation_steps=2"), "does not divide"),
     ]:
         done = command(pattern, tmp_path, *arguments)
