@@ -4,15 +4,35 @@
     depth_route      a token's weighted sum over the sources of a network's depth, with a null and inter-layer null evidence
 
 Both are differentiable in every floating-point argument, through every result. `implementation=None` chooses the fastest
-backend that can serve the call; `implementations(operator)` lists the names there are.
+backend that can serve the call; `implementations(operator)` lists the names there are and `explain(operator, ...)` says which one
+a call runs and why the others do not.
 """
 
 from pallas_kernels.depth_route import IMPLEMENTATIONS as _DEPTH_ROUTE
 from pallas_kernels.depth_route import DepthRoute, depth_route
+from pallas_kernels.dispatch import Device, Explanation, explain_call
 from pallas_kernels.null_attention import IMPLEMENTATIONS as _NULL_ATTENTION
 from pallas_kernels.null_attention import NullAttention, merge_partials, null_attention
 
-__all__ = ["DepthRoute", "NullAttention", "depth_route", "implementations", "merge_partials", "null_attention"]
+__all__ = [
+    "DepthRoute",
+    "Device",
+    "Explanation",
+    "NullAttention",
+    "depth_route",
+    "explain",
+    "implementations",
+    "merge_partials",
+    "null_attention",
+]
+
+_OPERATORS = {"null_attention": (null_attention, _NULL_ATTENTION), "depth_route": (depth_route, _DEPTH_ROUTE)}
+
+
+def _operator(name: str):
+    if name not in _OPERATORS:
+        raise ValueError(f"operator: no {name!r}; there are: {', '.join(_OPERATORS)}")
+    return _OPERATORS[name]
 
 
 def implementations(operator: str) -> tuple[str, ...]:
@@ -21,7 +41,23 @@ def implementations(operator: str) -> tuple[str, ...]:
     Raises:
       ValueError: `operator` is neither.
     """
-    tables = {"null_attention": _NULL_ATTENTION, "depth_route": _DEPTH_ROUTE}
-    if operator not in tables:
-        raise ValueError(f"operator: no {operator!r}; there are: {', '.join(tables)}")
-    return tuple(tables[operator])
+    return tuple(_operator(operator)[1])
+
+
+def explain(operator: str, *args, **kwargs) -> Explanation:
+    """Which backend a call of an operator runs, and why the others do not; nothing is computed.
+
+        print(pallas_kernels.explain("null_attention", query, key, value, window=512))
+
+    Args:
+      operator: "null_attention" or "depth_route".
+      *args, **kwargs: those of the call, without `implementation`; positional arrays may be `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      An Explanation; printed, one line a backend.
+
+    Raises:
+      ValueError: no such operator, or arguments that do not fit.
+    """
+    function, table = _operator(operator)
+    return explain_call(function, table, args, kwargs)

@@ -2,10 +2,41 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
 
 
 class Unavailable(Exception):
     """A backend cannot serve this call; the message says why. Raised by a backend before it computes anything."""
+
+
+class CannotServe(ValueError):
+    """No backend, or not the named one, can serve the call. `reasons` maps each backend that was asked to why not."""
+
+    def __init__(self, message: str, reasons: Mapping[str, str]):
+        super().__init__(message)
+        self.reasons = dict(reasons)
+
+
+class Device(NamedTuple):
+    """What a call is compiled for: platform is "cpu", "gpu" or "tpu", kind is JAX's name of the chip."""
+
+    platform: str
+    kind: str
+
+
+def target_device() -> Device:
+    """The device of the mesh in whose context a call is traced (`jax.set_mesh`, `jax.shard_map`), else JAX's default device.
+
+    With a mesh of a topology the call is compiled for hardware that is not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.config.jax_default_device or jax.devices()[0]
+        if isinstance(device, str):
+            device = jax.devices(device)[0]
+    return Device(device.platform, device.device_kind)
 
 
 def dispatch(operator: str, table: Mapping[str, Callable], implementation: str | None) -> Callable:
@@ -18,7 +49,7 @@ def dispatch(operator: str, table: Mapping[str, Callable], implementation: str |
 
     Returns:
       A function of the backends' arguments. With `implementation=None` it falls through to the next backend where one
-      raises `Unavailable`; with a name it raises ValueError with the reason instead.
+      raises `Unavailable`; with a name it raises CannotServe, a ValueError, with the reason instead.
 
     Raises:
       ValueError: the name is not in the table.
@@ -29,12 +60,51 @@ def dispatch(operator: str, table: Mapping[str, Callable], implementation: str |
         raise ValueError(f"implementation: {operator} has no {implementation!r}{hint}; there are: {', '.join(table)}")
 
     def serve(*args, **kwargs):
-        reasons = []
+        reasons = {}
         for name in table if implementation is None else (implementation,):
             try:
                 return table[name](*args, **kwargs)
             except Unavailable as reason:
-                reasons.append(f"{name}: {reason}")
-        raise ValueError(f"implementation: {operator} cannot be served by {'; '.join(reasons)}; there are: {', '.join(table)}")
+                reasons[name] = str(reason)
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise CannotServe(f"implementation: {operator} cannot be served by {why}; there are: {', '.join(table)}", reasons)
 
     return serve
+
+
+class Explanation(NamedTuple):
+    """Which backend serves a call.
+
+    implementation: the backend that `implementation=None` runs.
+    reasons: backend -> why it cannot serve this call, fastest first; "" for those that can.
+    device: what the call is compiled for.
+    """
+
+    implementation: str
+    reasons: dict[str, str]
+    device: Device
+
+    def __str__(self) -> str:
+        def line(name: str, reason: str) -> str:
+            return f"  {name}: " + (reason or ("runs" if name == self.implementation else "could serve"))
+
+        return "\n".join([f"on {self.device.kind} ({self.device.platform}):", *(line(*item) for item in self.reasons.items())])
+
+
+def explain_call(function: Callable, table: Mapping[str, Callable], args: tuple, kwargs: Mapping) -> Explanation:
+    """Asks every backend of `table` whether it can serve `function(*args, **kwargs)`; traces, but computes nothing.
+
+    Raises:
+      ValueError: the arguments are wrong for every backend.
+    """
+    reasons = {}
+    for name in table:
+        try:
+            jax.eval_shape(lambda *args, name=name: function(*args, **kwargs, implementation=name), *args)
+            reasons[name] = ""
+        except CannotServe as error:
+            reasons[name] = error.reasons[name]
+    chosen = next((name for name, reason in reasons.items() if not reason), None)
+    if chosen is None:
+        raise CannotServe("; ".join(f"{name}: {reason}" for name, reason in reasons.items()), reasons)
+    return Explanation(chosen, reasons, target_device())

@@ -62,20 +62,16 @@ def depth_route(
     evidence = _check_evidence(null_evidence, coupling, (count, *shape[:2]))
     if not isinstance(score_scale, int | float):
         raise ValueError(f"score_scale: must be a Python number, got {score_scale!r}")
-    live = _check_num_sources(num_sources, count)
+    num_sources = _check_num_sources(num_sources, count)
     wide = jnp.promote_types(sources[0].dtype, jnp.float32)
     query, key_norm_scale, bias = (None if x is None else jnp.asarray(x) for x in (query, key_norm_scale, bias))
-    if isinstance(live, int):
-        sources, evidence = sources[:live], None if evidence is None else evidence[:live]
-        bias = None if bias is None else bias[..., :live]
     inputs = RouteInputs(
         sources, query, key_norm_scale, bias, evidence, jnp.asarray(coupling, wide), jnp.asarray(null_logit, wide),
-        None if isinstance(live, int) else live, float(score_scale),
+        num_sources, float(score_scale),
     )  # fmt: skip
     result = dispatch("depth_route", IMPLEMENTATIONS, implementation)(inputs)
-    if len(sources) == count:
-        return result
-    return result._replace(weights=jnp.pad(result.weights, [(0, 0), (0, 0), (0, count - len(sources))]))
+    dead = count - result.weights.shape[-1]
+    return result._replace(weights=jnp.pad(result.weights, [(0, 0), (0, 0), (0, dead)])) if dead else result
 
 
 def _check_sources(sources):
@@ -136,13 +132,13 @@ def _check_evidence(null_evidence, coupling, shape: tuple[int, ...]) -> Float[Ar
 
 
 def _check_num_sources(num_sources, count: int):
-    """None for all, an int, or the mask [L] of a traced number."""
+    """None for all, an int, or a traced scalar."""
     if num_sources is None:
         return None
     if isinstance(num_sources, int | np.integer) and not isinstance(num_sources, bool):
         if not 1 <= num_sources <= count:
             raise ValueError(f"num_sources: must lie between 1 and the number of sources {count}, got {num_sources}")
-        return int(num_sources)
+        return None if num_sources == count else int(num_sources)
     if jnp.shape(num_sources) != () or not jnp.issubdtype(jnp.result_type(num_sources), jnp.integer):
         raise ValueError(f"num_sources: must be one whole number, got {num_sources!r}")
-    return jnp.arange(count) < num_sources
+    return jnp.asarray(num_sources, jnp.int32)

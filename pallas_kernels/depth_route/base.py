@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 KEY_NORM_EPSILON = 1e-6  # added to the mean square of a source when keys are normalized
 MAX_SCORE = 50.0  # scores are clamped to [-MAX_SCORE, MAX_SCORE] after coupling; outside, their gradient is 0
@@ -35,7 +35,7 @@ class RouteInputs(NamedTuple):
     evidence: None, or psi [L, B, T].
     coupling: a scalar, beta.
     null_logit: a scalar.
-    live: None where all sources are, or [L] with True for the live ones.
+    num_sources: how many sources are live: None for all, a Python number or a traced scalar.
     score_scale: a Python number.
     """
 
@@ -46,7 +46,7 @@ class RouteInputs(NamedTuple):
     evidence: Float[Array, "L B T"] | None
     coupling: Float[Array, ""]
     null_logit: Float[Array, ""]
-    live: Bool[Array, " L"] | None
+    num_sources: int | Int[Array, ""] | None
     score_scale: float
 
     @property
@@ -57,6 +57,23 @@ class RouteInputs(NamedTuple):
     def wide(self) -> jnp.dtype:
         """The dtype of scores, weights and accumulators: float32 or better."""
         return jnp.promote_types(self.dtype, jnp.float32)
+
+    @property
+    def live(self) -> Bool[Array, " L"] | None:
+        """Which sources are live, or None where all are."""
+        return None if self.num_sources is None else jnp.arange(len(self.sources)) < self.num_sources
+
+    def trimmed(self) -> "RouteInputs":
+        """The same call without its dead sources, where their number is a Python number."""
+        if not isinstance(self.num_sources, int):
+            return self
+        bias, evidence = self.bias, self.evidence
+        return self._replace(
+            sources=self.sources[: self.num_sources],
+            bias=None if bias is None else bias[..., : self.num_sources],
+            evidence=None if evidence is None else evidence[: self.num_sources],
+            num_sources=None,
+        )
 
 
 def score_shift(inputs: RouteInputs) -> Float[Array, "#L #B #T"]:

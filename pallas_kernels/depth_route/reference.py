@@ -19,6 +19,7 @@ def depth_route_reference(inputs: RouteInputs) -> DepthRoute:
 
     The code below subtracts the maximum first and keeps whatever lies in dead sources out of values and gradients.
     """
+    inputs = inputs.trimmed()
     wide, live = inputs.wide, inputs.live
     sources = inputs.sources if hasattr(inputs.sources, "ndim") else jnp.stack(inputs.sources)
     sources = sources.astype(wide)

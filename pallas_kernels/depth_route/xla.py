@@ -21,6 +21,7 @@ from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRo
 
 def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
     """The contract of `depth_route`. A traced number of live sources is a mask here: dead sources are read and left out."""
+    inputs = inputs.trimmed()
     query, normalize = inputs.query, inputs.key_norm_scale is not None
     if normalize:
         query = query.astype(inputs.wide) * inputs.key_norm_scale.astype(inputs.wide)

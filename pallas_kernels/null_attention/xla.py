@@ -1,23 +1,19 @@
 """Attention with a null for any platform: query tiles in plain XLA under one custom_vjp, memory linear in T.
 
 A tile of queries computes its scores against the keys that its mask can reach, and nothing else: causal and windowed attention skip the
-rest at compile time. The backward pass recomputes the scores from the saved lse. With
-
-    delta = rowsum(dO * O) + omega * d_omega - d_lse        the cotangents of null mass and lse only shift delta
-
-it is the backward of FlashAttention: dS = P * (dP - delta).
+rest at compile time. The backward pass recomputes the scores from the saved lse.
 """
 
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.null_attention.base import NullAttention, Options, Segments, allowed_keys, wide_dtype
+from pallas_kernels.null_attention.vjp import differentiable
 
 # Tiles of one group run one after the other in a loop against the keys that the last of them can reach: the loop keeps one tile of scores
 # alive at a time (unrolled, XLA's CPU scheduler kept them all), and few groups keep the program small for any length.
@@ -31,18 +27,6 @@ class _Group(NamedTuple):
     rows: int
     count: int
     width: int
-
-
-def null_attention_xla(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    null_logit: Float[Array, " N"],
-    segments: Segments | None,
-    options: Options,
-) -> NullAttention:
-    """The blockwise path: the contract of `null_attention`, at one tile of scores at a time."""
-    return _attention(options, query, key, value, null_logit, segments)
 
 
 def _groups(length: int, keys: int, options: Options) -> list[_Group]:
@@ -139,28 +123,12 @@ def _forward(options: Options, query, key, value, null_logit, segments) -> tuple
     return NullAttention(_heads_last(output), null_mass, lse), mass
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options, query, key, value, null_logit, segments):
-    return _forward(options, query, key, value, null_logit, segments)[0]
-
-
-def _attention_forward(options, query, key, value, null_logit, segments):
-    result, mass = _forward(options, query, key, value, null_logit, segments)
-    return result, (query, key, value, segments, result, mass)
-
-
-def _attention_backward(options, saved, cotangents):
-    query, key, value, segments, (output, null_mass, lse), mass = saved
-    d_output, d_null_mass, d_lse = cotangents
-    (batch, length, _, _), (_, keys, key_heads, _) = query.shape, key.shape
-    wide = wide_dtype(query.dtype)
-    through_output = jnp.einsum("BTNH,BTNH->BNT", output.astype(wide), d_output.astype(wide))
-    delta = (through_output + null_mass * d_null_mass - d_lse).reshape(batch, key_heads, -1, length)
-    # omega * (delta - d_omega) with 1 - omega written as the attention mass, which stays exact when omega is nearly 1
-    d_null_logit = -jnp.sum(null_mass * (through_output - mass * d_null_mass - d_lse), axis=(0, 2))
-    lse = jnp.where(lse == -jnp.inf, 0.0, lse).reshape(delta.shape)
+def _backward(options: Options, query, key, value, segments, lse, delta, d_output):
+    """The gradients of query, key and value: dS = P * (dP - delta), tile by tile."""
+    length, keys, key_heads, wide = query.shape[1], *key.shape[1:3], wide_dtype(query.dtype)
     q, d_o = _heads_first(query, key_heads), _heads_first(d_output, key_heads)
     k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    lse, delta = (x.reshape(q.shape[:4]) for x in (lse, delta))
 
     def tile(group, carry, first):
         rows = functools.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=group.rows, axis=3)
@@ -180,7 +148,8 @@ def _attention_backward(options, saved, cotangents):
     start = (jnp.zeros_like(k, wide), jnp.zeros_like(v, wide))
     (d_k, d_v), (d_q,) = _run(_groups(length, keys, options), tile, start)
     d_k, d_v = (x.transpose(0, 2, 1, 3).astype(query.dtype) for x in (d_k, d_v))
-    return _heads_last(d_q), d_k, d_v, d_null_logit, None
+    return _heads_last(d_q), d_k, d_v
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+null_attention_xla = differentiable(_forward, _backward)
+null_attention_xla.__doc__ = "The blockwise path: the contract of `null_attention`, at one tile of scores at a time."

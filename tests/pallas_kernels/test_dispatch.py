@@ -1,9 +1,12 @@
 """The choice of a backend: by default the first that can serve, by name that one or an error."""
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels
-from pallas_kernels.dispatch import Unavailable, dispatch
+from pallas_kernels.dispatch import Unavailable, dispatch, explain_call, target_device
 
 
 def cannot(x):
@@ -36,7 +39,33 @@ def test_no_backend_at_all_says_why():
 
 
 def test_implementations_are_listed_fastest_first():
-    assert pallas_kernels.implementations("null_attention") == ("xla", "reference")
-    assert pallas_kernels.implementations("depth_route") == ("xla", "reference")
+    for operator in ("null_attention", "depth_route"):
+        assert pallas_kernels.implementations(operator)[-2:] == ("xla", "reference")
     with pytest.raises(ValueError, match="no 'attention'; there are: null_attention, depth_route"):
         pallas_kernels.implementations("attention")
+
+
+def test_explain_says_which_backend_runs_and_computes_nothing():
+    shape = jax.ShapeDtypeStruct((1, 5, 2, 3), jnp.float32)
+    explanation = pallas_kernels.explain("null_attention", shape, shape, shape, window=2)
+    assert explanation.implementation == next(name for name, reason in explanation.reasons.items() if not reason)
+    assert tuple(explanation.reasons) == pallas_kernels.implementations("null_attention")
+    assert f"{explanation.implementation}: runs" in str(explanation) and "reference: could serve" in str(explanation)
+    with pytest.raises(ValueError, match="window: must be None or a whole number"):
+        pallas_kernels.explain("null_attention", shape, shape, shape, window=-2)
+
+
+def test_explain_gives_the_reasons_of_those_that_cannot():
+    def operator(x, *, implementation):
+        return dispatch("operator", TABLE, implementation)(x)
+
+    explanation = explain_call(operator, TABLE, (1,), {})
+    assert explanation.implementation == "slow" and explanation.reasons == {"fast": "needs another device", "slow": "", "plain": ""}
+    assert "fast: needs another device" in str(explanation) and "slow: runs" in str(explanation)
+
+
+def test_the_target_is_the_device_of_the_mesh_in_whose_context_a_call_is_traced():
+    assert target_device().platform == jax.default_backend()
+    hopper = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=hopper)):
+        assert target_device() == ("gpu", "NVIDIA H100 80GB HBM3")

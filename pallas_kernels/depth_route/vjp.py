@@ -1,0 +1,81 @@
+"""The derivative that the accelerator backends of depth_route share.
+
+With a_i the weights, omega the null mass, c the score scale, r_i the reciprocal root mean square of a normalized key (1 without key norm):
+
+    delta = dO.O + sum_j a_j d_alpha_j + omega d_omega            known before any source is read again
+    dg_i = a_i (dO.v_i + d_alpha_i - delta)                       zero where the score was clamped
+    dv_i = a_i dO + (c r_i dg_i) u - (c r_i^3 (u.v_i) dg_i / D) v_i,     du = sum_i (c r_i dg_i) v_i
+
+so a backward kernel reads every source once, and may recompute u.v_i and r_i from what it has read.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, score_shift
+
+
+class RouteOptions(NamedTuple):
+    """What a kernel is compiled for. normalize: keys are divided by their root mean square; their gain is part of the query."""
+
+    normalize: bool
+    score_scale: float
+
+
+def differentiable(forward: Callable, backward: Callable) -> Callable:
+    """Joins two kernels into a differentiable backend.
+
+    Args:
+      forward: forward(options, sources, query, shift, null_logit, num_sources) -> (output [B, T, D], weights [L, B, T], null_mass [B, T]), with
+        options a RouteOptions; sources an array [L, B, T, D] or a tuple of L arrays; query [D] or [B, T, D] in the wide dtype; shift [L, B, T]
+        wide, added to the scores before they are clamped; null_logit a scalar; num_sources None or an int32 scalar.
+      backward: backward(options, sources, query, shift, num_sources, weights, delta [B, T], d_output [B, T, D], d_weights [L, B, T]) ->
+        (d_sources like sources, zero for the dead, d_query like query, d_shift [L, B, T]).
+
+    Returns:
+      serve(inputs: RouteInputs) -> DepthRoute.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def route(options, sources, query, shift, null_logit, num_sources):
+        return _result(forward(options, sources, query, shift, null_logit, num_sources))
+
+    def route_forward(options, sources, query, shift, null_logit, num_sources):
+        output, weights, null_mass = forward(options, sources, query, shift, null_logit, num_sources)
+        return _result((output, weights, null_mass)), (sources, query, shift, num_sources, output, weights, null_mass)
+
+    def route_backward(options, saved, cotangents):
+        sources, query, shift, num_sources, output, weights, null_mass = saved
+        d_output, d_weights, d_null_mass = cotangents
+        d_weights = jnp.moveaxis(d_weights, -1, 0)
+        through_output = jnp.sum(output.astype(weights.dtype) * d_output.astype(weights.dtype), axis=-1)
+        attended = through_output + jnp.sum(weights * d_weights, axis=0)
+        # omega * (1 - omega) with 1 - omega as the sum of weights, which stays exact when omega is nearly 1
+        d_null_logit = jnp.sum(null_mass * (weights.sum(0) * d_null_mass - attended))
+        delta = attended + null_mass * d_null_mass
+        d_sources, d_query, d_shift = backward(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights)
+        return d_sources, d_query, d_shift, d_null_logit, None
+
+    route.defvjp(route_forward, route_backward)
+
+    def serve(inputs: RouteInputs) -> DepthRoute:
+        if isinstance(inputs.sources, tuple):
+            inputs = inputs.trimmed()
+        query, normalize = inputs.query.astype(inputs.wide), inputs.key_norm_scale is not None
+        if normalize:
+            query = query * inputs.key_norm_scale.astype(inputs.wide)
+        shift = jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
+        num_sources = None if inputs.num_sources is None else jnp.asarray(inputs.num_sources, jnp.int32)
+        options = RouteOptions(normalize, inputs.score_scale)
+        return route(options, inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), num_sources)
+
+    return serve
+
+
+def _result(results) -> DepthRoute:
+    output, weights, null_mass = results
+    return DepthRoute(output, jnp.moveaxis(weights, 0, -1), null_mass)

@@ -1,0 +1,66 @@
+"""The derivative that all backends of null_attention share.
+
+With delta = rowsum(dO * O) + omega * d_omega - d_lse the backward pass is the one of FlashAttention, dS = P * (dP - delta): the cotangents of
+null mass and lse only shift delta. A backend is two functions, and its backward kernel is an ordinary one that takes lse and delta.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.null_attention.base import NullAttention, Options, Segments, wide_dtype
+
+
+def differentiable(forward: Callable, backward: Callable) -> Callable:
+    """Joins two kernels into a differentiable backend.
+
+    Args:
+      forward: forward(options, query, key, value, null_logit [N], segments) -> (NullAttention, attention mass [B, N, T]). The attention mass is
+        sum_j p_j, which 1 - null_mass would lose where the null takes nearly everything; null mass and lse follow the contract of
+        `null_attention` for rows without a key.
+      backward: backward(options, query, key, value, segments, lse [B, N, T], delta [B, N, T], d_output [B, T, N, H]) -> gradients of query, key and
+        value in their dtypes. lse is finite: rows without key and null carry 0, and all their scores are masked.
+
+    Returns:
+      serve(query, key, value, null_logit, segments, options) -> NullAttention.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def attention(options, query, key, value, null_logit, segments):
+        return forward(options, query, key, value, null_logit, segments)[0]
+
+    def attention_forward(options, query, key, value, null_logit, segments):
+        result, mass = forward(options, query, key, value, null_logit, segments)
+        return result, (query, key, value, segments, result, mass)
+
+    def attention_backward(options, saved, cotangents):
+        query, key, value, segments, result, mass = saved
+        lse, delta, d_null_logit = _rows(result, mass, cotangents)
+        return *backward(options, query, key, value, segments, lse, delta, cotangents.output), d_null_logit, None
+
+    attention.defvjp(attention_forward, attention_backward)
+
+    def serve(
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        null_logit: Float[Array, " N"],
+        segments: Segments | None,
+        options: Options,
+    ) -> NullAttention:
+        return attention(options, query, key, value, null_logit, segments)
+
+    return serve
+
+
+def _rows(result: NullAttention, mass: Float[Array, "B N T"], cotangents: NullAttention):
+    """What a backward kernel needs of every row, lse and delta, and the gradient of the null logit."""
+    wide = wide_dtype(result.output.dtype)
+    through_output = jnp.einsum("BTNH,BTNH->BNT", result.output.astype(wide), cotangents.output.astype(wide))
+    delta = through_output + result.null_mass * cotangents.null_mass - cotangents.lse
+    # -omega * (delta - d_omega) with 1 - omega written as the attention mass, which stays exact when omega is nearly 1
+    d_null_logit = -jnp.sum(result.null_mass * (through_output - mass * cotangents.null_mass - cotangents.lse), axis=(0, 2))
+    return jnp.where(result.lse == -jnp.inf, 0.0, result.lse), delta, d_null_logit
