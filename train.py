@@ -6,9 +6,13 @@ from oasis_jax.command_line import parse_train, run_main
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, workdir = parse_train(argv)
+    config, workdir, processes = parse_train(argv)
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
+    if processes is not None:
+        from oasis_jax.training.distributed import Processes, start
+
+        start(Processes(*processes))
     from oasis_jax.training.loop import fit
 
     evaluators = {}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from oasis_jax.config import METHOD_FIELDS, Config, field_type, sections
-from oasis_jax.errors import UserError, nearest, unknown_name
+from oasis_jax.errors import Preempted, UserError, nearest, unknown_name
 
 # Fields that are tables and not values: they are written in a config file.
 FILE_ONLY = ("mesh.rules",)
@@ -237,17 +237,40 @@ def train_parser() -> Parser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="another value for a field of the config; repeatable"
     )
+    group = parser.add_argument_group("several processes, see docs/launch.md")
+    group.add_argument("--distributed", action="store_true", help="join the processes that SLURM, Open MPI, Cloud TPU or GKE describe")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="without a scheduler: where process 0 listens")
+    group.add_argument("--processes", type=int, metavar="N", help="without a scheduler: how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="without a scheduler: which one this is, from 0")
     return parser
 
 
-def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, pathlib.Path]:
-    """The config and the workdir that train.py is asked for; `argv` without the program's name, None: sys.argv's."""
-    args = train_parser().parse_args(argv)
-    return apply_overrides(load_config(args.config), args.set), args.workdir
+class TrainArguments(typing.NamedTuple):
+    """What train.py is asked for; processes: (coordinator, count, index), ("", 0, 0) as the scheduler says, None for one process."""
+
+    config: Config
+    workdir: pathlib.Path
+    processes: tuple[str, int, int] | None
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainArguments:
+    """What train.py is asked for; `argv` without the program's name, None: sys.argv's."""
+    parser = train_parser()
+    args = parser.parse_args(argv)
+    by_hand = {"--coordinator": args.coordinator, "--processes": args.processes, "--process": args.process}
+    missing = [flag for flag, value in by_hand.items() if value is None]
+    if args.distributed and len(missing) < 3:
+        parser.error(
+            f"--distributed: the scheduler says what {', '.join(flag for flag in by_hand if flag not in missing)} would; give one or the other"
+        )
+    if 0 < len(missing) < 3:
+        parser.error(f"{', '.join(flag for flag in by_hand if flag not in missing)}: needs {' and '.join(missing)} too")
+    processes = ("", 0, 0) if args.distributed else None if missing else tuple(by_hand.values())
+    return TrainArguments(apply_overrides(load_config(args.config), args.set), args.workdir, processes)
 
 
 def run_main(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> typing.NoReturn:
-    """Runs main(argv) and exits: 0, 2 with one line on stderr after a user's mistake, 130 after Ctrl-C.
+    """Runs main(argv) and exits: 0, 2 with one line on stderr after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
 
     Any other exception is a bug and keeps its traceback.
     """
@@ -257,6 +280,9 @@ def run_main(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None
     except UserError as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Preempted as notice:
+        print(f"{program}: {notice}", file=sys.stderr)
+        raise SystemExit(143) from None
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

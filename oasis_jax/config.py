@@ -234,11 +234,21 @@ class OptimizerConfig:
     epsilon: float = _field(1e-8, "added to the root of the second moment")
     clip_norm: float = _field(1.0, "largest global norm of the gradient; 0: no clipping")
     accumulation_steps: int = _field(1, "micro-batches whose gradients make one step; divides data.batch_size")
+    nonfinite: Literal["stop", "skip"] = _field("stop", "a loss or gradient that is not finite ends the run, or its step changes nothing")
+    nonfinite_limit: int = _field(10, "nonfinite=skip: so many skipped steps in a row end the run")
 
     def __post_init__(self):
         _check(self, "optimizer")
         _at_least(
-            self, "optimizer", learning_rate=0.0, warmup_steps=0, weight_decay=0.0, clip_norm=0.0, accumulation_steps=1, final_fraction=0.0
+            self,
+            "optimizer",
+            learning_rate=0.0,
+            warmup_steps=0,
+            weight_decay=0.0,
+            clip_norm=0.0,
+            accumulation_steps=1,
+            final_fraction=0.0,
+            nonfinite_limit=1,
         )
 
 
@@ -281,6 +291,10 @@ class RunConfig:
     eval_batches: int = _field(8, "held-out batches an evaluation reads")
     checkpoint_interval: int = _field(100, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = _field(2, "newest checkpoints that are kept")
+    keep_every: int = _field(0, "checkpoints of steps divisible by this are kept for good; 0: none")
+    keep_best: int = _field(
+        0, "checkpoints with the lowest eval/loss that are kept too; needs checkpoint_interval divisible by eval_interval"
+    )
     tensorboard: bool = _field(False, "also write TensorBoard files (needs the tensorboard extra)")
 
     def __post_init__(self):
@@ -295,7 +309,16 @@ class RunConfig:
             eval_batches=1,
             checkpoint_interval=1,
             keep_checkpoints=1,
+            keep_every=0,
+            keep_best=0,
         )
+        if self.keep_every and self.keep_every % self.checkpoint_interval:
+            raise UserError(f"run.keep_every: {self.keep_every} is not a multiple of checkpoint_interval={self.checkpoint_interval}")
+        if self.keep_best and (not self.eval_interval or self.checkpoint_interval % self.eval_interval):
+            raise UserError(
+                f"run.keep_best: needs an evaluation at every checkpoint, but eval_interval={self.eval_interval} "
+                f"does not divide checkpoint_interval={self.checkpoint_interval}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,13 @@ class UserError(ValueError):
     """
 
 
+class Preempted(Exception):
+    """The run was told to end (SIGTERM) and has saved; the message says where it stands.
+
+    `train.py` prints the message and exits with code 143, as a process ended by that signal does, so that schedulers start it again.
+    """
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """' (did you mean 'x'?)' for the allowed name closest to `name`, or '' when none is close."""
     close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.5)

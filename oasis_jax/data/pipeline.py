@@ -11,29 +11,27 @@ from oasis_jax.errors import UserError
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
-def train_batches(
-    source: Source, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
-    """This process's part of every global batch, without end; each epoch has an order of its own.
+def train_batches(source: Source, config: DataConfig, *, seed: int, part: int = 0, parts: int = 1) -> grain.DatasetIterator:
+    """One of `parts` equal parts of every global batch, without end; each epoch has an order of its own.
 
-    The examples are put in order first and dealt to the processes after, so the state, {"next_index": batches read}, means the
-    same for any number of processes: process p holds the examples p, p + P, p + 2P, ... of each global batch.
+    The examples are put in order first and dealt out after, so the state, {"next_index": batches read}, means the
+    same for any number of parts: part p holds the examples p, p + P, p + 2P, ... of each global batch.
 
     Returns:
-      Iterator over dicts of arrays [batch_size / process_count, ...]; its get_state() is JSON-able and set_state() takes no replay.
+      Iterator over dicts of arrays [batch_size / parts, ...]; its get_state() is JSON-able and set_state() takes no replay.
 
     Raises:
       UserError: the batch cannot be dealt out evenly.
     """
-    if config.batch_size % process_count:
-        below = config.batch_size // process_count * process_count
-        fitting = f"{below} or {below + process_count}" if below else f"{process_count}"
-        raise UserError(f"data.batch_size: {config.batch_size} is not divisible by {process_count} processes; take {fitting}")
+    if config.batch_size % parts:
+        below = config.batch_size // parts * parts
+        fitting = f"{below} or {below + parts}" if below else f"{parts}"
+        raise UserError(f"data.batch_size: {config.batch_size} is not divisible by {parts} processes; take {fitting}")
     # Grain's epoch e shuffles with seed + e, so run seeds 0 and 1 would share orders if used as they are.
     order = int(seed_sequence(seed, ORDER).generate_state(1)[0])
     examples = grain.MapDataset.source(source).shuffle(seed=order).repeat()
-    part = examples[process_index::process_count].batch(config.batch_size // process_count)
-    return iter(part.to_iter_dataset(_READ_AHEAD))
+    dealt = examples[part::parts].batch(config.batch_size // parts)
+    return iter(dealt.to_iter_dataset(_READ_AHEAD))
 
 
 def eval_batches(source: Source, config: DataConfig, *, num_batches: int) -> list[dict[str, np.ndarray]]:

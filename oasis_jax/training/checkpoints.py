@@ -1,6 +1,8 @@
 """Checkpoints that say what they are: arrays, the place in the data, the full config, tokenizer, corpus and versions."""
 
+import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
@@ -8,18 +10,19 @@ import pathlib
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN, PreservationPolicy
 
-from oasis_jax.config import Config, from_dict, sections, to_dict
+from oasis_jax.config import Config, RunConfig, from_dict, sections, to_dict
 from oasis_jax.data import Corpus, Tokenizer
 from oasis_jax.decoder import Decoder
 from oasis_jax.errors import UserError
+from oasis_jax.training.distributed import is_first, wait_for_all
 from oasis_jax.training.sharding import parameter_shapes
 from oasis_jax.training.state import TrainState, abstract_state, build_model, placed
 
@@ -31,7 +34,8 @@ _MAY_DIFFER = {
     *("data.pattern", "optimizer.accumulation_steps"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules"),
     *("run.log_interval", "run.telemetry_interval", "run.eval_interval", "run.eval_batches"),
-    *("run.checkpoint_interval", "run.keep_checkpoints", "run.tensorboard"),
+    *("run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard"),
+    *("optimizer.nonfinite", "optimizer.nonfinite_limit"),
 }
 # Filled in from the data: 0 in a config means what the checkpoint has.
 _FROM_DATA = ("vocab_size", "vector_dim")
@@ -117,57 +121,136 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
+class Keep(NamedTuple):
+    """Which checkpoints stay: the newest, those of every so many steps (0: none), and those with the lowest loss (0: none)."""
+
+    latest: int
+    every: int = 0
+    best: int = 0
+
+    @classmethod
+    def of(cls, run: RunConfig) -> "Keep":
+        return cls(run.keep_checkpoints, run.keep_every, run.keep_best)
+
+    def policy(self) -> PreservationPolicy:
+        policies = [LatestN(self.latest)]
+        if self.every:
+            policies.append(EveryNSteps(self.every))
+        if self.best:
+            policies.append(
+                BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=self.best, keep_checkpoints_without_metrics=False)
+            )
+        return AnyPreservationPolicy(policies)
+
+
 class Checkpoints:
     """The checkpoints of a workdir, written in the background, each one whole or not there; a context manager.
 
     Args:
       workdir: an existing folder.
-      keep: newest checkpoints that are kept; None: the folder is only read.
+      keep: which checkpoints stay; None: the folder is only read.
       say: prints one line about a checkpoint that is passed over.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int | None, say: Callable[[str], None]):
+    def __init__(self, workdir: pathlib.Path, *, keep: Keep | None, say: Callable[[str], None]):
         self.folder, self._broken_folder, self._say = workdir / "checkpoints", workdir / "checkpoints_broken", say
-        if keep is not None:
+        if keep is not None and is_first():
             # What a killed save left. The manager would do it in a thread that nobody waits for when a run ends before its first save.
             for unfinished in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(unfinished)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(keep),
+            preservation_policy=LatestN(None) if keep is None else keep.policy(),
             create=keep is not None,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
         )
+        wait_for_all("unfinished checkpoints are removed")
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type | None, *exception) -> None:
+        try:
+            with self._storage():
+                self._manager.close()
+        except UserError:
+            if kind is None:  # else what ended the run is said already
+                raise
+
+    @contextlib.contextmanager
+    def _storage(self) -> Iterator[None]:
+        """Says in a line what the storage library could not write."""
+        try:
+            yield
+        except (UserError, AssertionError):
+            raise
+        except Exception as error:  # the storage library has no one kind of error; on other processes it repeats the text of the first's
+            full = "No space left on device" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+            why = "the disk is full" if full else _one_line(error)
+            raise UserError(f"{self.folder}: checkpoint {self._saving} could not be written: {why}; {self.last_good()}") from error
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def save(self, state: TrainState, *, step: int, data_state: dict, description: dict) -> None:
-        """Starts to write a checkpoint; returns when the state's arrays may be given up."""
+    def last_good(self) -> str:
+        """In words, where a run that has to stop can go on from."""
+        good = self.steps()
+        return f"the last good checkpoint is step {good[0]} in {self.folder}" if good else "there is no checkpoint yet"
+
+    def wait(self) -> None:
+        """Returns when the checkpoint that is being written is whole.
+
+        Raises:
+          UserError: it could not be written, because the disk is full or the like.
+        """
+        with self._storage():
+            self._manager.wait_until_finished()
+
+    def save(self, state: TrainState, *, step: int, data_state: dict, description: dict, loss: float | None = None) -> None:
+        """Starts to write a checkpoint; returns when the state's arrays may be given up.
+
+        Args:
+          state: what is saved, after `step`.
+          data_state: of the training iterator.
+          description: see `describe`.
+          loss: on held-out data, for `Keep.best`.
+
+        Raises:
+          UserError: this checkpoint or the one before could not be written, because the disk is full or the like.
+        """
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
-        self._manager.wait_until_finished()
+        self.wait()
         self._saving = step
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                rest=ocp.args.StandardSave(rest),
-                metadata=ocp.args.JsonSave(description | {"data_state": data_state}),
-            ),
-        )
+        self._check_space(state)
+        with self._storage():
+            saved = self._manager.save(
+                step,
+                metrics=None if loss is None else {"loss": loss},
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    rest=ocp.args.StandardSave(rest),
+                    metadata=ocp.args.JsonSave(description | {"data_state": data_state}),
+                ),
+            )
         if not saved:
             raise RuntimeError(f"checkpoint {step} was not saved; there are {self.steps()}")
 
+    def _check_space(self, state: TrainState) -> None:
+        """A disk that is full is found here, not by the storage library's threads, whose complaints fill the terminal."""
+        needed = sum(x.nbytes for x in jax.tree.leaves(state._replace(rng=None)))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"{self.folder}: no room for checkpoint {self._saving}: it takes up to {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; "
+                f"{self.last_good()}"
+            )
+
     def _list_files(self) -> None:
         """Leaves a list of what was written in the checkpoint, before it gets its final name."""
+        if not is_first():
+            return
         (folder,) = (path for path in self.folder.iterdir() if path.name.split(".")[0] == str(self._saving))
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.glob("*/**/*") if path.is_file()}
         (folder / _FILE_LIST).write_text(json.dumps(files))
@@ -256,10 +339,12 @@ class Checkpoints:
 
     def _move_aside(self, step: int) -> None:
         """Frees the step's name for the checkpoint that will come again, without destroying what is left of the old one."""
-        self._broken_folder.mkdir(exist_ok=True)
-        there = {path.name for path in self._broken_folder.iterdir()}
-        names = (f"{step}{suffix}" for suffix in ("", *(f"-{i}" for i in range(1, len(there) + 1))))
-        (self.folder / str(step)).rename(self._broken_folder / next(name for name in names if name not in there))
+        if is_first():
+            self._broken_folder.mkdir(exist_ok=True)
+            there = {path.name for path in self._broken_folder.iterdir()}
+            names = (f"{step}{suffix}" for suffix in ("", *(f"-{i}" for i in range(1, len(there) + 1))))
+            (self.folder / str(step)).rename(self._broken_folder / next(name for name in names if name not in there))
+        wait_for_all(f"broken checkpoint {step} is moved aside")
         self._manager.reload()
 
 

@@ -14,9 +14,12 @@ import jax
 from oasis_jax.config import Config, RunConfig
 from oasis_jax.data import Corpus, eval_batches, load_corpus, train_batches
 from oasis_jax.decoder import Decoder
-from oasis_jax.errors import UserError
-from oasis_jax.training.checkpoints import Checkpoints, check_corpus, describe
-from oasis_jax.training.metrics import MetricsWriter, ProgressBar, Speed, read_metrics
+from oasis_jax.errors import Preempted, UserError
+from oasis_jax.training.checkpoints import Checkpoints, Keep, check_corpus, describe
+from oasis_jax.training.distributed import batch_part, is_first
+from oasis_jax.training.guard import Guard, TrainingStopped, floats
+from oasis_jax.training.metrics import MetricsWriter, NoWriter, ProgressBar, Speed, read_metrics
+from oasis_jax.training.preemption import Preemption
 from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
 from oasis_jax.training.state import TrainState, build_model, new_state
 from oasis_jax.training.step import make_step, make_telemetry
@@ -24,8 +27,7 @@ from oasis_jax.training.step import make_step, make_telemetry
 Evaluator = Callable[[Decoder, Sequence[Mapping]], Mapping[str, object]]
 
 
-class TrainingStopped(UserError):
-    """Training went astray at a step; the workdir holds what was good before."""
+__all__ = ["TrainingStopped", "fit"]
 
 
 def fit(config: Config, workdir: str | os.PathLike, *, evaluators: Mapping[str, Evaluator] | None = None) -> dict[str, float]:
@@ -42,15 +44,20 @@ def fit(config: Config, workdir: str | os.PathLike, *, evaluators: Mapping[str, 
 
     Raises:
       UserError: something the user can mend: config, mesh, data, another run's workdir, a workdir that cannot be written.
-      TrainingStopped: loss, gradient or parameters are no longer finite; such a state is never saved.
+      TrainingStopped: loss, gradient or parameters are no longer finite (such a state is never saved), or the workdir cannot take more.
+      Preempted: SIGTERM came; the step it fell into was finished and saved.
     """
     mesh = make_mesh(config.mesh)
-    batch_sharding(config, mesh)  # a batch that cannot be split is refused before anything is read or written
+    sharding = batch_sharding(config, mesh)  # a batch that cannot be split is refused before anything is read or written
+    part, parts = batch_part(sharding, config.data.batch_size)
     workdir = writable(workdir)
     with contextlib.ExitStack() as stack:
         # Where the run stands. Nothing is changed before the workdir's run is known to be this one.
-        progress = ProgressBar(steps=config.run.steps, tokens_per_step=config.data.batch_size * config.data.sequence_length)
-        checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.run.keep_checkpoints, say=progress.say))
+        preemption = stack.enter_context(Preemption())
+        progress = ProgressBar(
+            steps=config.run.steps, tokens_per_step=config.data.batch_size * config.data.sequence_length, silent=not is_first()
+        )
+        checkpoints = stack.enter_context(Checkpoints(workdir, keep=Keep.of(config.run), say=progress.say))
         resumed = checkpoints.resume(config, mesh)
         corpus = load_corpus(config.data, seed=config.run.seed, tokenizer=resumed and resumed.tokenizer)
         if resumed:
@@ -62,17 +69,17 @@ def fit(config: Config, workdir: str | os.PathLike, *, evaluators: Mapping[str, 
 
         # State and data.
         state = resumed.state if resumed else new_state(config, mesh)
-        part = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        batches = stack.enter_context(contextlib.closing(train_batches(corpus.train, config.data, seed=config.run.seed, **part)))
+        batches = train_batches(corpus.train, config.data, seed=config.run.seed, part=part, parts=parts)
+        stack.enter_context(contextlib.closing(batches))
         if resumed:
             batches.set_state(resumed.data_state)
 
         # Logs.
         first = resumed.step if resumed else 0
-        writer = stack.enter_context(MetricsWriter(workdir, step=first, tensorboard=config.run.tensorboard))
+        writer = stack.enter_context(MetricsWriter(workdir, step=first, tensorboard=config.run.tensorboard) if is_first() else NoWriter())
         stack.enter_context(progress)
         progress.say(_header(config, state.params, mesh, first))
-        _train(config, mesh, state, batches, corpus, first, checkpoints, writer, progress, evaluators or {})
+        _train(config, mesh, state, batches, corpus, first, checkpoints, writer, progress, preemption, evaluators or {})
     return _last_line(workdir)
 
 
@@ -86,28 +93,31 @@ def _train(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     progress: ProgressBar,
+    preemption: Preemption,
     evaluators: Mapping[str, Evaluator],
 ) -> None:
     """The steps after `first`. The device is only waited for where something is read."""
+    guard = Guard(config.optimizer, checkpoints)
     train_step, telemetry = make_step(config, mesh), make_telemetry(config, mesh)
     sharding, description = batch_sharding(config, mesh), describe(config, corpus)
+    _, parts = batch_part(sharding, config.data.batch_size)
     heldout = eval_batches(corpus.heldout, config.data, num_batches=config.run.eval_batches) if evaluators else []
     speed = Speed(config.data.batch_size * config.data.sequence_length)
     pending = {}
     for step in range(first + 1, config.run.steps + 1):
-        due = _due(step, config.run, evaluators)
+        due = _due(step, config.run, evaluators, leave=preemption.due(step))
 
         # One step, and before it a look at the parameters that it starts from.
-        batch = put_batch(next(batches), sharding)
+        batch = put_batch(next(batches), sharding, parts=parts)
         seen = {}
         if due.telemetry:
-            seen = _floats(telemetry(state.params, batch))
+            seen = floats(telemetry(state.params, batch))
             speed.restart(step - 1)
         state, pending[step] = train_step(state, batch)
 
         # What was left on the device is looked at before it is logged or saved.
         if due.log or due.save:
-            values = _fetch(pending, checkpoints)
+            values = guard.fetch(pending)
             pending = {}
         if due.log:
             values |= speed.read(step) | seen
@@ -118,7 +128,10 @@ def _train(
 
         # After the log: the steps that a checkpoint has behind it are all in there.
         if due.save:
-            checkpoints.save(state, step=step, data_state=batches.get_state(), description=description)
+            checkpoints.save(state, step=step, data_state=batches.get_state(), description=description, loss=values.get("eval/loss"))
+        if due.leave and step < config.run.steps:
+            checkpoints.wait()
+            raise Preempted(f"step {step}: told to end (SIGTERM), saved in {checkpoints.folder}; the same command resumes")
         if due.evaluate or due.save or step == first + 1:
             speed.restart(step)
 
@@ -130,17 +143,18 @@ class _Due(NamedTuple):
     evaluate: bool
     save: bool
     log: bool
+    leave: bool
 
 
-def _due(step: int, run: RunConfig, evaluators: Mapping[str, Evaluator]) -> _Due:
-    """What the intervals of a run ask for at a step; 0 is never. The last step is logged and saved."""
+def _due(step: int, run: RunConfig, evaluators: Mapping[str, Evaluator], leave: bool) -> _Due:
+    """What the intervals of a run ask for at a step; 0 is never. The last step is logged and saved, and so is one to leave after."""
 
     def at(interval: int) -> bool:
         return interval > 0 and step % interval == 0
 
-    last = step == run.steps
+    last = leave or step == run.steps
     look, evaluate = at(run.telemetry_interval), bool(evaluators) and at(run.eval_interval)
-    return _Due(look, evaluate, last or at(run.checkpoint_interval), last or look or evaluate or at(run.log_interval))
+    return _Due(look, evaluate, last or at(run.checkpoint_interval), last or look or evaluate or at(run.log_interval), leave)
 
 
 def writable(workdir: str | os.PathLike) -> pathlib.Path:
@@ -169,22 +183,6 @@ def with_sizes(config: Config, corpus: Corpus) -> Config:
 
 def _last_line(workdir: pathlib.Path) -> dict[str, float]:
     return (read_metrics(workdir) or [{}])[-1]
-
-
-def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-
-
-def _fetch(pending: dict[int, Mapping[str, jax.Array]], checkpoints: Checkpoints) -> dict[str, float]:
-    """The newest of the metrics that were left on the device, after a look at all of them."""
-    for step, metrics in pending.items():
-        values = _floats(metrics)
-        for name, cause in {"loss": "the loss", "grad_norm": "the gradient", "parameter_norm": "a parameter"}.items():
-            if not math.isfinite(values[name]):
-                good = checkpoints.steps()
-                kept = f"the last good checkpoint is step {good[0]} in {checkpoints.folder}" if good else "there is no checkpoint yet"
-                raise TrainingStopped(f"step {step}: {cause} is not finite ({name} = {values[name]}); stopped, {kept}")
-    return values
 
 
 def _evaluate(evaluators: Mapping[str, Evaluator], model: Decoder, batches: Sequence[Mapping]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What a run tells while it trains: metrics.jsonl, TensorBoard files, a progress bar."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -58,9 +59,16 @@ class MetricsWriter:
             self._tensorboard.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes {"step": step, **values, "time": seconds since 1970}."""
-        self._file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
+        """Writes {"step": step, **values, "time": seconds since 1970}.
+
+        Raises:
+          UserError: the disk is full, or the like.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.name}: cannot be written at step {step}: {error.strerror}") from None
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -74,6 +82,16 @@ def _summary_writer(folder: pathlib.Path, step: int):
             "run.tensorboard: tensorboardX is not installed; python -m pip install 'oasis_jax[tensorboard]', or set it to false"
         ) from None
     return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+class NoWriter(contextlib.nullcontext):
+    """What the other processes of a run write."""
+
+    def __enter__(self) -> "NoWriter":
+        return self
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes nothing: process 0 does."""
 
 
 class Speed:
@@ -99,9 +117,9 @@ class Speed:
 class ProgressBar:
     """Loss, tokens per second and time left: a bar on a terminal, now and then a plain line elsewhere; a context manager."""
 
-    def __init__(self, *, steps: int, tokens_per_step: int):
+    def __init__(self, *, steps: int, tokens_per_step: int, silent: bool = False):
         self._steps, self._tokens_per_step = steps, tokens_per_step
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
         self._bar = Progress(BarColumn(20), TextColumn("{task.description}"), console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("compiling", total=steps)
         self._last_line = time.monotonic()
@@ -121,7 +139,7 @@ class ProgressBar:
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Shows where the run is after `step`."""
         self._rate = values.get("tokens_per_second", self._rate)
-        text = f"step {step}/{self._steps}  loss {values['loss']:.4f}"
+        text = f"step {step}/{self._steps}" + (f"  loss {values['loss']:.4f}" if "loss" in values else "  skipped")
         if self._rate:
             left = datetime.timedelta(seconds=round((self._steps - step) * self._tokens_per_step / self._rate))
             text += f"  {self._rate:,.0f} tokens/s  {left} left"

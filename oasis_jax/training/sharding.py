@@ -145,6 +145,6 @@ def batch_sharding(config: Config, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec)
 
 
-def put_batch(batch: dict, sharding: NamedSharding) -> dict[str, Array]:
-    """This process's part [B / processes, ...] of a batch as global arrays [B, ...]."""
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+def put_batch(batch: dict, sharding: NamedSharding, *, parts: int = 1) -> dict[str, Array]:
+    """This process's part [B / parts, ...] of a batch as global arrays [B, ...]; see `distributed.batch_part`."""
+    return {name: jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * parts, *x.shape[1:])) for name, x in batch.items()}

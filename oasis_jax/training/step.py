@@ -31,7 +31,8 @@ def make_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple
     Returns:
       A function of the state and of a batch of global arrays [B, T, ...] ("inputs", "targets", "weights" and, where an
       example holds several documents, "segment_ids"). Its metrics are float32 scalars: "loss" (the weighted mean over the
-      batch), "grad_norm" (before clipping), "parameter_norm" (after the update) and "learning_rate".
+      batch), "grad_norm" (before clipping), "parameter_norm" (after the update), "learning_rate" and, with
+      optimizer.nonfinite=skip, "skipped": 1 where loss or gradient were not finite and parameters and moments stayed as they were.
 
     Raises:
       UserError: the batch or the model cannot be split over the mesh.
@@ -64,12 +65,18 @@ def _step(state: TrainState, batch: Batch, *, config: Config, shardings: TrainSt
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    skipped = {}
+    if config.optimizer.nonfinite == "skip":
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        params, opt_state = jax.tree.map(keep, params, state.params), jax.tree.map(keep, opt_state, state.opt_state)
+        skipped = {"skipped": 1.0 - finite.astype(jnp.float32)}
     metrics = {
         "loss": loss,
         "grad_norm": optax.tree.norm(gradients),
         "parameter_norm": optax.tree.norm(params),
         "learning_rate": learning_rate(config.optimizer, config.run.steps)(state.step),
-    }
+    } | skipped
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 

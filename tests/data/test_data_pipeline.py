@@ -79,7 +79,7 @@ def test_a_source_smaller_than_the_batch_repeats(batches, length):
 @pytest.mark.parametrize("process_count", [2, 3, 4])
 def test_processes_share_the_global_batch(batches, process_count):
     whole = batches(1001)
-    parts = [batches(1001, process_index=p, process_count=process_count) for p in range(process_count)]
+    parts = [batches(1001, part=p, parts=process_count) for p in range(process_count)]
     for _ in range(90):
         (together,), shares = indices(whole, 1), [indices(part, 1)[0] for part in parts]
         for p, share in enumerate(shares):
@@ -92,7 +92,7 @@ def test_state_goes_from_one_process_count_to_another(batches):
     indices(whole, 13)
     state = json.loads(json.dumps(whole.get_state()))
     assert state == {"next_index": 13}
-    parts = [batches(100, process_index=p, process_count=2) for p in range(2)]
+    parts = [batches(100, part=p, parts=2) for p in range(2)]
     for part in parts:
         part.set_state(state)
     for together, even, odd in zip(indices(whole, 9), indices(parts[0], 9), indices(parts[1], 9)):
@@ -135,7 +135,7 @@ def test_examples_arrive_stacked(tmp_path):
 @pytest.mark.parametrize("process_count, fitting", [(5, "take 10 or 15"), (8, "take 8 or 16"), (16, "take 16")])
 def test_a_batch_that_cannot_be_dealt_out_is_refused(process_count, fitting):
     with pytest.raises(UserError) as caught:
-        train_batches(Numbers(100), CONFIG, seed=0, process_count=process_count)
+        train_batches(Numbers(100), CONFIG, seed=0, parts=process_count)
     assert str(caught.value) == f"data.batch_size: 12 is not divisible by {process_count} processes; {fitting}"
 
 

@@ -18,7 +18,7 @@ from oasis_jax.evaluation.report import write_report
 from oasis_jax.evaluation.runs import evaluate, unique_labels, with_bytes
 from oasis_jax.evaluation.terminal import print_comparison
 from oasis_jax.evaluation.words import findings, summary
-from oasis_jax.training.checkpoints import Checkpoints, describe
+from oasis_jax.training.checkpoints import Checkpoints, Keep, describe
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.metrics import MetricsWriter
 from oasis_jax.training.sharding import make_mesh
@@ -30,7 +30,7 @@ def write_run(workdir, config: Config) -> None:
     workdir.mkdir()
     corpus, mesh = load_corpus(config.data, seed=config.run.seed), make_mesh(config.mesh)
     config = with_sizes(config, corpus)
-    with Checkpoints(workdir, keep=1, say=print) as checkpoints:
+    with Checkpoints(workdir, keep=Keep(1), say=print) as checkpoints:
         checkpoints.save(new_state(config, mesh), step=1, data_state={}, description=describe(config, corpus))
     with MetricsWriter(workdir, step=0, tensorboard=False) as writer:
         for step in range(1, 401):

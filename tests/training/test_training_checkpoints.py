@@ -14,7 +14,7 @@ import pytest
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, from_dict, to_dict
 from oasis_jax.data import load_corpus
 from oasis_jax.errors import UserError
-from oasis_jax.training.checkpoints import Checkpoints, check_corpus, describe, differing_fields, load_run
+from oasis_jax.training.checkpoints import Checkpoints, Keep, check_corpus, describe, differing_fields, load_run
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.sharding import make_mesh
 from oasis_jax.training.state import build_model, new_state
@@ -66,7 +66,7 @@ def said() -> list[str]:
 def written(run, tmp_path_factory) -> pathlib.Path:
     _, config, corpus, states = run
     workdir = tmp_path_factory.mktemp("written")
-    with Checkpoints(workdir, keep=2, say=print) as checkpoints:
+    with Checkpoints(workdir, keep=Keep(2), say=print) as checkpoints:
         for step, state in states.items():
             checkpoints.save(state, step=step, data_state={"next_index": 5 * step}, description=describe(config, corpus))
     return workdir
@@ -79,7 +79,7 @@ def workdir(written, tmp_path) -> pathlib.Path:
 
 
 def resume(config, workdir, said):
-    with Checkpoints(workdir, keep=2, say=said.append) as checkpoints:
+    with Checkpoints(workdir, keep=Keep(2), say=said.append) as checkpoints:
         return checkpoints.resume(config, MESH)
 
 
@@ -161,7 +161,7 @@ def test_the_place_of_a_broken_checkpoint_can_be_saved_to_again(run, workdir, sa
     asked, config, corpus, states = run
     for attempt in range(2):
         truncate(workdir / "checkpoints" / "9" / "rest" / "manifest.ocdbt")
-        with Checkpoints(workdir, keep=2, say=said.append) as checkpoints:
+        with Checkpoints(workdir, keep=Keep(2), say=said.append) as checkpoints:
             assert checkpoints.resume(asked, MESH).step == 6
             checkpoints.save(states[9], step=9, data_state={}, description=describe(config, corpus))
         assert len(list((workdir / "checkpoints_broken").iterdir())) == attempt + 1
@@ -237,7 +237,8 @@ def test_every_other_field_is_compared():
     assert set(free) == {
         *("model.remat", "model.attention_implementation", "model.depth_implementation", "data.pattern", "optimizer.accumulation_steps"),
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules", "run.log_interval", "run.telemetry_interval", "run.eval_interval"),
-        *("run.eval_batches", "run.checkpoint_interval", "run.keep_checkpoints", "run.tensorboard"),
+        *("run.eval_batches", "run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard"),
+        *("optimizer.nonfinite", "optimizer.nonfinite_limit"),
     }
 
 
@@ -336,6 +337,6 @@ def test_what_a_killed_save_left_is_removed_by_training_and_left_by_reading(work
     unfinished.mkdir(parents=True)
     load_run(workdir)
     assert unfinished.exists()
-    with Checkpoints(workdir, keep=2, say=print) as checkpoints:
+    with Checkpoints(workdir, keep=Keep(2), say=print) as checkpoints:
         assert not unfinished.exists()
         assert checkpoints.steps() == [9, 6]
