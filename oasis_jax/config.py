@@ -201,6 +201,9 @@ class DataConfig:
     corpus: Literal["stdlib", "files", "trigger"] = _field("stdlib", "Python's standard library as text, local files, or the trigger task")
     pattern: str = _field("", "corpus=files: glob of .txt or .jsonl files")
     text_key: str = _field("text", "corpus=files: the key that holds the text in a .jsonl line")
+    corrupt: Literal["stop", "skip"] = _field(
+        "stop", "corpus=files: a file or line that cannot be read ends the run, or is named and left out"
+    )
     tokenizer: Literal["bytes", "bpe"] = _field("bytes", "one token a byte, or a byte-level BPE trained on the corpus")
     bpe_vocab_size: int = _field(4096, "tokenizer=bpe: tokens to learn, special ones included")
     sequence_length: int = _field(256, "tokens T of an example")

@@ -211,11 +211,22 @@ def test_described_fields_are_wrapped_aligned_and_complete():
 
 def test_parse_train_reads_a_config_and_its_overrides(tmp_path):
     path = str(ROOT / "configs" / "demo.py")
-    config, workdir = parse_train(
+    config, workdir, processes = parse_train(
         [f"--config={path}", "--workdir", str(tmp_path / "x"), "--set", "run.steps=3", "--set=model.preset=attnres"]
     )
-    assert workdir == tmp_path / "x"
+    assert workdir == tmp_path / "x" and processes is None
     assert config == apply_overrides(load_config(path), ["run.steps=3", "model.preset=attnres"])
+
+
+def test_processes_are_named_by_flags_or_by_the_scheduler(capsys):
+    config = f"--config={ROOT}/configs/demo.py"
+    assert parse_train([config, "--workdir=x", "--distributed"]).processes == ("", 0, 0)
+    flags = ["--coordinator=10.0.0.1:1234", "--processes=4", "--process=0"]
+    assert parse_train([config, "--workdir=x", *flags]).processes == ("10.0.0.1:1234", 4, 0)
+    for wrong, message in ((flags[:2], "needs --process too"), (["--distributed", *flags], "give one or the other")):
+        with pytest.raises(SystemExit, match="2"):
+            parse_train([config, "--workdir=x", *wrong])
+        assert message in capsys.readouterr().err
 
 
 FLAGS = {

@@ -29,6 +29,7 @@ class Corpus:
       tokenizer: None where examples are vectors.
       train: examples to train on.
       heldout: examples kept back.
+      corrupt: what could not be read and was left out, a line each (data.corrupt=skip).
       vector_dim: size of input and target vectors, None where examples are tokens.
     """
 
@@ -37,6 +38,7 @@ class Corpus:
     train: Source
     heldout: Source
     vector_dim: int | None = None
+    corrupt: tuple[str, ...] = ()
 
 
 def seed_sequence(seed: int, *keys: int) -> np.random.SeedSequence:

@@ -1,9 +1,12 @@
 """Corpus `files`: local text, a .txt file is one document and every line of a .jsonl file is one."""
 
+import dataclasses
+import functools
 import glob
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 from oasis_jax.config import DataConfig
 from oasis_jax.data.corpus import Corpus
@@ -19,12 +22,26 @@ def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpu
     del seed  # the text is what it is
     paths = matching_files(config.pattern)
     root = pathlib.Path(os.path.commonpath([path.parent for path in paths]))
-    files = []
+    files, corrupt = [], []
+
+    def attempt(read_it):
+        """Its result, or None where it cannot be read and is to be skipped."""
+        try:
+            return read_it()
+        except UserError as error:
+            if config.corrupt == "stop":
+                raise UserError(f"{error}; data.corrupt=skip would leave it out") from None
+            corrupt.append(str(error))
+            return None
+
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
-        content = read(path, "data.pattern")
-        documents = json_documents(content, path, config.text_key) if path.suffix == ".jsonl" else [content]
+        content = attempt(lambda path=path: read(path, "data.pattern"))
+        if content is None:
+            continue
+        documents = json_documents(content, path, config.text_key, attempt) if path.suffix == ".jsonl" else [content]
         files.append(TextFile.from_content(name, content, documents))
-    return text_corpus(files, config, tokenizer, identity={"name": "files"})
+    identity = {"name": "files"} | ({"corrupt": len(corrupt)} if corrupt else {})
+    return dataclasses.replace(text_corpus(files, config, tokenizer, identity=identity), corrupt=tuple(corrupt))
 
 
 def matching_files(pattern: str) -> list[pathlib.Path]:
@@ -60,14 +77,17 @@ def _hint(pattern: pathlib.Path) -> str:
     return f" in {str(folder.absolute())!r}; allowed are .txt and .jsonl files, and ** for folders of any depth"
 
 
-def json_documents(content: bytes, path: pathlib.Path, key: str) -> list[bytes]:
-    """The texts of a .jsonl file in UTF-8, one a line; blank lines are skipped.
+def json_documents(
+    content: bytes, path: pathlib.Path, key: str, attempt: Callable[[Callable[[], bytes]], bytes | None] = lambda read_it: read_it()
+) -> list[bytes]:
+    """The texts of a .jsonl file in UTF-8, one a line; blank lines are skipped, and those for which `attempt` gives None.
 
     Raises:
       UserError: names file and line where a line is not a JSON object with a text under `key`.
     """
     lines = enumerate(content.split(b"\n"), start=1)
-    return [_json_text(line, f"{path}:{number}", key) for number, line in lines if line.strip()]
+    texts = [attempt(functools.partial(_json_text, line, f"{path}:{number}", key)) for number, line in lines if line.strip()]
+    return [text for text in texts if text is not None]
 
 
 def _json_text(line: bytes, where: str, key: str) -> bytes:

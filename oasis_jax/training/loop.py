@@ -63,6 +63,8 @@ def fit(config: Config, workdir: str | os.PathLike, *, evaluators: Mapping[str, 
         if resumed:
             check_corpus(corpus, resumed.corpus_identity)
         config = with_sizes(config, corpus)
+        for what in corpus.corrupt:
+            progress.say(f"left out: {what}")
         if resumed and resumed.step == config.run.steps:
             progress.say(f"{workdir} has all its {resumed.step} steps")
             return _last_line(workdir)

@@ -1,0 +1,148 @@
+"""Steps that are not finite, notices to end, and which checkpoints stay."""
+
+import dataclasses
+import math
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from oasis_jax.errors import Preempted, UserError
+from oasis_jax.training import loop
+from oasis_jax.training.distributed import Processes, batch_part
+from oasis_jax.training.metrics import read_metrics
+
+CONFIG = Config(
+    model=ModelConfig(preset="oasis", inputs="vectors", num_layers=1, width=14, num_heads=1, mlp_dim=22),
+    data=DataConfig(corpus="trigger", sequence_length=9, batch_size=5, trigger_dim=4),
+    optimizer=OptimizerConfig(warmup_steps=3, schedule="constant"),
+    run=RunConfig(steps=30, checkpoint_interval=7, telemetry_interval=0),
+)
+
+
+def with_fields(**sections):
+    return dataclasses.replace(CONFIG, **{name: dataclasses.replace(getattr(CONFIG, name), **fields) for name, fields in sections.items()})
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(steps): the targets of these steps become NaN."""
+
+    def use(steps):
+        put_batch, calls = loop.put_batch, []
+
+        def poisoned(batch, sharding, **options):
+            calls.append(None)
+            return put_batch(
+                batch | {"targets": batch["targets"] * np.float32("nan")} if len(calls) in steps else batch, sharding, **options
+            )
+
+        monkeypatch.setattr(loop, "put_batch", poisoned)
+
+    return use
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(poison, tmp_path):
+    poison({17})
+    with pytest.raises(loop.TrainingStopped, match=r"step 17: the loss is not finite .* the last good checkpoint is step 14"):
+        loop.fit(CONFIG, tmp_path)
+
+
+def test_a_skipped_step_changes_nothing_and_is_counted(poison, tmp_path):
+    poison({17})
+    last = loop.fit(with_fields(optimizer=dict(nonfinite="skip")), tmp_path)
+    lines = read_metrics(tmp_path)
+    assert last["step"] == 30 and [line["step"] for line in lines if line["skipped"]] == [17]
+    assert "loss" not in lines[16] and all(math.isfinite(line["loss"]) for line in lines if line["step"] != 17)
+
+
+def test_a_run_that_skips_nothing_is_the_one_that_would_stop(tmp_path):
+    losses = []
+    for policy in ("stop", "skip"):
+        loop.fit(with_fields(optimizer=dict(nonfinite=policy)), tmp_path / policy)
+        losses.append([line["loss"] for line in read_metrics(tmp_path / policy)])
+    np.testing.assert_allclose(*losses, rtol=1e-4)  # two programs: the last bits differ
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(poison, tmp_path):
+    poison({4, *range(9, 40)})
+    with pytest.raises(loop.TrainingStopped, match=r"step 12: 4 steps in a row were not finite .* the last good checkpoint is step 7"):
+        loop.fit(with_fields(optimizer=dict(nonfinite="skip", nonfinite_limit=4)), tmp_path)
+
+
+def test_sigterm_saves_and_a_second_call_goes_on(tmp_path, monkeypatch):
+    undisturbed = loop.fit(CONFIG, tmp_path / "undisturbed")
+    put_batch, calls = loop.put_batch, []
+
+    def signalled(batch, sharding, **options):
+        calls.append(None)
+        if len(calls) == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(batch, sharding, **options)
+
+    monkeypatch.setattr(loop, "put_batch", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match=r"step 1[12]: told to end \(SIGTERM\), saved in"):
+        loop.fit(CONFIG, tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert loop.fit(CONFIG, tmp_path / "run")["loss"] == undisturbed["loss"]
+
+
+def test_which_checkpoints_stay(tmp_path):
+    losses = iter([0.5, 0.2, 0.9, 0.4, 0.7, 0.6])
+    config = with_fields(run=dict(checkpoint_interval=5, eval_interval=5, keep_checkpoints=1, keep_every=15, keep_best=1))
+    loop.fit(config, tmp_path, evaluators={"own": lambda model, batches: {"loss": next(losses)}})
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [10, 15, 30]  # best, every 15, newest and every 15
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(keep_every=20, checkpoint_interval=15), "run.keep_every: 20 is not a multiple of checkpoint_interval=15"),
+        (dict(keep_best=1), "eval_interval=0 does not divide checkpoint_interval=100"),
+        (dict(keep_best=1, eval_interval=30), "eval_interval=30 does not divide checkpoint_interval=100"),
+    ],
+)
+def test_policies_that_cannot_work_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [(("host", 2, 0), "expected HOST:PORT"), (("host:1", 2, 2), "between 0 and 1"), (("host:1", 0, 0), "at least 1")],
+)
+def test_processes_that_cannot_be_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        Processes(*values)
+
+
+class _Device:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+@pytest.mark.parametrize(
+    "split, parts, index",
+    [
+        ([0, 0, 1, 1], 2, 0),  # both processes have half of the examples
+        ([0, 1, 0, 1], 1, 0),  # model parallelism across processes: each holds all
+        ([1, 1, 0, 0], 2, 1),
+    ],
+)
+def test_the_part_of_a_batch_that_a_process_reads(split, parts, index):
+    class Sharding:
+        def devices_indices_map(self, shape):
+            half = shape[0] // 2
+            return {_Device(process): (slice(0, half) if i < 2 else slice(half, None),) for i, process in enumerate(split)}
+
+    assert batch_part(Sharding(), 12) == (index, parts)
+
+
+def test_one_process_reads_all():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    assert batch_part(NamedSharding(mesh, PartitionSpec("data")), 6) == (0, 1)
