@@ -6,7 +6,7 @@ from oasis_jax.command_line import parse_train, run_main
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, workdir, processes = parse_train(argv)
+    config, workdir, processes, profile = parse_train(argv)
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
     if processes is not None:
@@ -14,13 +14,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         start(Processes(*processes))
     from oasis_jax.training.loop import fit
+    from oasis_jax.training.profiling import parse_steps
 
     evaluators = {}
     if config.run.eval_interval:
         from oasis_jax.evaluation import evaluate_model
 
         evaluators = {"all": evaluate_model}
-    fit(config, workdir, evaluators=evaluators)
+    fit(config, workdir, evaluators=evaluators, profile=profile and parse_steps(profile))
 
 
 if __name__ == "__main__":

@@ -237,6 +237,7 @@ def train_parser() -> Parser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="another value for a field of the config; repeatable"
     )
+    parser.add_argument("--profile", metavar="FIRST:END", help="write a trace of these steps for xprof, the end left out: --profile=10:15")
     group = parser.add_argument_group("several processes, see docs/launch.md")
     group.add_argument("--distributed", action="store_true", help="join the processes that SLURM, Open MPI, Cloud TPU or GKE describe")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="without a scheduler: where process 0 listens")
@@ -251,6 +252,7 @@ class TrainArguments(typing.NamedTuple):
     config: Config
     workdir: pathlib.Path
     processes: tuple[str, int, int] | None
+    profile: str | None
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainArguments:
@@ -266,7 +268,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainArguments:
     if 0 < len(missing) < 3:
         parser.error(f"{', '.join(flag for flag in by_hand if flag not in missing)}: needs {' and '.join(missing)} too")
     processes = ("", 0, 0) if args.distributed else None if missing else tuple(by_hand.values())
-    return TrainArguments(apply_overrides(load_config(args.config), args.set), args.workdir, processes)
+    return TrainArguments(apply_overrides(load_config(args.config), args.set), args.workdir, processes, args.profile)
 
 
 def run_main(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> typing.NoReturn:

@@ -211,10 +211,10 @@ def test_described_fields_are_wrapped_aligned_and_complete():
 
 def test_parse_train_reads_a_config_and_its_overrides(tmp_path):
     path = str(ROOT / "configs" / "demo.py")
-    config, workdir, processes = parse_train(
+    config, workdir, processes, profile = parse_train(
         [f"--config={path}", "--workdir", str(tmp_path / "x"), "--set", "run.steps=3", "--set=model.preset=attnres"]
     )
-    assert workdir == tmp_path / "x" and processes is None
+    assert workdir == tmp_path / "x" and processes is profile is None
     assert config == apply_overrides(load_config(path), ["run.steps=3", "model.preset=attnres"])
 
 

@@ -17,9 +17,11 @@ from oasis_jax.decoder import Decoder
 from oasis_jax.errors import Preempted, UserError
 from oasis_jax.training.checkpoints import Checkpoints, Keep, check_corpus, describe
 from oasis_jax.training.distributed import batch_part, is_first
+from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.guard import Guard, TrainingStopped, floats
 from oasis_jax.training.metrics import MetricsWriter, NoWriter, ProgressBar, Speed, read_metrics
 from oasis_jax.training.preemption import Preemption
+from oasis_jax.training.profiling import Profile
 from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
 from oasis_jax.training.state import TrainState, build_model, new_state
 from oasis_jax.training.step import make_step, make_telemetry
@@ -30,7 +32,13 @@ Evaluator = Callable[[Decoder, Sequence[Mapping]], Mapping[str, object]]
 __all__ = ["TrainingStopped", "fit"]
 
 
-def fit(config: Config, workdir: str | os.PathLike, *, evaluators: Mapping[str, Evaluator] | None = None) -> dict[str, float]:
+def fit(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    profile: tuple[int, int] | None = None,
+) -> dict[str, float]:
     """Trains a model; a workdir with checkpoints is resumed, and gives bitwise the losses of a run that was never stopped.
 
     Args:
@@ -38,6 +46,7 @@ def fit(config: Config, workdir: str | os.PathLike, *, evaluators: Mapping[str, 
       workdir: gets metrics.jsonl, checkpoints/ and, where asked for, tensorboard/.
       evaluators: each run(model, held-out batches) -> {name: value}, called every run.eval_interval steps; finite numbers
         among the values are logged as "eval/<name>".
+      profile: (first, end): a trace of steps first .. end - 1 is written to workdir/profile.
 
     Returns:
       The last line of metrics.jsonl.
@@ -79,9 +88,10 @@ def fit(config: Config, workdir: str | os.PathLike, *, evaluators: Mapping[str, 
         # Logs.
         first = resumed.step if resumed else 0
         writer = stack.enter_context(MetricsWriter(workdir, step=first, tensorboard=config.run.tensorboard) if is_first() else NoWriter())
+        tracer = stack.enter_context(Profile(workdir, profile if is_first() else None))
         stack.enter_context(progress)
         progress.say(_header(config, state.params, mesh, first))
-        _train(config, mesh, state, batches, corpus, first, checkpoints, writer, progress, preemption, evaluators or {})
+        _train(config, mesh, state, batches, corpus, first, checkpoints, writer, progress, preemption, tracer, evaluators or {})
     return _last_line(workdir)
 
 
@@ -96,6 +106,7 @@ def _train(
     writer: MetricsWriter,
     progress: ProgressBar,
     preemption: Preemption,
+    tracer: Profile,
     evaluators: Mapping[str, Evaluator],
 ) -> None:
     """The steps after `first`. The device is only waited for where something is read."""
@@ -104,13 +115,22 @@ def _train(
     sharding, description = batch_sharding(config, mesh), describe(config, corpus)
     _, parts = batch_part(sharding, config.data.batch_size)
     heldout = eval_batches(corpus.heldout, config.data, num_batches=config.run.eval_batches) if evaluators else []
-    speed = Speed(config.data.batch_size * config.data.sequence_length)
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    speed = Speed(
+        config.data.batch_size * config.data.sequence_length,
+        flops_per_token=training_flops(config.model, config.data.sequence_length),
+        peak_flops=peak and peak * mesh.size,
+    )
     pending = {}
     for step in range(first + 1, config.run.steps + 1):
         due = _due(step, config.run, evaluators, leave=preemption.due(step))
 
         # One step, and before it a look at the parameters that it starts from.
-        batch = put_batch(next(batches), sharding, parts=parts)
+        tracer.step(step, pending)
+        with speed.spending("data"):
+            examples = next(batches)
+        with speed.spending("transfer"):
+            batch = put_batch(examples, sharding, parts=parts)
         seen = {}
         if due.telemetry:
             seen = floats(telemetry(state.params, batch))
@@ -119,7 +139,8 @@ def _train(
 
         # What was left on the device is looked at before it is logged or saved.
         if due.log or due.save:
-            values = guard.fetch(pending)
+            with speed.spending("device"):
+                values = guard.fetch(pending)
             pending = {}
         if due.log:
             values |= speed.read(step) | seen

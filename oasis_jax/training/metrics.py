@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -95,23 +95,43 @@ class NoWriter(contextlib.nullcontext):
 
 
 class Speed:
-    """Tokens per second since the last look, without compilation, evaluation and saving."""
+    """Tokens per second since the last look, without compilation, evaluation and saving, and where the time went."""
 
-    def __init__(self, tokens_per_step: int):
-        self._tokens_per_step = tokens_per_step
+    def __init__(self, tokens_per_step: int, *, flops_per_token: float = 0.0, peak_flops: float | None = None):
+        """peak_flops: of all devices together, per second; None: unknown, and so is their utilisation."""
+        self._tokens_per_step, self._flops_per_token, self._peak_flops = tokens_per_step, flops_per_token, peak_flops
         self._since: tuple[int, float] | None = None
+        self._spent: dict[str, float] = {}
 
     def restart(self, step: int) -> None:
         """Counts from here: what came before is not training."""
         self._since = (step, time.perf_counter())
+        self._spent = {}
+
+    @contextlib.contextmanager
+    def spending(self, on: str) -> Iterator[None]:
+        """What happens inside is counted as "<on>_share" of the time."""
+        began = time.perf_counter()
+        yield
+        self._spent[on] = self._spent.get(on, 0.0) + time.perf_counter() - began
 
     def read(self, step: int) -> dict[str, float]:
-        """{"tokens_per_second": ...}, or {} before the first restart."""
+        """{} before the first restart, later over the steps since the last look:
+
+        "tokens_per_second"; "step_seconds"; "data_share", waiting for the next batch (a data stall); "transfer_share", putting it on devices;
+        "device_share", waiting for results (high is good: the host keeps ahead); "mfu", model FLOP utilisation (Chowdhery et al., arXiv 2204.02311)
+        with the FLOPs of `flops.training_flops`, where the devices' peak is known.
+        """
         if self._since is None:
             return {}
         steps, seconds = step - self._since[0], time.perf_counter() - self._since[1]
+        rate = steps * self._tokens_per_step / seconds
+        found = {"tokens_per_second": round(rate, 1), "step_seconds": round(seconds / steps, 6)}
+        found |= {f"{name}_share": round(spent / seconds, 4) for name, spent in self._spent.items()}
+        if self._peak_flops:
+            found["mfu"] = round(rate * self._flops_per_token / self._peak_flops, 4)
         self.restart(step)
-        return {"tokens_per_second": round(steps * self._tokens_per_step / seconds, 1)}
+        return found
 
 
 class ProgressBar:

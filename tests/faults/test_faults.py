@@ -101,7 +101,9 @@ def one_line(errors: str) -> str:
 def logged(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl without what the clock decides; every line has to be whole."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("time", "tokens_per_second")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.endswith(("time", "_per_second", "_seconds", "_share"))} for line in lines
+    ]
 
 
 def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) -> None:
