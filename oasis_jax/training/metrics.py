@@ -15,6 +15,7 @@ from oasis_jax.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
+_SPENT_ON = ("data", "transfer", "device")
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
@@ -101,19 +102,19 @@ class Speed:
         """peak_flops: of all devices together, per second; None: unknown, and so is their utilisation."""
         self._tokens_per_step, self._flops_per_token, self._peak_flops = tokens_per_step, flops_per_token, peak_flops
         self._since: tuple[int, float] | None = None
-        self._spent: dict[str, float] = {}
+        self._spent = dict.fromkeys(_SPENT_ON, 0.0)
 
     def restart(self, step: int) -> None:
         """Counts from here: what came before is not training."""
         self._since = (step, time.perf_counter())
-        self._spent = {}
+        self._spent = dict.fromkeys(_SPENT_ON, 0.0)
 
     @contextlib.contextmanager
     def spending(self, on: str) -> Iterator[None]:
-        """What happens inside is counted as "<on>_share" of the time."""
+        """What happens inside is counted as "<on>_share" of the time; `on` is data, transfer or device."""
         began = time.perf_counter()
         yield
-        self._spent[on] = self._spent.get(on, 0.0) + time.perf_counter() - began
+        self._spent[on] += time.perf_counter() - began
 
     def read(self, step: int) -> dict[str, float]:
         """{} before the first restart, later over the steps since the last look:

@@ -83,7 +83,8 @@ def test_what_a_run_writes(finished):
     lines = {line["step"]: line for line in read_metrics(workdir)}
     assert list(lines) == [2, 4, 5, 6, 8, 10, 12]
     assert returned == lines[12]
-    always = {"step", "loss", "grad_norm", "parameter_norm", "learning_rate", "time", "tokens_per_second"}
+    always = {"step", "loss", "grad_norm", "parameter_norm", "learning_rate", "time", "tokens_per_second", "step_seconds"}
+    always |= {"data_share", "transfer_share", "device_share"}
     assert set(lines[2]) == set(lines[8]) == always
     telemetry = {"null_mass", "null_mass/layer0", "first_token_mass", "first_token_mass/layer0"}
     assert set(lines[5]) == set(lines[10]) == always | telemetry | {"beta", "beta/layer0.attention", "beta/layer0.mlp"}
