@@ -1,0 +1,45 @@
+"""Depth routing on Hopper GPUs: when our Mosaic GPU kernels (mosaic_gpu_kernels.py) can serve a call."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.depth_route.base import DepthRoute, RouteInputs
+from pallas_kernels.dispatch import Unavailable, interpreting, target_device
+
+_OLDEST_JAX = (0, 11, 2)
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+_DTYPES = ("bfloat16", "float16", "float32")
+_WIDTH_UNIT, _MAX_WIDTH = 128, 8192
+
+
+def depth_route_mosaic_gpu(inputs: RouteInputs) -> DepthRoute:
+    """The contract of `depth_route`, by Pallas kernels that read every live source once and no dead one."""
+    _check(inputs)
+    return _serve()(inputs)
+
+
+def _check(inputs: RouteInputs) -> None:
+    if jax.__version_info__ < _OLDEST_JAX:
+        raise Unavailable(f"needs jax {'.'.join(map(str, _OLDEST_JAX))} or newer, this is {jax.__version__}")
+    device = target_device()
+    if not interpreting():
+        if device.platform != "gpu":
+            raise Unavailable(f"runs on GPUs only, the call is compiled for {device.platform}")
+        if not any(name in device.kind.replace("-", " ").split() for name in _HOPPER):
+            raise Unavailable(f"runs on Hopper GPUs only ({', '.join(_HOPPER)}), the call is compiled for {device.kind}")
+    if jnp.dtype(inputs.dtype).name not in _DTYPES:
+        raise Unavailable(f"takes sources of {', '.join(_DTYPES)}, got {inputs.dtype}")
+    width = inputs.sources[0].shape[-1]
+    if width % _WIDTH_UNIT or width > _MAX_WIDTH:
+        raise Unavailable(f"takes widths that are multiples of {_WIDTH_UNIT} up to {_MAX_WIDTH}, got {width}")
+
+
+@functools.cache
+def _serve():
+    """Imported here, as Pallas takes a while to import and its Mosaic GPU part differs between versions of jax."""
+    from pallas_kernels.depth_route.mosaic_gpu_kernels import backward, forward
+    from pallas_kernels.depth_route.vjp import differentiable
+
+    return differentiable(forward, backward)
