@@ -63,9 +63,6 @@ class _Tile:
         """One number a token."""
         return ref[...] if self.rows == 1 else plgpu.load(ref, layout=self.layout.reduce(1), optimized=False)
 
-    def store(self, ref, x):
-        plgpu.store(ref, x, optimized=False)
-
     def along(self, each):
         """One number a token, for every element of its row."""
         if self.rows == 1:
@@ -146,6 +143,14 @@ class _Route:
         )  # fmt: skip
 
 
+def _store(ref, x):
+    """Stores rows or one number a token; the latter touch less than a memory sector, which has to be allowed by name from jax 0.12 on."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
 def _copy(source, target, arrived):
     """Starts a copy of neighbouring bytes. They are in bounds, which spares the kernel a tensor map."""
     plgpu.copy_gmem_to_smem(source, target, arrived, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
@@ -172,15 +177,15 @@ def forward(options, sources, query, shift, null_logit, num_sources):
             value = route.next_row(sources, i, live, at, ring, arrived)
             raw, _, _ = route.score(value, tile.load(query_here), shift_now)
             e = jnp.exp(jnp.clip(raw, -MAX_SCORE, MAX_SCORE) - top[0])
-            tile.store(exponentials.at[i, at], e)
+            _store(exponentials.at[i, at], e)
             return accumulated + value * tile.along(e), z + e, shift_next
 
         start = tile.zeros(), tile.zeros_each(), tile.load_each(shift.at[0, at])
         accumulated, z, _ = lax.fori_loop(0, live, step, start)
         z = z + null[0]
-        tile.store(total.at[at], z)
+        _store(total.at[at], z)
         inverse = 1.0 / jnp.where(z == 0.0, 1.0, z)  # neither a live source nor a null
-        tile.store(output.at[at], (accumulated * tile.along(inverse)).astype(route.dtype))
+        _store(output.at[at], (accumulated * tile.along(inverse)).astype(route.dtype))
 
     count, tokens = route.count, route.tokens
     each = jax.ShapeDtypeStruct((tokens,), jnp.float32)
@@ -231,19 +236,19 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
                 raw, dot, inverse_rms = route.score(value, tile.load(query_here), shift_i)
                 through_output = (value * tile.load(d_output_here)).sum(-1)
                 d_score = jnp.where(jnp.abs(raw) < MAX_SCORE, weight * (through_output + lift_i), 0.0)
-                tile.store(d_shift.at[i, at], d_score)
+                _store(d_shift.at[i, at], d_score)
                 along_query = d_score * (inverse_rms * options.score_scale)
                 d_value = tile.along(weight) * tile.load(d_output_here) + tile.along(along_query) * tile.load(query_here)
                 if options.normalize:
                     d_value = d_value - tile.along(along_query * dot * inverse_rms * inverse_rms / route.width) * value
                 d_value = d_value.astype(route.dtype)
-                route.of_source(d_sources, i, lambda ref: tile.store(ref.at[at], d_value))
+                route.of_source(d_sources, i, lambda ref: _store(ref.at[at], d_value))
                 return d_query_sum + tile.along(along_query) * value, following
 
             d_query_sum, _ = lax.fori_loop(0, live, step, (d_query_sum, given(0)))
 
             def dead(i, _):
-                route.of_source(d_sources, i, lambda ref: tile.store(ref.at[at], tile.zeros().astype(route.dtype)))
+                route.of_source(d_sources, i, lambda ref: _store(ref.at[at], tile.zeros().astype(route.dtype)))
 
             lax.fori_loop(live, count, dead, None)
             return d_query_sum
@@ -251,9 +256,9 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
         first = program * blocks_each
         d_query_sum = lax.fori_loop(first, jnp.minimum(first + blocks_each, route.blocks), block, tile.zeros())
         if route.per_token:
-            tile.store(d_query.at[tile.tokens(program)], d_query_sum)
+            _store(d_query.at[tile.tokens(program)], d_query_sum)
         else:
-            tile.store(d_query.at[program], d_query_sum if tile.rows == 1 else d_query_sum.sum(0))
+            _store(d_query.at[program], d_query_sum if tile.rows == 1 else d_query_sum.sum(0))
 
     programs = pl.cdiv(route.blocks, blocks_each)
     one = jax.ShapeDtypeStruct((tokens, route.width), route.dtype)

@@ -9,8 +9,34 @@ import numpy as np
 import pytest
 
 from pallas_kernels import depth_route, implementations
+from pallas_kernels.dispatch import interpret_kernels
 
-every_implementation = pytest.mark.parametrize("implementation", implementations("depth_route"))
+# The kernels of accelerators run in their interpreters here: implementation -> (a width its tiles take, the oldest jax that has it).
+INTERPRETED = {"mosaic_gpu": (128, (0, 11, 2))}
+
+every_implementation = pytest.mark.parametrize("implementation", implementations("depth_route"), indirect=True)
+
+
+@pytest.fixture
+def implementation(request):
+    if request.param not in INTERPRETED:
+        yield request.param
+        return
+    _, oldest_jax = INTERPRETED[request.param]
+    if jax.__version_info__ < oldest_jax:
+        pytest.skip(f"{request.param} needs jax {'.'.join(map(str, oldest_jax))} or newer, this is {jax.__version__}")
+    with interpret_kernels():
+        yield request.param
+
+
+def case(name, implementation):
+    """The arguments of `make`; for an interpreter, which is slow, fewer tokens, and a width that the kernels take."""
+    settings = dict(CASES[name])
+    if implementation in INTERPRETED:
+        count, batch, length, _ = settings["shape"]
+        settings["shape"] = (count, batch, min(length, 3), INTERPRETED[implementation][0])
+    return settings
+
 
 # `per_token`: query [B, T, D]; `live`: (number, whether it is traced). Sizes are odd and all different: L, B, T, D.
 CASES = {
@@ -18,6 +44,7 @@ CASES = {
     "one_source": dict(shape=(1, 2, 7, 11), norm=True),
     "projected": dict(shape=(7, 3, 5, 13), per_token=True, score_scale=0.3, bias="source", evidence=True),
     "projected_softmax": dict(shape=(3, 2, 5, 9), per_token=True, bias="token", evidence=True, null_logit=-np.inf),
+    "many": dict(shape=(8, 4, 5, 13), norm=True, evidence=True),
     "static": dict(shape=(5, 2, 9, 13), norm=True, evidence=True),
     "static_softmax": dict(shape=(4, 3, 7, 11), norm=True, null_logit=-np.inf),
     "normed_token_query": dict(shape=(5, 2, 3, 7), norm=True, per_token=True, bias="token", evidence=True, null_logit=0.7),
@@ -56,7 +83,8 @@ def make(shape, *, per_token=False, norm=False, bias=None, evidence=False, null_
     random = np.random.default_rng(sum(shape))
     normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
     sources = normal(count, batch, length, width)
-    arguments = {"query": normal(batch, length, width) if per_token else normal(width), "null_logit": np.float32(null_logit)}
+    query = normal(batch, length, width) if per_token else normal(width)
+    arguments = {"query": query * np.float32(3 / width**0.5), "null_logit": np.float32(null_logit)}  # scores as large at any width
     if norm:
         arguments["key_norm_scale"] = 1 + normal(width) / 3
     if bias:
@@ -81,8 +109,8 @@ def as_float64(tree):
 
 
 @functools.cache
-def expected(name):
-    arrays, options, live, cotangents = make(**CASES[name])
+def expected(name, implementation):
+    arrays, options, live, cotangents = make(**case(name, implementation))
     live = live[0] if live else len(arrays[0])
     cotangents = cotangents[0], cotangents[1][..., :live], cotangents[2]
     with jax.enable_x64(True):
@@ -112,15 +140,21 @@ def call(sources, arguments, *, as_list, live, **options):
     return depth_route(sources, arguments.pop("query"), **arguments, **options)
 
 
-@every_implementation
-@pytest.mark.parametrize("as_list", [False, True], ids=["array", "list"])
-@pytest.mark.parametrize("name", CASES)
+def calls():
+    """Every case for every implementation, with sources as an array and as a list; in an interpreter, which is slow, as one of the two."""
+    for implementation in implementations("depth_route"):
+        for i, name in enumerate(CASES):
+            for as_list in [i % 2 == 0] if implementation in INTERPRETED else [False, True]:
+                yield pytest.param(implementation, as_list, name, id=f"{name}-{'list' if as_list else 'array'}-{implementation}")
+
+
+@pytest.mark.parametrize("implementation, as_list, name", list(calls()), indirect=["implementation"])
 def test_equals_the_plain_definition(implementation, as_list, name):
-    arrays, options, live, cotangents = make(**CASES[name])
+    arrays, options, live, cotangents = make(**case(name, implementation))
     function = functools.partial(call, as_list=as_list, live=live, implementation=implementation, **options)
-    values, gradients = expected(name)
+    values, gradients = expected(name, implementation)
     precisions = [("float32", 1e-6, 1e-5), ("float64", 1e-12, 1e-12)]
-    for dtype, value_tolerance, gradient_tolerance in precisions if as_list else precisions[:1]:
+    for dtype, value_tolerance, gradient_tolerance in precisions if as_list and implementation not in INTERPRETED else precisions[:1]:
         with jax.enable_x64(dtype == "float64"):
             convert = as_float64 if dtype == "float64" else lambda x: x
             actual_values, actual_gradients = results_and_gradients(function, convert(arrays), convert(cotangents))
@@ -133,7 +167,7 @@ def test_equals_the_plain_definition(implementation, as_list, name):
 
 @every_implementation
 def test_vmap_and_remat(implementation):
-    (sources, arguments), options, live, _ = make(**CASES["normed_token_query"])
+    (sources, arguments), options, live, _ = make(**case("normed_token_query", implementation))
 
     def loss(sources, coupling):
         given = arguments | {"coupling": coupling}
@@ -142,7 +176,8 @@ def test_vmap_and_remat(implementation):
 
     many = np.stack([sources, -sources, 2 * sources]), np.float32([0.1, 1.0, 3.0])
     batched = jax.jit(jax.vmap(jax.value_and_grad(loss, (0, 1))))(*many)
-    remat = jax.jit(jax.value_and_grad(jax.checkpoint(loss), (0, 1)))
+    # the interpreters' side effects cannot be rematerialized
+    remat = jax.jit(jax.value_and_grad(loss if implementation in INTERPRETED else jax.checkpoint(loss), (0, 1)))
     for i in range(3):
         one = remat(many[0][i], many[1][i])
         jax.tree.map(lambda a, w: assert_close(a, w, 2e-6), jax.tree.map(lambda x, i=i: x[i], batched), one)
@@ -152,18 +187,18 @@ def test_vmap_and_remat(implementation):
 @pytest.mark.parametrize("traced", [False, True], ids=["python", "traced"])
 @pytest.mark.parametrize("as_list", [False, True], ids=["array", "list"])
 def test_whatever_lies_in_dead_sources_stays_there(implementation, traced, as_list):
-    (sources, arguments), options, _, cotangents = make(**CASES["live"])
+    (sources, arguments), options, _, cotangents = make(**case("live", implementation))
     sources[4:], arguments["null_evidence"][4:], arguments["bias"][4:] = np.nan, np.nan, np.inf
     function = functools.partial(call, as_list=as_list, live=(4, traced), implementation=implementation, **options)
     values, gradients = results_and_gradients(function, (sources, arguments), cotangents)
-    jax.tree.map(lambda a, w: assert_close(a, w, 1e-6), tuple(values), expected("live")[0])
-    jax.tree.map(lambda a, w: assert_close(a, w, 1e-5), gradients, expected("live")[1])
+    jax.tree.map(lambda a, w: assert_close(a, w, 1e-6), tuple(values), expected("live", implementation)[0])
+    jax.tree.map(lambda a, w: assert_close(a, w, 1e-5), gradients, expected("live", implementation)[1])
     assert np.all(np.asarray(values[1][..., 4:]) == 0) and np.all(np.asarray(gradients[0][4:]) == 0)
 
 
 @every_implementation
 def test_half_precision_sources_have_float32_weights(implementation):
-    (sources, arguments), options, _, cotangents = make(**CASES["projected"])
+    (sources, arguments), options, _, cotangents = make(**case("projected", implementation))
     low = sources.astype(jnp.bfloat16)
     function = functools.partial(call, as_list=True, live=None, implementation=implementation, **options)
     values, (gradient, _) = results_and_gradients(function, (low, arguments), (cotangents[0].astype(jnp.bfloat16), *cotangents[1:]))
@@ -177,19 +212,26 @@ def test_half_precision_sources_have_float32_weights(implementation):
 
 @every_implementation
 def test_the_one_in_the_denominator_becomes_exp_of_minus_max(implementation):
-    output, weights, null_mass = depth_route([jnp.ones((1, 1, 1))], jnp.array([4.0]), implementation=implementation)
+    width, _ = INTERPRETED.get(implementation, (1, None))
+    output, weights, null_mass = depth_route([jnp.ones((1, 1, width))], jnp.full(width, 4.0 / width), implementation=implementation)
     np.testing.assert_allclose(weights.item(), np.exp(4) / (1 + np.exp(4)), rtol=1e-6)
     np.testing.assert_allclose(null_mass.item(), 1 / (1 + np.exp(4)), rtol=1e-6)
-    assert output.item() == weights.item()
+    np.testing.assert_allclose(output, np.full((1, 1, width), weights.item()), rtol=2e-7)
 
 
 @every_implementation
 def test_evidence_is_centred_and_a_clamped_score_has_no_gradient(implementation):
-    (sources, arguments), options, _, _ = make(**CASES["static"])
+    (sources, arguments), options, _, _ = make(**case("static", implementation))
     shifted = arguments | {"null_evidence": arguments["null_evidence"] + 3.0}
     function = functools.partial(call, as_list=False, live=None, implementation=implementation, **options)
     jax.tree.map(lambda a, w: assert_close(a, w, 2e-6), function(sources, shifted), function(sources, arguments))
-    route = lambda bias: depth_route(jnp.ones((2, 1, 1, 1)), jnp.ones(1), bias=bias, implementation=implementation)  # noqa: E731
+    width, _ = INTERPRETED.get(implementation, (1, None))
+    ones = jnp.ones((2, 1, 1, width))
+
+    def route(bias):
+        result = depth_route(ones, jnp.full(width, 1 / width), bias=bias, implementation=implementation)
+        return result._replace(output=result.output[..., :1])
+
     jacobian = jax.jacobian(route)(jnp.array([200.0, 48.0]))
     assert all(np.all(np.asarray(x)[..., 0] == 0) for x in jax.tree.leaves(jacobian))
     assert np.all(np.asarray(jacobian.weights)[..., 1] != 0)
