@@ -76,7 +76,6 @@ class _Tile:
         return jnp.float32(0.0) if self.rows == 1 else plgpu.layout_cast(jnp.zeros((self.rows,), jnp.float32), self.layout.reduce(1))
 
 
-
 class _Route:
     """What both kernels know of a call: shapes, the ring of sources in flight, scores."""
 

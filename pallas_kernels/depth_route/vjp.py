@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, score_shift
+from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, score_shift, varying_alike
 
 
 class RouteOptions(NamedTuple):
@@ -42,10 +42,10 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def route(options, sources, query, shift, null_logit, num_sources):
-        return _result(forward(options, sources, query, shift, null_logit, num_sources))
+        return _result(varying_alike(forward(options, sources, query, shift, null_logit, num_sources), sources))
 
     def route_forward(options, sources, query, shift, null_logit, num_sources):
-        output, weights, null_mass = forward(options, sources, query, shift, null_logit, num_sources)
+        output, weights, null_mass = varying_alike(forward(options, sources, query, shift, null_logit, num_sources), sources)
         return _result((output, weights, null_mass)), (sources, query, shift, num_sources, output, weights, null_mass)
 
     def route_backward(options, saved, cotangents):
@@ -57,7 +57,8 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
         # omega * (1 - omega) with 1 - omega as the sum of weights, which stays exact when omega is nearly 1
         d_null_logit = jnp.sum(null_mass * (weights.sum(0) * d_null_mass - attended))
         delta = attended + null_mass * d_null_mass
-        d_sources, d_query, d_shift = backward(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights)
+        gradients = backward(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights)
+        d_sources, d_query, d_shift = varying_alike(gradients, sources)
         return d_sources, d_query, d_shift, d_null_logit, None
 
     route.defvjp(route_forward, route_backward)
@@ -71,7 +72,8 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
         shift = jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
         num_sources = None if inputs.num_sources is None else jnp.asarray(inputs.num_sources, jnp.int32)
         options = RouteOptions(normalize, inputs.score_scale)
-        return route(options, inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), num_sources)
+        arrays = inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), num_sources
+        return route(options, *varying_alike(arrays, arrays))
 
     return serve
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, score_shift
+from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, score_shift, varying_alike
 
 
 def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
@@ -26,8 +26,8 @@ def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
     if normalize:
         query = query.astype(inputs.wide) * inputs.key_norm_scale.astype(inputs.wide)
     shift = jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
-    null_logit = inputs.null_logit.astype(inputs.wide)
-    return _route(normalize, inputs.score_scale, inputs.sources, query, shift, null_logit, inputs.live)
+    arrays = inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), inputs.live
+    return _route(normalize, inputs.score_scale, *varying_alike(arrays, arrays))
 
 
 def _wide(sources, live) -> list[Float[Array, "B T D"]]:

@@ -29,7 +29,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}-{case[2]}-{'token' if case[3] else 'static'}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}-{case[2]}-{'token' if case[3] else 'static'}"
+)
 def test_compiles_to_our_kernels_without_spilling_registers(case):
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}

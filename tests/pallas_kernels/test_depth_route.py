@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import depth_route, implementations
+from pallas_kernels import depth_route, explain, implementations
 from pallas_kernels.dispatch import interpret_kernels
 
 # The kernels of accelerators run in their interpreters here: implementation -> (a width its tiles take, the oldest jax that has it).
@@ -235,6 +237,50 @@ def test_evidence_is_centred_and_a_clamped_score_has_no_gradient(implementation)
     jacobian = jax.jacobian(route)(jnp.array([200.0, 48.0]))
     assert all(np.all(np.asarray(x)[..., 0] == 0) for x in jax.tree.leaves(jacobian))
     assert np.all(np.asarray(jacobian.weights)[..., 1] != 0)
+
+
+@every_implementation
+def test_inside_shard_map_shared_arguments_have_shared_gradients(implementation):
+    (sources, arguments), options, live, _ = make(**case("static", implementation))
+    shared = arguments["query"], arguments["key_norm_scale"], arguments["coupling"]
+
+    def loss(route, sources, evidence, shared):
+        output, weights, null_mass = route(sources, evidence, shared)
+        return (output**2).sum() + (weights[..., 0] * null_mass).sum()
+
+    def route(sources, evidence, shared):
+        given = dict(zip(("query", "key_norm_scale", "coupling"), shared), null_evidence=evidence)
+        return tuple(call(sources, given, as_list=True, live=live, implementation=implementation, **options))
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    tokens = P(None, "data")
+    in_shards = jax.shard_map(route, mesh=mesh, in_specs=(tokens, tokens, P()), out_specs=P("data"))
+    given = sources, arguments["null_evidence"], shared
+    wanted, actual = (jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2)))(*given) for f in (route, in_shards))
+    jax.tree.map(lambda a, w: assert_close(a, w, 2e-6), actual, wanted)
+
+
+def test_the_gpu_kernels_say_what_they_cannot_serve():
+    def reason(shape=(3, 2, 5, 256), dtype=jnp.bfloat16, device=("NVIDIA H100 80GB HBM3", "gpu"), axes=(1,), types=(AxisType.Auto,)):
+        sources, query = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+        device = AbstractDevice(device_kind=device[0], num_cores=132, platform=device[1])
+        with jax.sharding.use_abstract_mesh(AbstractMesh(axes, ("data",), axis_types=types, abstract_device=device)):
+            return explain("depth_route", sources, query).reasons["mosaic_gpu"]
+
+    if jax.__version_info__ < (0, 11, 2):
+        assert reason() == f"needs jax 0.11.2 or newer, this is {jax.__version__}"
+        return
+    assert reason() == "" == reason(device=("NVIDIA H200", "gpu")) == reason(dtype=jnp.float16) == reason((1, 1, 1, 640), jnp.float32)
+    assert "GPUs only, the call is compiled for tpu" in reason(device=("TPU v6e", "tpu"))
+    assert "Hopper GPUs only (H100, H200, H800, H20, GH200), the call is compiled for NVIDIA A100" in reason(
+        device=("NVIDIA A100-SXM4-80GB", "gpu")
+    )
+    assert "multiples of 128 up to 8192, got 96" in reason((3, 2, 5, 96)) and "got 8320" in reason((3, 2, 5, 8320))
+    assert "inside jax.shard_map" in reason(axes=(4,)) and reason(axes=(4,), types=(AxisType.Manual,)) == ""
+    with jax.enable_x64(True):
+        assert "bfloat16, float16, float32, got float64" in reason(dtype=jnp.float64)
+    with pytest.raises(ValueError, match="mosaic_gpu: runs on GPUs only, the call is compiled for cpu"):
+        depth_route(jnp.ones((3, 2, 5, 128)), jnp.ones(128), implementation="mosaic_gpu")
 
 
 def test_a_list_is_never_stacked():

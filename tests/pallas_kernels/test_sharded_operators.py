@@ -41,6 +41,16 @@ for query, spec in ((normal(10), ()), (normal(4, 6, 10), tokens)):
     arguments = [normal(4, 6, 10) for _ in range(5)], query, [abs(normal(4, 6)) for _ in range(5)]
     check(route, arguments, [tokens, spec, tokens])
     check(route, arguments, [(*tokens, "tensor"), (*spec, "tensor"), tokens])
+
+    def route_in_shards(*arguments):
+        axes = [P(*tokens), P(*spec), P(*tokens)]
+        each = lambda s, q, e: depth_route(s, q, key_norm_scale=jnp.ones(10), null_evidence=e, coupling=0.7)
+        output, weights, null_mass = jax.shard_map(each, mesh=mesh, in_specs=tuple(axes), out_specs=P(*tokens))(*arguments)
+        return (output ** 2).sum() + (weights ** 2).sum() + null_mass.sum()
+
+    whole, shards = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*arguments) for loss in (route, route_in_shards))
+    for one, many in zip(jax.tree.leaves(whole), jax.tree.leaves(shards)):
+        np.testing.assert_allclose(many, one, rtol=0, atol=3e-6 * np.abs(one).max())
 print("equal")
 """
 
