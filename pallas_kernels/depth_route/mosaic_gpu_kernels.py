@@ -28,7 +28,7 @@ from pallas_kernels.dispatch import interpreting
 
 _WARPS, _LANES = 4, 32
 _ELEMENTS_PER_THREAD = 64
-_RING_BYTES = 48 * 1024  # of sources in flight: two programs of at most 112 KiB share a multiprocessor
+_RING_BYTES = 48 * 1024  # of sources in flight; with the query and dO beside it, two programs of half precision share a multiprocessor
 _MAX_STAGES = 4
 _BLOCKS_PER_PARTIAL = 4  # blocks of tokens whose gradient of a static query is summed on chip
 
@@ -40,7 +40,8 @@ class _Tile:
         limit = _ELEMENTS_PER_THREAD * _WARPS * _LANES
         self.rows = next(rows for rows in (4, 2, 1) if rows == 1 or (tokens % rows == 0 and rows * width <= limit))
         warps = _WARPS // self.rows
-        vector = next(n for n in (4, 2, 1) if width % (warps * _LANES * n) == 0)  # neighbouring elements of a thread
+        # neighbouring elements of a thread: with 4, half precision and float32 alike are read from shared memory without bank conflicts
+        vector = next(n for n in (4, 2, 1) if width % (warps * _LANES * n) == 0)
         chunk = _LANES * vector
         self.shape = (width,) if self.rows == 1 else (self.rows, width)
         outer = (warps * chunk,) if self.rows == 1 else (self.rows, warps * chunk)

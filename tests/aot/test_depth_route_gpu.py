@@ -33,6 +33,29 @@ CASES = [
     "case", CASES, ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}-{case[2]}-{'token' if case[3] else 'static'}"
 )
 def test_compiles_to_our_kernels_without_spilling_registers(case):
+    printed = compile_apart(*case)
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", printed)]
+    assert len(spilled) == 4 and not any(spilled), printed[-3000:]  # stores and loads of two kernels
+    assert sorted(name for _, name in kernels(printed)) == ["depth_route_backward", "depth_route_forward"], printed[:3000]
+    count, batch, length, width = case[1]
+    rows, stacked = f"[{batch * length},{width}]", f"[{count},{batch * length},{width}]"
+    gradients = next(shapes for shapes, name in kernels(printed) if name == "depth_route_backward")
+    as_list = case[4]
+    assert (gradients.count(rows) >= count and stacked not in printed) if as_list else stacked in gradients
+
+
+def test_compiles_under_vmap_and_remat():  # which the interpreter cannot: its side effects are in the way of remat
+    printed = compile_apart("H100", (3, 2, 6, 1024), "bfloat16", STATIC, LIST, True)
+    assert sorted(name for _, name in kernels(printed)) == ["depth_route_backward"] + ["depth_route_forward"] * 2, printed[:3000]
+
+
+def kernels(text):
+    """(the result's types, the kernel's name) of every call of a Mosaic GPU kernel in a compiled program."""
+    return re.findall(r'= \((.*?)\) custom-call\(.*custom_call_target="mosaic_gpu.*?op_name="[^"]*/(depth_route_\w+)/', text)
+
+
+def compile_apart(*case):
+    """What `main` and ptxas print in a process of their own, the compiled program above all."""
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
     command = [sys.executable, __file__, json.dumps(case)]
@@ -40,20 +63,10 @@ def test_compiles_to_our_kernels_without_spilling_registers(case):
     assert run.returncode == 0, run.stderr[-3000:]
     if missing := re.search(r"^missing: (.*)$", run.stdout, re.MULTILINE):
         pytest.skip(missing.group(1))
-    printed = run.stdout + run.stderr
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", printed)]
-    assert len(spilled) == 4 and not any(spilled), printed[-3000:]  # stores and loads of two kernels
-
-    kernels = re.findall(r'= \((.*?)\) custom-call\(.*custom_call_target="mosaic_gpu.*?op_name="[^"]*/(depth_route_\w+)/', printed)
-    assert sorted(name for _, name in kernels) == ["depth_route_backward", "depth_route_forward"], printed[:3000]
-    count, batch, length, width = case[1]
-    rows, stacked = f"[{batch * length},{width}]", f"[{count},{batch * length},{width}]"
-    gradients = next(shapes for shapes, name in kernels if name == "depth_route_backward")
-    as_list = case[4]
-    assert (gradients.count(rows) >= count and stacked not in printed) if as_list else stacked in gradients
+    return run.stdout + run.stderr
 
 
-def main(device, shape, dtype, per_token, as_list):
+def main(device, shape, dtype, per_token, as_list, vmap_and_remat=False):
     import jax
     import jax.numpy as jnp
     from gpu_compiler import compile_for, missing
@@ -68,11 +81,16 @@ def main(device, shape, dtype, per_token, as_list):
     query = jax.ShapeDtypeStruct(rows if per_token else rows[-1:], jnp.float32)
     gain, live = jax.ShapeDtypeStruct(rows[-1:], jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
 
-    def loss(sources, query, gain, live):
+    def route(sources, query, gain, live):
         # static queries with normalized keys, one query a token with plain ones: the two routers of the papers
-        route = depth_route(sources, query, key_norm_scale=None if per_token else gain, num_sources=live)
-        return sum((x.astype(jnp.float32) ** 2).sum() for x in route)
+        return depth_route(sources, query, key_norm_scale=None if per_token else gain, num_sources=live)
 
+    def loss(*arguments):
+        each = jax.vmap(jax.checkpoint(route), (0, None, None, None)) if vmap_and_remat else route
+        return sum((x.astype(jnp.float32) ** 2).sum() for x in each(*arguments))
+
+    if vmap_and_remat:
+        sources = jax.tree.map(lambda x: jax.ShapeDtypeStruct((5, *x.shape), x.dtype), sources)
     print(compile_for(device, jax.grad(loss, (0, 1)), sources, query, gain, live))
 
 
