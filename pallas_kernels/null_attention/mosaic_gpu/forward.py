@@ -90,7 +90,7 @@ def _body(problem: Problem, splits: int, warpgroups: int, group: int, query, key
             plgpu.barrier_wait(s["k_arrived"].at[slot])
             scores, _ = tiles.base2_scores(problem.options, tiles.product((ROWS, tile), q, s["k"].at[slot].T))
             if masked:
-                ids = (q_ids, plgpu.load(s["k_ids"].at[slot], layout=WGMMA.reduce(0))) if problem.segmented else None
+                ids = (q_ids, *tiles.read_vectors((s["k_ids"].at[slot], 1))) if problem.segmented else None
                 allowed = tiles.mask(problem, (ROWS, tile), start, j * tile, ids, key_axis=1)
                 scores = jnp.where(allowed, scores, -jnp.inf)
             plgpu.barrier_arrive(s["k_consumed"].at[slot])

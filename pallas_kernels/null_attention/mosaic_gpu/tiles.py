@@ -167,7 +167,9 @@ def product(shape: tuple[int, int], a, b):
 def add_product(problem: Problem, accumulator, a, b):
     """accumulator + a @ b, a in registers and b a tile in shared memory."""
     if problem.interpret:  # the interpreter has neither run_state nor operands in registers
-        return accumulator + a.astype(jnp.float32) @ b[...].astype(jnp.float32)
+        tile = b[...].astype(jnp.float32)
+        plgpu.commit_smem()  # before the next copy into this buffer: wgmma's own reads need none
+        return accumulator + a.astype(jnp.float32) @ tile
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(accumulator))
 
 
@@ -206,6 +208,14 @@ def load_rows(copies: Sequence[tuple], barrier):
     for source, buffer in copies:
         plgpu.copy_gmem_to_smem(source, buffer, barrier)
     plgpu.barrier_wait(barrier)
+
+
+def read_vectors(*buffers_and_axes):
+    """Vectors out of a ring's buffers, along axis 0 or 1 of a tile, fenced against the next copy into those buffers."""
+    vectors = [plgpu.load(buffer, layout=WGMMA.reduce(1 - axis)) for buffer, axis in buffers_and_axes]
+    if vectors:
+        plgpu.commit_smem()
+    return vectors
 
 
 def half_tile(dtype, *shape: int):
