@@ -230,13 +230,13 @@ def split_threads(warpgroups: int, compute: Callable, copy: Callable):
     @pl.when(warpgroup < warpgroups)
     def _():
         if warpgroups == 2:  # three warpgroups start with 168 registers a thread each; two have all they can use
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
         compute(warpgroup)
 
     @pl.when(warpgroup == warpgroups)
     def _():
         if warpgroups == 2:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
         copy()
 
 
