@@ -67,11 +67,12 @@ def _query_gradient(problem: Problem, warpgroups: int, operands):
         functools.partial(_query_body, problem, warpgroups, heads // key.shape[2]),
         "null_attention_backward_query",
         problem,
+        operands,
         grid=(heads, pl.cdiv(rows, warpgroups * ROWS), batch),
         warpgroups=warpgroups,
         out_type=_like(query),
         scratch=_scratch(problem, query.dtype, size, warpgroups, ("q", "do"), ("k", "v"), rows_in_ring=False),
-    )(*operands)
+    )
 
 
 def _query_body(problem: Problem, warpgroups: int, group: int, query, key, value, d_output, lse, delta, *refs):
@@ -141,11 +142,12 @@ def _key_gradients(problem: Problem, warpgroups: int, operands, wanted: tuple[st
         functools.partial(_key_body, problem, warpgroups, query.shape[2] // key_heads, wanted),
         "null_attention_backward_" + ("key_value" if len(wanted) == 2 else {"dk": "key", "dv": "value"}[wanted[0]]),
         problem,
+        operands,
         grid=(key_heads, pl.cdiv(keys, warpgroups * ROWS), batch),
         warpgroups=warpgroups,
         out_type=tuple(_like(key) for _ in wanted),
         scratch=_scratch(problem, query.dtype, size, warpgroups, ("k", "v"), ("q", "do"), rows_in_ring=True),
-    )(*operands)
+    )
 
 
 def _key_body(problem: Problem, warpgroups: int, group: int, wanted, query, key, value, d_output, lse, delta, *refs):

@@ -54,11 +54,12 @@ def forward_kernel(problem: Problem, splits: int, query, key, value, null_logit,
         functools.partial(_body, problem, splits, warpgroups, heads // key.shape[2]),
         "null_attention_forward",
         problem,
+        (query, key, value, null_logit, *segments),
         grid=grid,
         warpgroups=warpgroups,
         out_type=(jax.ShapeDtypeStruct((batch * splits, *query.shape[1:]), query.dtype), statistics, statistics),
         scratch=scratch,
-    )(query, key, value, null_logit, *segments)
+    )
     return output, maxima[..., :rows] * (1.0 / LOG2E), sums[..., :rows]
 
 

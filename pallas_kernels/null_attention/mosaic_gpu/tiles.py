@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.null_attention.base import Options
+from pallas_kernels.null_attention.base import Options, varying_alike
 
 ROWS = 64  # rows of a warpgroup: what one wgmma instruction computes
 WGMMA = plgpu.Layout.WGMMA
@@ -240,9 +240,9 @@ def split_threads(warpgroups: int, compute: Callable, copy: Callable):
         copy()
 
 
-def launch(body: Callable, name: str, problem: Problem, *, grid: tuple[int, int, int], warpgroups: int, out_type, scratch, **options):
-    """plgpu.kernel over a grid (head, tile, batch)."""
-    return plgpu.kernel(
+def launch(body: Callable, name: str, problem: Problem, operands: Sequence, *, grid: tuple[int, int, int], warpgroups: int, out_type, scratch):
+    """Runs body(*operands, *results, scratch) over a grid (head, tile, batch); returns the results, of out_type."""
+    results = plgpu.kernel(
         body,
         out_type=out_type,
         grid=grid,
@@ -253,5 +253,5 @@ def launch(body: Callable, name: str, problem: Problem, *, grid: tuple[int, int,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if problem.interpret else None,
         kernel_name=name,
-        **options,
-    )
+    )(*operands)
+    return varying_alike(results, operands)
