@@ -112,7 +112,6 @@ def _forward(options: Options, query, key, value, null_logit, segments) -> tuple
 def inject_delta(d_output: Float[Array, "B T N H"], delta: Float[Array, "B N T"]):
     """An output and a d_output, [B, T, N, H] in the dtype of d_output, whose products summed over H are delta."""
     dtype, info = d_output.dtype, jnp.finfo(d_output.dtype)
-    half = functools.partial(lax.reduce_precision, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     delta = delta.swapaxes(1, 2)[..., None]
     d_out = d_output.astype(jnp.float32)
     largest = jnp.abs(d_out).max(-1, keepdims=True)
@@ -125,8 +124,9 @@ def inject_delta(d_output: Float[Array, "B T N H"], delta: Float[Array, "B N T"]
 
     # two entries carry delta with twice the precision of the dtype; float16 reaches down to its subnormal numbers
     least = info.smallest_subnormal if dtype == jnp.float16 else info.tiny
-    tiny = jnp.maximum(half(_SHARE[dtype] * jnp.abs(delta)), float(least))
-    high = half(delta / tiny)
+    tiny = jnp.ldexp(_SHARE[dtype], jnp.frexp(delta)[1] - 1)  # a power of two, which the dtype holds exactly
+    tiny = jnp.maximum(tiny, float(least))
+    high = lax.reduce_precision(delta / tiny, info.nexp, info.nmant)
     entry = jnp.arange(d_output.shape[-1])
     stand_in = jnp.where(entry == 0, high, jnp.where(entry == 1, delta / tiny - high, 0.0))
     d_stand_in = jnp.where((entry < 2) & (delta != 0.0), tiny, 0.0)
