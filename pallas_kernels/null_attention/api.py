@@ -7,12 +7,20 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.null_attention.base import NullAttention, Options, Segments, wide_dtype
+from pallas_kernels.null_attention.cudnn import null_attention_cudnn
+from pallas_kernels.null_attention.mosaic_gpu import null_attention_mosaic_gpu
 from pallas_kernels.null_attention.mosaic_tpu import null_attention_mosaic_tpu
 from pallas_kernels.null_attention.reference import null_attention_reference
 from pallas_kernels.null_attention.xla import null_attention_xla
 
 # Fastest first. A backend takes (query, key, value, null_logit [N], segments, options) and raises Unavailable where it cannot serve.
-IMPLEMENTATIONS = {"mosaic_tpu": null_attention_mosaic_tpu, "xla": null_attention_xla, "reference": null_attention_reference}
+IMPLEMENTATIONS = {
+    "cudnn": null_attention_cudnn,
+    "mosaic_gpu": null_attention_mosaic_gpu,
+    "mosaic_tpu": null_attention_mosaic_tpu,
+    "xla": null_attention_xla,
+    "reference": null_attention_reference,
+}
 
 
 def null_attention(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.null_attention.base import NullAttention, Options, Segments, wide_dtype
+from pallas_kernels.null_attention.base import NullAttention, Options, Segments, varying_alike, wide_dtype
 
 
 def differentiable(forward: Callable, backward: Callable) -> Callable:
@@ -51,7 +51,8 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
         segments: Segments | None,
         options: Options,
     ) -> NullAttention:
-        return attention(options, query, key, value, null_logit, segments)
+        arrays = query, key, value, null_logit, segments
+        return attention(options, *varying_alike(arrays, arrays))
 
     return serve
 

@@ -40,6 +40,13 @@ def _check(query) -> None:
         raise Unavailable(f"head size {query.shape[3]} is more than {_LARGEST_HEAD}, the largest whose tiles fit")
 
 
+def _how() -> dict:
+    """For the compiler: only the last axis of a grid has an order. The interpreter takes no such hint together with vmap."""
+    if interpreting():
+        return {"interpret": pltpu.InterpretParams(detect_races=True)}
+    return {"compiler_params": pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"))}
+
+
 def _run(kernel: Callable, name: str, grid, inputs: dict, in_specs: dict, outputs: dict, out_specs: dict, scratch: dict) -> list[jax.Array]:
     """Runs kernel(names, *refs), whose refs are the inputs, outputs and scratch buffers by these names."""
     names = (*inputs, *outputs, *scratch)
@@ -50,9 +57,8 @@ def _run(kernel: Callable, name: str, grid, inputs: dict, in_specs: dict, output
         in_specs=[in_specs[name] for name in inputs],
         out_specs=[out_specs[name] for name in outputs],
         scratch_shapes=list(scratch.values()),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         name=name,
-        interpret=pltpu.InterpretParams(detect_races=True) if interpreting() else False,
+        **_how(),
     )(*inputs.values())
 
 

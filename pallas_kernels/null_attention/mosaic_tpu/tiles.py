@@ -37,9 +37,9 @@ class Shape(NamedTuple):
         folded = group > 1 and length * group <= LANES
         rows = length * group if folded else length
         row_tile = min(TILE, round_up(rows, LANES))
-        key_tile = min(TILE, round_up(keys, LANES))
+        key_tile = min(TILE, max(LANES, round_up(keys, LANES)))
         return cls(
-            round_up(rows, row_tile), max(round_up(keys, key_tile), key_tile), keys, row_tile, max(key_tile, LANES), keys - length, length,
+            round_up(rows, row_tile), max(round_up(keys, key_tile), key_tile), keys, row_tile, key_tile, keys - length, length,
             1 if folded else group, folded,
         )  # fmt: skip
 
