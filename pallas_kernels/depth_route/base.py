@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.sharding import OperatorSharding
+
 KEY_NORM_EPSILON = 1e-6  # added to the mean square of a source when keys are normalized
 MAX_SCORE = 50.0  # scores are clamped to [-MAX_SCORE, MAX_SCORE] after coupling; outside, their gradient is 0
 
@@ -39,6 +41,7 @@ class RouteInputs(NamedTuple):
     null_logit: a scalar.
     num_sources: how many sources are live: None for all, a Python number or a traced scalar.
     score_scale: a Python number.
+    sharding: how tokens are split over a mesh, or None. A backend of plain JAX operations leaves it to XLA.
     """
 
     sources: Float[Array, "L B T D"] | tuple[Float[Array, "B T D"], ...]
@@ -50,6 +53,7 @@ class RouteInputs(NamedTuple):
     null_logit: Float[Array, ""]
     num_sources: int | Int[Array, ""] | None
     score_scale: float
+    sharding: OperatorSharding | None = None
 
     @property
     def dtype(self) -> jnp.dtype:

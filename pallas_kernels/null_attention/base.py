@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.sharding import OperatorSharding
+
 Segments = tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
 
@@ -22,12 +24,13 @@ class NullAttention(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The static arguments of null_attention, checked. A window implies causality: 0 <= i - j < window."""
+    """The static arguments of null_attention, checked. A window implies causality: 0 <= i - j < window. Kernels never see a sharding."""
 
     causal: bool
     window: int | None
     softcap: float | None
     scale: float
+    sharding: OperatorSharding | None = None
 
 
 def wide_dtype(dtype) -> jnp.dtype:
