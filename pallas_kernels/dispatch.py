@@ -141,4 +141,6 @@ def explain_call(function: Callable, table: Mapping[str, Callable], args: tuple,
     chosen = next((name for name, reason in reasons.items() if not reason), None)
     if chosen is None:
         raise CannotServe("; ".join(f"{name}: {reason}" for name, reason in reasons.items()), reasons)
-    return Explanation(chosen, reasons, target_device())
+    sharding = kwargs.get("sharding")
+    with target_mesh(sharding.mesh) if sharding is not None else contextlib.nullcontext():
+        return Explanation(chosen, reasons, target_device())

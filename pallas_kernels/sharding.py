@@ -123,20 +123,20 @@ def unzigzag(x: Array, shards: int, axis: int = 1) -> Array:
     return _reorder(x, [order.index(chunk) for chunk in range(len(order))], axis)
 
 
-def same_variance(*trees):
-    """The arguments, all marked as varying over every axis that one of them varies over: for calls inside a caller's own `jax.shard_map`.
+def varying_alike(arrays, examples):
+    """The arrays of a pytree, marked as varying over all axes that any of `examples` varies over: for calls inside a caller's `jax.shard_map`.
 
-    A custom derivative must return gradients that vary as its arguments do. Marked here, outside of it, an argument that all devices share gets
-    its gradient summed over them by JAX.
+    A custom derivative must return gradients that vary as its arguments do. Marked outside of it, an argument that all devices share gets its
+    gradient summed over them by JAX.
     """
 
     def over(x) -> frozenset:
         return jax.typeof(x).manual_axis_type.varying
 
-    varying = frozenset().union(*map(over, jax.tree.leaves(trees)))
+    varying = frozenset().union(*map(over, jax.tree.leaves(examples)))
 
     def mark(x):
         missing = tuple(sorted(varying - over(x)))
         return lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(mark, trees)
+    return jax.tree.map(mark, arrays)

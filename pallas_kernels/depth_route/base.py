@@ -99,17 +99,3 @@ def score_shift(inputs: RouteInputs) -> Float[Array, "#L #B #T"]:
             centred = evidence - evidence.sum(0) / jnp.maximum(live.sum(), 1)
         shift = shift - inputs.coupling.astype(wide) * centred
     return shift if live is None else jnp.where(live, shift, 0.0)
-
-
-def varying_alike(arrays, examples):
-    """The arrays of a pytree, marked as varying over all mesh axes of `jax.shard_map` over which any of `examples` varies.
-
-    A custom_vjp has to return gradients that vary as its arguments do. Where those are made to vary alike beforehand, JAX itself sums the
-    gradient of an argument that all shards share, such as a static query. Outside `jax.shard_map` nothing changes.
-    """
-    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(examples)))
-
-    def vary(x):
-        return lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying")
-
-    return jax.tree.map(vary, arrays) if axes else arrays

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.null_attention.base import NullAttention, Options, Segments, wide_dtype
 from pallas_kernels.null_attention.sharded import sharded_backward, sharded_forward
-from pallas_kernels.sharding import same_variance
+from pallas_kernels.sharding import varying_alike
 
 
 def differentiable(forward: Callable, backward: Callable) -> Callable:
@@ -55,7 +55,8 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
         segments: Segments | None,
         options: Options,
     ) -> NullAttention:
-        return attention(options, *same_variance(query, key, value, null_logit, segments))
+        arrays = query, key, value, null_logit, segments
+        return attention(options, *varying_alike(arrays, arrays))
 
     return serve
 

@@ -132,15 +132,39 @@ def routing(implementation):
             compare(jax.tree.leaves(run(arrays, sharding, stacked, implementation)), wanted, f"depth_route {implementation}")
 
 
+def inside_the_callers_shard_map():
+    """Gradients of what devices share (null logit, static query) are summed over them, checks of variance included."""
+    mesh = mesh_of((2, 1, 4))
+    (q, k, v, b), _, _, cotangents = make()
+    q, k, v, cotangents = (jax.tree.map(lambda x: np.repeat(x, 4, axis), y) for y, axis in ((q, 1), (k, 1), (v, 1), (cotangents, 2)))
+    cotangents = (np.repeat(cotangents[0], 4, 1)[:, :, :HEADS], *cotangents[1:])  # 192 queries: tiles in loops
+    rows = PartitionSpec("data")
+
+    def attend(q, k, v, b, c):
+        return jax.lax.psum(sum(jnp.vdot(x, y) for x, y in zip(c, null_attention(q, k, v, null_logit=b, implementation="xla"))), "data")
+
+    def route(sources, query, gain, c):
+        return jax.lax.psum(jnp.vdot(c, depth_route(sources, query, key_norm_scale=gain, implementation="xla").output), "data")
+
+    for function, arrays, specs in (
+        (attend, (q, k, v, b, cotangents), (rows, rows, rows, PartitionSpec(), rows)),
+        (route, ((q[:, :, 0], q[:, :, 1]), b[:SIZE], b[1 : SIZE + 1], cotangents[0][:, :, 0]), (rows, PartitionSpec(), PartitionSpec(), rows)),
+    ):
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+        alone = jax.shard_map(function, mesh=mesh_of((1, 1, 1)), in_specs=specs, out_specs=PartitionSpec())
+        gradients = [jax.tree.leaves(jax.jit(jax.grad(f, tuple(range(len(arrays) - 1))))(*arrays)) for f in (mapped, alone)]
+        compare(*gradients, "inside shard_map")
+
+
 def main():
     assert jax.device_count() == 8
+    parts = {
+        "attention": lambda: (attention("xla"), attention("reference"), one_null_in_a_ring_of_eight(), causal_work_is_balanced()),
+        "routing": lambda: routing("xla"),
+        "shard_map": inside_the_callers_shard_map,
+    }
     with jax.enable_x64(True):
-        attention("xla")
-        attention("reference")
-        one_null_in_a_ring_of_eight()
-        causal_work_is_balanced()
-        if "routing" in sys.argv:
-            routing("xla")
+        parts[sys.argv[1]]()
     print("equal")
 
 
