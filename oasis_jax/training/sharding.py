@@ -44,9 +44,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if data * rest > len(devices):
         raise UserError(f"mesh: data={data} x {others} needs {data * rest} devices, there are {len(devices)}")
     if config.data == -1 and len(devices) % rest:
-        raise UserError(
-            f"mesh.data: {len(devices)} devices are not divisible by {others} = {rest}; give mesh.data to use fewer"
-        )
+        raise UserError(f"mesh.data: {len(devices)} devices are not divisible by {others} = {rest}; give mesh.data to use fewer")
     sizes = (data, config.fsdp, config.sequence, config.tensor)
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices[: data * rest])
 

@@ -45,7 +45,8 @@ def null_attention(
       is_causal: a query sees keys up to its own position. With T != S the last query sits on the last key, as in decoding
         against a cache.
       window: keep only keys with 0 <= i - j < window. This holds for is_causal=False too: a window looks back.
-      segment_ids: attend only within equal ids; one array for queries and keys (T = S), or a pair (queries, keys).
+      segment_ids: attend only within equal ids; one array for queries and keys (T = S), or a pair (queries, keys). A pair also hides the dead
+        part of a preallocated cache: ids 0 for queries and live keys, 1 for the rest, with is_causal=False.
       logit_softcap: scores become cap * tanh(s / cap).
       scale: factor of the scores; H ** -0.5 where not given.
       sharding: how the arrays are split over a mesh; the kernels then run inside `jax.shard_map`, with the keys passed around the sequence

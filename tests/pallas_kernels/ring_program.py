@@ -52,6 +52,10 @@ def everything(function, arrays, cotangents):
     return *results, *gradients
 
 
+def orders(shards):
+    return lambda x: zigzag(x, shards), lambda x, axis=1: unzigzag(x, shards, axis)
+
+
 def compare(actual, wanted, what):
     for i, (a, w) in enumerate(zip(actual, wanted, strict=True)):
         np.testing.assert_allclose(a, w, rtol=0, atol=1e-12 * max(np.abs(w).max(), 1.0), err_msg=f"{what}, result {i}")
@@ -62,8 +66,7 @@ def attention(implementation):
         arrays, ids, options, cotangents = make(**arguments)
         shards = sizes[2]
         sharding = OperatorSharding(mesh_of(sizes), "data", "tensor", "sequence", layout)
-        order = (lambda x, axis=1: zigzag(x, shards, axis)) if layout == "zigzag" else lambda x, axis=1: x
-        back = (lambda x, axis=1: unzigzag(x, shards, axis)) if layout == "zigzag" else lambda x, axis=1: x
+        order, back = orders(shards) if layout == "zigzag" else (lambda x: x, lambda x, axis=1: x)
 
         def one(q, k, v, b, ids=ids, options=options):
             return null_attention(q, k, v, null_logit=b, segment_ids=ids, implementation="reference", **options)
@@ -136,8 +139,8 @@ def inside_the_callers_shard_map():
     """Gradients of what devices share (null logit, static query) are summed over them, checks of variance included."""
     mesh = mesh_of((2, 1, 4))
     (q, k, v, b), _, _, cotangents = make()
-    q, k, v, cotangents = (jax.tree.map(lambda x: np.repeat(x, 4, axis), y) for y, axis in ((q, 1), (k, 1), (v, 1), (cotangents, 2)))
-    cotangents = (np.repeat(cotangents[0], 4, 1)[:, :, :HEADS], *cotangents[1:])  # 192 queries: tiles in loops
+    q, k, v, along = (np.repeat(x, 4, axis=1) for x in (q, k, v, cotangents[0]))  # 192 queries: tiles in loops
+    cotangents = along, *(np.repeat(x, 4, axis=2) for x in cotangents[1:])
     rows = PartitionSpec("data")
 
     def attend(q, k, v, b, c):
@@ -148,7 +151,11 @@ def inside_the_callers_shard_map():
 
     for function, arrays, specs in (
         (attend, (q, k, v, b, cotangents), (rows, rows, rows, PartitionSpec(), rows)),
-        (route, ((q[:, :, 0], q[:, :, 1]), b[:SIZE], b[1 : SIZE + 1], cotangents[0][:, :, 0]), (rows, PartitionSpec(), PartitionSpec(), rows)),
+        (
+            route,
+            ((q[:, :, 0], q[:, :, 1]), b[:SIZE], b[1 : SIZE + 1], cotangents[0][:, :, 0]),
+            (rows, PartitionSpec(), PartitionSpec(), rows),
+        ),
     ):
         mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
         alone = jax.shard_map(function, mesh=mesh_of((1, 1, 1)), in_specs=specs, out_specs=PartitionSpec())

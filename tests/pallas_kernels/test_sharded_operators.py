@@ -67,7 +67,11 @@ print("equal")
 
 def on_eight_devices(*arguments, flags=""):
     root = str(pathlib.Path(__file__).parents[2])
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}", "PYTHONPATH": root}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
+        "PYTHONPATH": root,
+    }
     run = subprocess.run([sys.executable, "-W", "error", *arguments], env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0 and run.stdout.strip() == "equal", run.stderr
 
@@ -124,12 +128,12 @@ def test_attention_that_cannot_be_split(message, shapes, sharding, options):
     query, key = jnp.ones((batch, length, heads, 4)), jnp.ones((batch, keys, key_heads, 4))
     with pytest.raises(ValueError, match=f"^{message}"):
         null_attention(query, key, key, sharding=OperatorSharding(MESH, **sharding), **options)
-    with pytest.raises(ValueError, match="^sharding: must be None or a pallas_kernels.OperatorSharding, got str"):
+    with pytest.raises(ValueError, match=r"^sharding: must be None or a pallas_kernels.OperatorSharding, got str"):
         null_attention(query, key, key, sharding="data")
 
 
 def test_routing_that_cannot_be_split():
-    with pytest.raises(ValueError, match="^sources: sharding splits sequence over sequence=4: must be a multiple of 4, got 6 in shape"):
+    with pytest.raises(ValueError, match=r"^sources: sharding splits sequence over sequence=4: must be a multiple of 4, got 6 in shape"):
         depth_route(jnp.ones((3, 2, 6, 5)), jnp.ones(5), sharding=OperatorSharding(MESH, sequence="sequence"))
 
 

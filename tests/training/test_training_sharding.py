@@ -82,7 +82,9 @@ def test_a_batch_that_the_devices_do_not_divide(accumulation, message):
 
 def test_examples_that_the_sequence_axis_does_not_divide():
     config = Config(data=DataConfig(sequence_length=20, batch_size=8))
-    with pytest.raises(UserError, match=r"^data.sequence_length: 20 is not divisible by mesh.sequence=4 in two parts each; take a multiple of 8$"):
+    with pytest.raises(
+        UserError, match=r"^data.sequence_length: 20 is not divisible by mesh.sequence=4 in two parts each; take a multiple of 8$"
+    ):
         placement(config, abstract(sequence=4))
     windowed = Config(data=config.data, model=ModelConfig(window=5))
     assert placement(windowed, abstract(sequence=4)).operators.layout == "contiguous"
