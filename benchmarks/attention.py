@@ -44,10 +44,25 @@ def with_gradients(function):
     return jax.grad(loss, (0, 1, 2))
 
 
+def transformer_engine(query, key, value):
+    """TransformerEngine's off-by-one softmax through cuDNN: it has no null mass, so its loss reads the output alone."""
+    from transformer_engine.jax import attention as te
+
+    batch, length = query.shape[:2]
+    lengths = jnp.full((batch,), length, jnp.int32)
+    output = te.fused_attn(
+        (query, key, value), None, te.SequenceDescriptor.from_seqlens((lengths, lengths)), None,
+        attn_bias_type=te.AttnBiasType.NO_BIAS, attn_mask_type=te.AttnMaskType.CAUSAL_MASK, qkv_layout=te.QKVLayout.BSHD_BSHD_BSHD,
+        softmax_type=te.AttnSoftmaxType.OFF_BY_ONE_SOFTMAX, scaling_factor=query.shape[-1] ** -0.5, dropout_probability=0.0, is_training=True,
+    )  # fmt: skip
+    return output, jnp.zeros(())
+
+
 def functions() -> dict:
     """Every backend that can be asked for and its peers; what cannot run here is told by `harness.runnable`."""
     cudnn = lambda *x: (jax.nn.dot_product_attention(*x, is_causal=True, implementation="cudnn"), jnp.zeros(()))  # noqa: E731
     peers = {"jax.nn softmax": jax_softmax, "jax.nn softmax, cudnn": cudnn, "softmax1 written out": written_out}
+    peers["TransformerEngine off-by-one"] = transformer_engine
     for name in implementations("null_attention"):
         if name != "reference":
             peers[f"null_attention {name}"] = lambda *arrays, name=name: null_attention(*arrays, implementation=name)[:2]
