@@ -11,7 +11,7 @@ ifeq ($(origin PYTHON), undefined)
 PYTHON := $(shell for p in $(RUN) python3 python3.13 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 endif
 
-.PHONY: demo test test-faults bench lint clean venv
+.PHONY: demo test test-aot test-faults bench lint clean venv
 .DELETE_ON_ERROR:
 
 # The same commands work by hand; a run that is already there is resumed, so a second `make demo` only evaluates.
@@ -33,6 +33,21 @@ test: venv
 test-faults: venv
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} NPROC=$${NPROC:-1} $(RUN) -m pytest -n 2 -m faults tests/faults
 
+# Compiles the kernels for TPUs and Hopper GPUs with their real compilers; no accelerator is needed. The CUDA compiler wants Python 3.12 or newer.
+AOT_VENV := .venv-aot
+AOT_SUPPORTED := import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))
+AOT_PYTHON := $(shell for p in $(AOT_VENV)/bin/python python3.13 python3.12 python3; do $$p -c '$(AOT_SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+test-aot: $(AOT_VENV)/.installed
+	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -m aot
+
+$(AOT_VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	@test -n "$(AOT_PYTHON)" || { echo "make: test-aot needs Python 3.12 or 3.13, none found; name one: make AOT_PYTHON=/path/to/python3.13 test-aot" >&2; exit 2; }
+	@$(AOT_PYTHON) -c '$(AOT_SUPPORTED)' || { echo "make: AOT_PYTHON=$(AOT_PYTHON) does not run or is not Python 3.12 or 3.13" >&2; exit 2; }
+	@test -x $(AOT_VENV)/bin/python || $(AOT_PYTHON) -m venv --clear $(AOT_VENV)
+	@echo "installing oasis_jax and the compilers into $(AOT_VENV)"
+	$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,aot]"
+	@touch $@
+
 bench: venv
 	@set -e; for script in benchmarks/[a-z]*.py; do echo "$(RUN) $$script"; $(RUN) $$script; done
 
@@ -41,7 +56,7 @@ lint: venv
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/demo
+	rm -rf $(VENV) $(AOT_VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/demo
 
 # Made anew where it is missing, broken or of another Python version; installed into again where a requirement changed.
 venv:

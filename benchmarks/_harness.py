@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -41,20 +42,57 @@ def interleave(runs: Mapping[str, Callable[[], object]], *, repetitions: int) ->
     return {name: {"median_ms": float(np.median(taken)), "least_ms": min(taken)} for name, taken in times.items()}
 
 
+def peaks(*, repetitions: int) -> dict[str, float]:
+    """What this machine reaches on the two plainest programs: GB/s of a copy (read and written) and TFLOP/s of a bf16 matmul."""
+    cpu = jax.default_backend() == "cpu"
+    elements, size = (2**24, 1024) if cpu else (2**29, 8192)
+    x, a = jnp.ones(elements, jnp.bfloat16), jnp.ones((size, size), jnp.bfloat16)
+    copy = measure({"": lambda x: -x}, (x,), repetitions=repetitions)[""]["median_ms"]
+    matmul = measure({"": jnp.matmul}, (a, a), repetitions=repetitions)[""]["median_ms"]
+    found = {"copy_gb_per_s": 4e-6 * elements / copy, "bf16_matmul_tflop_per_s": 2e-9 * size**3 / matmul}
+    print(f"copy {found['copy_gb_per_s']:.1f} GB/s, bf16 matmul {found['bf16_matmul_tflop_per_s']:.2f} TFLOP/s", flush=True)
+    return found
+
+
+def add_shares(results: Mapping[str, dict[str, float]], peak: Mapping[str, float], *, flop: float = 0.0, bytes_moved: float = 0.0) -> None:
+    """Adds to every row what the work at hand, done in its median time, is as a rate and as a share of the measured peak."""
+    for row in results.values():
+        if flop:
+            row["tflop_per_s"] = 1e-9 * flop / row["median_ms"]
+            row["share_of_peak"] = row["tflop_per_s"] / peak["bf16_matmul_tflop_per_s"]
+        else:
+            row["gb_per_s"] = 1e-6 * bytes_moved / row["median_ms"]
+            row["share_of_peak"] = row["gb_per_s"] / peak["copy_gb_per_s"]
+
+
+def runnable(functions: Mapping[str, Callable], arguments: tuple) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Those that compile here, and why the others do not: a peer may lack a shape, a memory or a device."""
+    good, reasons = {}, {}
+    for name, function in functions.items():
+        try:
+            jax.jit(function).lower(*arguments).compile()
+            good[name] = function
+        except Exception as error:  # whatever a peer raises is what the table says about it
+            reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            print(f"{name}: left out, {reasons[name]}")
+    return good, reasons
+
+
 def show(title: str, results: Mapping[str, Mapping[str, float]], baseline: str) -> None:
     """Prints one comparison as a table; `speed` is the baseline's median time over this one's."""
-    print(f"\n{title}\n{'':34s}{'median':>12s}{'speed':>9s}{'least':>12s}{'temporary':>15s}")
+    print(f"\n{title}\n{'':34s}{'median':>12s}{'speed':>9s}{'least':>12s}{'temporary':>15s}{'of peak':>9s}")
     for name, row in results.items():
         speed = results[baseline]["median_ms"] / row["median_ms"]
-        print(f"{name:34s}{row['median_ms']:9.2f} ms{speed:8.2f}x{row['least_ms']:9.2f} ms{row['temporary_mib']:11.1f} MiB", flush=True)
+        text = f"{name:34s}{row['median_ms']:9.2f} ms{speed:8.2f}x{row['least_ms']:9.2f} ms{row['temporary_mib']:11.1f} MiB"
+        print(text + (f"{100 * row['share_of_peak']:8.1f}%" if "share_of_peak" in row else ""), flush=True)
 
 
-def save(name: str, comparisons: Mapping[str, Mapping]) -> None:
+def save(name: str, comparisons: Mapping[str, Mapping], **facts) -> None:
     """Writes results/<name>-<device>.json: the comparisons and where, when and with what they were made."""
     device = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = RESULTS / f"{name}-{device}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": _machine(), "comparisons": comparisons}, indent=2) + "\n")
+    path.write_text(json.dumps({"machine": _machine(), **facts, "comparisons": comparisons}, indent=2) + "\n")
     print(f"\nsaved {path}")
 
 

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import depth_route, implementations
 
-SOURCES, BATCH, LENGTH, WIDTH, KEY_WIDTH = 12, 16, 256, 128, 64
+KEY_WIDTH = 64
+CPU_SHAPES = ((12, 16, 256, 128),)  # sources, batch, length, width; on accelerators 16k tokens
+ACCELERATOR_SHAPES = tuple((count, 8, 2048, width) for count in (8, 28, 64) for width in (1024, 2048, 4096))
 STACKED = "stacked, key projection made"
 
 
@@ -47,26 +49,38 @@ def softmax1(scores):
     return e / (e.sum(0) + jnp.exp(-top))
 
 
+def functions() -> dict:
+    """Every backend that can be asked for, over the list of sources, and the plain forms."""
+    found = {STACKED: unabsorbed, "stacked, absorbed": absorbed_stacked, "list, key projection made": unabsorbed_list}
+    for name in implementations("depth_route"):
+        found[f"depth_route {name}, absorbed"] = lambda sources, query, key, name=name: (
+            depth_route(sources, absorbed_query(sources, query, key), score_scale=KEY_WIDTH**-0.5, implementation=name).output
+        )
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=15)
     repetitions = parser.parse_args().repetitions
-    functions = {STACKED: unabsorbed, "stacked, absorbed": absorbed_stacked, "list, key projection made": unabsorbed_list}
-    for name in implementations("depth_route"):
-        functions[f"depth_route {name}, absorbed"] = lambda sources, query, key, name=name: (
-            depth_route(sources, absorbed_query(sources, query, key), score_scale=KEY_WIDTH**-0.5, implementation=name).output
-        )
-    keys = jax.random.split(jax.random.key(0), SOURCES + 2)
-    sources = [jax.random.normal(k, (BATCH, LENGTH, WIDTH)) for k in keys[2:]]
-    arguments = (sources, *(jax.random.normal(k, (WIDTH, KEY_WIDTH)) * WIDTH**-0.5 for k in keys[:2]))
-    comparisons = {}
-    gradients = lambda f: jax.grad(lambda *x: (f(*x) ** 2).sum(), (0, 1, 2))  # noqa: E731
-    for what, wrap in (("forward", lambda f: f), ("forward and backward", gradients)):
-        title = f"{what}, projected router, {SOURCES} sources, {BATCH * LENGTH} tokens, width {WIDTH}, key width {KEY_WIDTH}, float32"
-        results = harness.measure({name: wrap(f) for name, f in functions.items()}, arguments, repetitions=repetitions)
-        harness.show(title, results, STACKED)
-        comparisons[title] = results
-    harness.save("routing", comparisons)
+    peak = harness.peaks(repetitions=repetitions)
+    cpu = jax.default_backend() == "cpu"
+    dtype, comparisons, left_out = jnp.dtype("float32" if cpu else "bfloat16"), {}, {}
+    gradients = lambda f: jax.grad(lambda *x: (f(*x).astype(jnp.float32) ** 2).sum(), (0, 1, 2))  # noqa: E731
+    for count, batch, length, width in CPU_SHAPES if cpu else ACCELERATOR_SHAPES:
+        keys = jax.random.split(jax.random.key(0), count + 2)
+        sources = [jax.random.normal(k, (batch, length, width), dtype) for k in keys[2:]]
+        arguments = (sources, *((jax.random.normal(k, (width, KEY_WIDTH)) * width**-0.5).astype(dtype) for k in keys[:2]))
+        unit = batch * length * width * dtype.itemsize
+        # forward: every source read, the output written; backward: sources and the output's gradient read, their gradients written
+        for what, wrap, units in (("forward", lambda f: f, count + 1), ("forward and backward", gradients, 3 * count + 2)):
+            title = f"{what}, projected router, {count} sources, {batch * length} tokens, width {width}, key width {KEY_WIDTH}, {dtype}"
+            good, left_out[title] = harness.runnable({name: wrap(f) for name, f in functions().items()}, arguments)
+            results = harness.measure(good, arguments, repetitions=repetitions)
+            harness.add_shares(results, peak, bytes_moved=units * unit)
+            harness.show(title, results, STACKED if STACKED in results else next(iter(results)))
+            comparisons[title] = results
+    harness.save("routing", comparisons, peaks=peak, left_out=left_out)
 
 
 if __name__ == "__main__":

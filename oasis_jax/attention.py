@@ -13,7 +13,7 @@ from oasis_jax.normalizers import DENSE_NORMALIZERS, NULL_LOGITS
 from oasis_jax.norms import rms_norm
 from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
 from oasis_jax.statistics import AttentionStatistics
-from pallas_kernels import implementations, null_attention
+from pallas_kernels import OperatorSharding, implementations, null_attention, zigzag
 
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 
@@ -22,6 +22,17 @@ def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
     """The `constrain` of a model that is not sharded."""
     del axes
     return x
+
+
+def operator_sharding(constrain: Constrain) -> OperatorSharding | None:
+    """How the operators are split over devices: what a `constrain` carries as its attribute `operators`, else nothing."""
+    return getattr(constrain, "operators", None)
+
+
+def _positions(length: int, sharding: OperatorSharding | None) -> Int[Array, "1 T"]:
+    """0 .. T-1, in the order in which the sequence lies on its devices."""
+    positions = jnp.arange(length)[None]
+    return zigzag(positions, sharding.ways("sequence")) if sharding and sharding.layout == "zigzag" else positions
 
 
 def backend(operator: str, name: str) -> str | None:
@@ -65,12 +76,13 @@ def _scores(query: Array, key: Array, config: AttentionConfig) -> Float[Array, "
     return scores.reshape(batch, heads, length, key.shape[1])
 
 
-def _fused(query, key, value, null_logit, config: AttentionConfig, segment_ids) -> AttentionStatistics:
+def _fused(query, key, value, null_logit, config: AttentionConfig, segment_ids, sharding) -> AttentionStatistics:
     output, null_mass, lse = null_attention(
         query, key, value, null_logit=null_logit, is_causal=True, window=config.window or None, segment_ids=segment_ids,
-        logit_softcap=config.logit_softcap or None, implementation=backend("null_attention", config.attention_implementation),
+        logit_softcap=config.logit_softcap or None, sharding=sharding,
+        implementation=backend("null_attention", config.attention_implementation),
     )  # fmt: skip
-    first_key = key[:, :1]
+    first_key = key[:, :1]  # position 0 comes first in every layout
     first = _scores(query, first_key, config)[..., 0]
     allowed = _allowed(query, first_key, config, segment_ids)[..., 0]
     first_token_mass = jnp.where(allowed, jnp.exp(jnp.where(allowed, first - lse, 0.0)), 0.0)
@@ -124,7 +136,8 @@ def attention(
       x: [B, T, D], normed already; computed in its type, probabilities in float32 or better.
       segment_ids: [B, T]; attention stays within equal ids.
       positions: [B, T] or [1, T] for the rotary embedding; default 0 .. T-1.
-      constrain: function (array, logical axes) -> array that pins the sharding of activations.
+      constrain: function (array, logical axes) -> array that pins the sharding of activations; its attribute `operators`, where it has
+        one, splits the operator over devices. With layout="zigzag" x, segment_ids and positions are in that order.
 
     Returns:
       [B, T, D] after the output projection, and the layer's AttentionStatistics.
@@ -134,7 +147,7 @@ def attention(
     if config.qk_norm:
         query, key = rms_norm(query, parameters["query_norm"]), rms_norm(key, parameters["key_norm"])
     if config.rope_theta:
-        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+        positions = _positions(x.shape[1], operator_sharding(constrain)) if positions is None else positions
         query, key = rope(query, positions, config.rope_theta), rope(key, positions, config.rope_theta)
     query = constrain(query, ("batch", "length", "heads", None))
     key, value = (constrain(y, ("batch", "length", "kv_heads", None)) for y in (key, value))
@@ -144,7 +157,7 @@ def attention(
     else:
         null_logit = NULL_LOGITS[config.normalizer]
         null_logit = parameters["null_logit"] if null_logit is None else null_logit
-        statistics = _fused(query, key, value, null_logit, config, segment_ids)
+        statistics = _fused(query, key, value, null_logit, config, segment_ids, operator_sharding(constrain))
 
     heads = statistics.head_output
     if config.gate == "elementwise":

@@ -263,6 +263,7 @@ DEFAULT_RULES = (
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
     ("mlp", ("tensor",)),
+    ("length", ("sequence",)),
 )
 
 
@@ -273,11 +274,12 @@ class MeshConfig:
     data: int = _field(-1, "replicas that split the batch; -1: all devices the other axes leave")
     fsdp: int = _field(1, "devices that split the batch and the parameters")
     tensor: int = _field(1, "devices that split heads, MLP and vocabulary")
+    sequence: int = _field(1, "devices that split the positions of an example; attention passes its keys around them")
     rules: tuple = _field(DEFAULT_RULES, "logical axis name -> mesh axes, the one table of what is split over what")
 
     def __post_init__(self):
         _check(self, "mesh")
-        _at_least(self, "mesh", fsdp=1, tensor=1)
+        _at_least(self, "mesh", fsdp=1, tensor=1, sequence=1)
         if self.data == 0 or self.data < -1:
             raise UserError(f"mesh.data: must be -1 or at least 1, got {self.data}")
 

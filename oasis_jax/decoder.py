@@ -121,6 +121,7 @@ def decode(
 
     sublayers = [partial(run, layer) for layer in layers for run in (attend, feed)]
     embedding = constrain(embed(ends, config, inputs), ("batch", "length", None))
+    routers = {name: partial(router, constrain=constrain) for name, router in routers.items()}
     stack = WIRINGS[config.wiring](config, embedding, sublayers, routers)
     final = final_norm(stack.stream)
     outputs = unembed(ends, config, final, constrain)

@@ -48,8 +48,8 @@ class Router(nn.Module):
     config: RouterConfig
 
     @nn.compact
-    def __call__(self, sources: Sources, evidence: Evidence) -> tuple[Float[Array, "B T D"], RouterStatistics]:
-        return route(_declare(self, router_parameters(self.config)), self.config, sources, evidence)
+    def __call__(self, sources: Sources, evidence: Evidence, **options) -> tuple[Float[Array, "B T D"], RouterStatistics]:
+        return route(_declare(self, router_parameters(self.config)), self.config, sources, evidence, **options)
 
 
 class MLP(nn.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from oasis_jax.attention import backend
+from oasis_jax.attention import Constrain, backend, operator_sharding, unconstrained
 from oasis_jax.config import RouterConfig
 from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
 from oasis_jax.statistics import RouterStatistics
@@ -42,7 +42,7 @@ def projected_query(query: Float[Array, "D C"], key: Float[Array, "D C"], last: 
 
 
 def route(
-    parameters: Parameters, config: RouterConfig, sources: Sources, evidence: Evidence
+    parameters: Parameters, config: RouterConfig, sources: Sources, evidence: Evidence, *, constrain: Constrain = unconstrained
 ) -> tuple[Float[Array, "B T D"], RouterStatistics]:
     """Weighs the sources of every token and sums them (OASIS, arXiv 2605.17887; static queries: AttnRes, arXiv 2603.15031).
 
@@ -51,6 +51,7 @@ def route(
       config: a RouterConfig, or a ModelConfig.
       sources: L arrays [B, T, D], oldest first.
       evidence: L arrays [B, T], the null mass of each source's attention, mean over heads; 0 for the embedding.
+      constrain: as in `attention`; its attribute `operators` splits the tokens over devices.
 
     Returns:
       [B, T, D] and the RouterStatistics.
@@ -65,7 +66,7 @@ def route(
     if config.coupling:
         options |= dict(null_evidence=evidence, coupling=beta)
     output, weights, null_mass = depth_route(
-        sources, query, null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer],
+        sources, query, null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer], sharding=operator_sharding(constrain),
         implementation=backend("depth_route", config.depth_implementation), **options,
     )  # fmt: skip
     return output, RouterStatistics(weights, null_mass, beta)
@@ -78,6 +79,6 @@ class Router(ParameterModule):
         super().__init__(router_parameters(config), rngs=rngs)
         self.config = config
 
-    def __call__(self, sources: Sources, evidence: Evidence) -> tuple[Float[Array, "B T D"], RouterStatistics]:
+    def __call__(self, sources: Sources, evidence: Evidence, **options) -> tuple[Float[Array, "B T D"], RouterStatistics]:
         """See `route`."""
-        return route(self.parameters, self.config, sources, evidence)
+        return route(self.parameters, self.config, sources, evidence, **options)

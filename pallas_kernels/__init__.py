@@ -13,17 +13,21 @@ from pallas_kernels.depth_route import DepthRoute, depth_route
 from pallas_kernels.dispatch import Device, Explanation, explain_call
 from pallas_kernels.null_attention import IMPLEMENTATIONS as _NULL_ATTENTION
 from pallas_kernels.null_attention import NullAttention, merge_partials, null_attention
+from pallas_kernels.sharding import OperatorSharding, unzigzag, zigzag
 
 __all__ = [
     "DepthRoute",
     "Device",
     "Explanation",
     "NullAttention",
+    "OperatorSharding",
     "depth_route",
     "explain",
     "implementations",
     "merge_partials",
     "null_attention",
+    "unzigzag",
+    "zigzag",
 ]
 
 _OPERATORS = {"null_attention": (null_attention, _NULL_ATTENTION), "depth_route": (depth_route, _DEPTH_ROUTE)}

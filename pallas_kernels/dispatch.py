@@ -46,12 +46,26 @@ class Device(NamedTuple):
     kind: str
 
 
+_TARGET_MESH = contextvars.ContextVar("target_mesh", default=None)
+
+
+@contextlib.contextmanager
+def target_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
+    """Within it, calls are for the devices of this mesh."""
+    token = _TARGET_MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _TARGET_MESH.reset(token)
+
+
 def target_device() -> Device:
-    """The device of the mesh in whose context a call is traced (`jax.set_mesh`, `jax.shard_map`), else JAX's default device.
+    """The device of a call's sharding, else of the mesh in whose context it is traced (`jax.set_mesh`, `jax.shard_map`), else JAX's default.
 
     With a mesh of a topology the call is compiled for hardware that is not there.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    mesh = _TARGET_MESH.get() or jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_mesh", mesh).abstract_device
     if device is None:
         device = jax.config.jax_default_device or jax.devices()[0]
         if isinstance(device, str):
@@ -127,4 +141,6 @@ def explain_call(function: Callable, table: Mapping[str, Callable], args: tuple,
     chosen = next((name for name, reason in reasons.items() if not reason), None)
     if chosen is None:
         raise CannotServe("; ".join(f"{name}: {reason}" for name, reason in reasons.items()), reasons)
-    return Explanation(chosen, reasons, target_device())
+    sharding = kwargs.get("sharding")
+    with target_mesh(sharding.mesh) if sharding is not None else contextlib.nullcontext():
+        return Explanation(chosen, reasons, target_device())

@@ -32,7 +32,7 @@ _PACKAGES = ("oasis_jax", "jax", "flax", "optax", "orbax-checkpoint")
 _MAY_DIFFER = {
     *("model.remat", "model.attention_implementation", "model.depth_implementation"),
     *("data.pattern", "optimizer.accumulation_steps"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.rules"),
     *("run.log_interval", "run.telemetry_interval", "run.eval_interval", "run.eval_batches"),
     *("run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard"),
     *("optimizer.nonfinite", "optimizer.nonfinite_limit"),

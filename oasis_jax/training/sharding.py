@@ -3,20 +3,22 @@
 Nothing here is global. The mesh is passed on, the model gets `constrain`.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from oasis_jax.attention import Constrain
 from oasis_jax.config import Config, MeshConfig, ModelConfig
 from oasis_jax.decoder import Decoder, parameter_axes
 from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.normalizers import DENSE_NORMALIZERS
+from pallas_kernels import OperatorSharding, zigzag
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")  # neighbours last
 # The logical axes of parameters and activations; those without a rule are not split.
 LOGICAL_AXES = ("batch", "length", "embed", "vocab", "heads", "kv_heads", "mlp")
 
@@ -25,7 +27,7 @@ LogicalAxes = tuple[str | None, ...]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh with axes data, fsdp and tensor that a config asks for.
+    """The mesh with axes data, fsdp, sequence and tensor that a config asks for.
 
     Args:
       config: sizes of the axes; data=-1 takes all devices that the others leave.
@@ -36,17 +38,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(jax.devices() if devices is None else devices)
     check_rules(config.rules)
-    rest = config.fsdp * config.tensor
+    rest = config.fsdp * config.sequence * config.tensor
+    others = f"fsdp={config.fsdp} x " + (f"sequence={config.sequence} x " if config.sequence > 1 else "") + f"tensor={config.tensor}"
     data = config.data if config.data > 0 else max(len(devices) // rest, 1)
     if data * rest > len(devices):
-        raise UserError(
-            f"mesh: data={data} x fsdp={config.fsdp} x tensor={config.tensor} needs {data * rest} devices, there are {len(devices)}"
-        )
+        raise UserError(f"mesh: data={data} x {others} needs {data * rest} devices, there are {len(devices)}")
     if config.data == -1 and len(devices) % rest:
-        raise UserError(
-            f"mesh.data: {len(devices)} devices are not divisible by fsdp={config.fsdp} x tensor={config.tensor} = {rest}; give mesh.data to use fewer"
-        )
-    sizes = (data, config.fsdp, config.tensor)
+        raise UserError(f"mesh.data: {len(devices)} devices are not divisible by {others} = {rest}; give mesh.data to use fewer")
+    sizes = (data, config.fsdp, config.sequence, config.tensor)
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices[: data * rest])
 
 
@@ -78,13 +77,58 @@ def logical_to_spec(rules: Rules, axes: LogicalAxes) -> PartitionSpec:
     return PartitionSpec(*(None if not names else names[0] if len(names) == 1 else names for names in split))
 
 
-def constrain(mesh: Mesh, rules: Rules) -> Constrain:
-    """A function (array, logical axes) -> array that pins how an activation is split, for `Decoder.__call__`."""
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a model's activations and operators are split: the `constrain` of `Decoder.__call__`.
 
-    def pin(x: Array, axes: LogicalAxes) -> Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, logical_to_spec(rules, axes)))
+    operators: how the operators are split; None on a single device.
+    """
 
-    return pin
+    mesh: Mesh
+    rules: Rules
+    operators: OperatorSharding | None
+
+    def __call__(self, x: Array, axes: LogicalAxes) -> Array:
+        """x with its sharding pinned; axes are the logical names of its dimensions."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, logical_to_spec(self.rules, axes)))
+
+    def ordered(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Arrays [B, T, ...] with their positions split over devices, in the order that balances causal attention."""
+        sharding = self.operators
+        if sharding is None or not sharding.sequence:
+            return dict(batch)
+        if sharding.layout == "zigzag":
+            batch = {name: zigzag(x, sharding.ways("sequence")) for name, x in batch.items()}
+        return {name: self(x, ("batch", "length", *(None,) * (x.ndim - 2))) for name, x in batch.items()}
+
+
+def placement(config: Config, mesh: Mesh) -> Placement:
+    """The placement of a run on a mesh.
+
+    Causal attention over a split sequence is balanced by the zigzag order. A window is balanced in the order of the text, and the normalizers
+    that make all probabilities are partitioned by XLA and mask by index: they keep that order.
+
+    Raises:
+      UserError: examples that the sequence axis does not divide, or a rule that the operators cannot follow.
+    """
+    rules, model = config.mesh.rules, config.model
+    table = {name: tuple(axis for axis in axes if mesh.shape[axis] > 1) for name, axes in rules}
+    sequence = table.get("length", ())
+    if len(sequence) > 1:
+        raise UserError(f"mesh.rules, length: attention passes keys around one mesh axis, got {', '.join(sequence)}")
+    if mesh.size == 1:
+        return Placement(mesh, rules, None)
+    split = bool(sequence)
+    layout = "zigzag" if split and not model.window and model.normalizer not in DENSE_NORMALIZERS else "contiguous"
+    parts = math.prod(mesh.shape[axis] for axis in sequence) * (2 if layout == "zigzag" else 1)
+    if config.data.sequence_length % parts:
+        halves = " in two parts each" if layout == "zigzag" else ""
+        raise UserError(
+            f"data.sequence_length: {config.data.sequence_length} is not divisible by mesh.{sequence[0]}={mesh.shape[sequence[0]]}{halves}; "
+            f"take a multiple of {parts}"
+        )
+    operators = OperatorSharding(mesh, table.get("batch", ()), table.get("heads", ()), sequence[0] if split else None, layout)
+    return Placement(mesh, rules, operators)
 
 
 def parameter_shapes(config: ModelConfig) -> dict:

@@ -10,11 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from oasis_jax import statistics
-from oasis_jax.attention import Constrain
 from oasis_jax.config import Config
 from oasis_jax.training.loss import mean_loss, total_weight
 from oasis_jax.training.optimizer import learning_rate, make_optimizer
-from oasis_jax.training.sharding import batch_sharding, constrain, replicated
+from oasis_jax.training.sharding import Placement, batch_sharding, placement, replicated
 from oasis_jax.training.state import TrainState, abstract_state, build_model, shardings_of
 
 Batch = Mapping[str, Array]
@@ -39,7 +38,7 @@ def make_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple
     """
     shardings = shardings_of(abstract_state(config, mesh))
     return jax.jit(
-        partial(_step, config=config, shardings=shardings, pin=constrain(mesh, config.mesh.rules)),
+        partial(_step, config=config, shardings=shardings, pin=placement(config, mesh)),
         in_shardings=(shardings, batch_sharding(config, mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -53,13 +52,13 @@ def make_telemetry(config: Config, mesh: Mesh) -> Callable[[dict, Batch], Metric
     """
     shardings = shardings_of(abstract_state(config, mesh).params)
     return jax.jit(
-        partial(_telemetry, config=config, pin=constrain(mesh, config.mesh.rules)),
+        partial(_telemetry, config=config, pin=placement(config, mesh)),
         in_shardings=(shardings, batch_sharding(config, mesh)),
         out_shardings=replicated(mesh),
     )
 
 
-def _step(state: TrainState, batch: Batch, *, config: Config, shardings: TrainState, pin: Constrain) -> tuple[TrainState, Metrics]:
+def _step(state: TrainState, batch: Batch, *, config: Config, shardings: TrainState, pin: Placement) -> tuple[TrainState, Metrics]:
     loss, gradients = _loss_and_gradients(state.params, batch, config, pin)
     gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
@@ -80,8 +79,9 @@ def _step(state: TrainState, batch: Batch, *, config: Config, shardings: TrainSt
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
-def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Constrain) -> tuple[Array, dict]:
+def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Placement) -> tuple[Array, dict]:
     """Those of the whole batch, one micro-batch after the other: each gives its part of the whole, and parts add up."""
+    batch = pin.ordered(batch)
     total = total_weight(batch)
 
     def loss(params, micro_batch):
@@ -98,7 +98,9 @@ def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Constra
     return jax.lax.scan(add, zeros, _micro_batches(batch, config, pin))[0]
 
 
-def _telemetry(params: dict, batch: Batch, *, config: Config, pin: Constrain) -> Metrics:
+def _telemetry(params: dict, batch: Batch, *, config: Config, pin: Placement) -> Metrics:
+    batch = pin.ordered(batch)
+
     def look(micro_batch):
         model = build_model(config.model, params)
         _, seen = model(micro_batch["inputs"], segment_ids=micro_batch.get("segment_ids"), constrain=pin)
@@ -110,12 +112,12 @@ def _telemetry(params: dict, batch: Batch, *, config: Config, pin: Constrain) ->
     return jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(look, _micro_batches(batch, config, pin)))
 
 
-def _micro_batches(batch: Batch, config: Config, pin: Constrain) -> Batch:
+def _micro_batches(batch: Batch, config: Config, pin: Placement) -> Batch:
     """[B, ...] -> [steps, B / steps, ...]. Micro-batch i takes the rows i, i + steps, ...: every device keeps its own rows."""
     steps = config.optimizer.accumulation_steps
 
     def deal(x):
         dealt = x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1)
-        return pin(dealt, (None, "batch", *(None,) * (x.ndim - 1)))
+        return pin(dealt, (None, "batch", "length", *(None,) * (x.ndim - 2)))
 
     return jax.tree.map(deal, batch)

@@ -10,7 +10,8 @@ from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, Sources
 from pallas_kernels.depth_route.mosaic_gpu import depth_route_mosaic_gpu
 from pallas_kernels.depth_route.reference import depth_route_reference
 from pallas_kernels.depth_route.xla import depth_route_xla
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, target_mesh
+from pallas_kernels.sharding import OperatorSharding
 
 # Fastest first. A backend takes RouteInputs and raises Unavailable where it cannot serve.
 IMPLEMENTATIONS = {"mosaic_gpu": depth_route_mosaic_gpu, "xla": depth_route_xla, "reference": depth_route_reference}
@@ -27,6 +28,7 @@ def depth_route(
     coupling: float | Float[Array, ""] = 0.0,
     null_logit: float | Float[Array, ""] = 0.0,
     num_sources: int | Int[Array, ""] | None = None,
+    sharding: OperatorSharding | None = None,
     implementation: str | None = None,
 ) -> DepthRoute:
     """For every token, the weighted sum of L sources (earlier layers), with a null source of score `null_logit` and value zero.
@@ -49,6 +51,7 @@ def depth_route(
       null_logit: b, a scalar; -inf leaves the null out.
       num_sources: only the first so many sources are live: the others have weight 0 and gradient 0, whatever they hold, and the
         mean of psi is over the live ones. A Python number leaves dead sources unread; a traced one is a mask.
+      sharding: which mesh axes split batch and length; the kernels then run inside `jax.shard_map`, every device on its own tokens.
       implementation: a name of `pallas_kernels.implementations("depth_route")`; None takes the fastest that can serve.
 
     Returns:
@@ -68,11 +71,23 @@ def depth_route(
     query, key_norm_scale, bias = (None if x is None else jnp.asarray(x) for x in (query, key_norm_scale, bias))
     inputs = RouteInputs(
         sources, query, key_norm_scale, bias, evidence, jnp.asarray(coupling, wide), jnp.asarray(null_logit, wide),
-        num_sources, float(score_scale),
+        num_sources, float(score_scale), sharding,
     )  # fmt: skip
-    result = dispatch("depth_route", IMPLEMENTATIONS, implementation)(inputs)
+    serve = dispatch("depth_route", IMPLEMENTATIONS, implementation)
+    if sharding is None:
+        result = serve(inputs)
+    else:
+        _check_sharding(sharding, shape)
+        with target_mesh(sharding.mesh):
+            result = serve(inputs)
     dead = count - result.weights.shape[-1]
     return result._replace(weights=jnp.pad(result.weights, [(0, 0), (0, 0), (0, dead)])) if dead else result
+
+
+def _check_sharding(sharding, shape: tuple[int, ...]) -> None:
+    if not isinstance(sharding, OperatorSharding):
+        raise ValueError(f"sharding: must be None or a pallas_kernels.OperatorSharding, got {type(sharding).__name__}")
+    sharding.check("sources", shape, "batch", "sequence")
 
 
 def _check_sources(sources):

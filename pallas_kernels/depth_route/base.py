@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.sharding import OperatorSharding
 
 KEY_NORM_EPSILON = 1e-6  # added to the mean square of a source when keys are normalized
 MAX_SCORE = 50.0  # scores are clamped to [-MAX_SCORE, MAX_SCORE] after coupling; outside, their gradient is 0
@@ -39,6 +39,7 @@ class RouteInputs(NamedTuple):
     null_logit: a scalar.
     num_sources: how many sources are live: None for all, a Python number or a traced scalar.
     score_scale: a Python number.
+    sharding: how tokens are split over a mesh, or None. A backend of plain JAX operations leaves it to XLA.
     """
 
     sources: Float[Array, "L B T D"] | tuple[Float[Array, "B T D"], ...]
@@ -50,6 +51,7 @@ class RouteInputs(NamedTuple):
     null_logit: Float[Array, ""]
     num_sources: int | Int[Array, ""] | None
     score_scale: float
+    sharding: OperatorSharding | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -95,17 +97,3 @@ def score_shift(inputs: RouteInputs) -> Float[Array, "#L #B #T"]:
             centred = evidence - evidence.sum(0) / jnp.maximum(live.sum(), 1)
         shift = shift - inputs.coupling.astype(wide) * centred
     return shift if live is None else jnp.where(live, shift, 0.0)
-
-
-def varying_alike(arrays, examples):
-    """The arrays of a pytree, marked as varying over all mesh axes of `jax.shard_map` over which any of `examples` varies.
-
-    A custom_vjp has to return gradients that vary as its arguments do. Where those are made to vary alike beforehand, JAX itself sums the
-    gradient of an argument that all shards share, such as a static query. Outside `jax.shard_map` nothing changes.
-    """
-    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(examples)))
-
-    def vary(x):
-        return lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying")
-
-    return jax.tree.map(vary, arrays) if axes else arrays

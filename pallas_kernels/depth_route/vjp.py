@@ -15,15 +15,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, score_shift, varying_alike
+from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, score_shift
+from pallas_kernels.sharding import OperatorSharding, varying_alike
 
 
 class RouteOptions(NamedTuple):
-    """What a kernel is compiled for. normalize: keys are divided by their root mean square; their gain is part of the query."""
+    """What a kernel is compiled for. normalize: keys are divided by their root mean square; their gain is part of the query. Kernels never see a sharding."""
 
     normalize: bool
     score_scale: float
+    sharding: OperatorSharding | None = None
 
 
 def differentiable(forward: Callable, backward: Callable) -> Callable:
@@ -39,6 +42,7 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     Returns:
       serve(inputs: RouteInputs) -> DepthRoute.
     """
+    forward, backward = _sharded_forward(forward), _sharded_backward(backward)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def route(options, sources, query, shift, null_logit, num_sources):
@@ -71,11 +75,56 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
             query = query * inputs.key_norm_scale.astype(inputs.wide)
         shift = jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
         num_sources = None if inputs.num_sources is None else jnp.asarray(inputs.num_sources, jnp.int32)
-        options = RouteOptions(normalize, inputs.score_scale)
+        options = RouteOptions(normalize, inputs.score_scale, inputs.sharding)
         arrays = inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), num_sources
         return route(options, *varying_alike(arrays, arrays))
 
     return serve
+
+
+def _specs(options: RouteOptions, sources, query, num_sources):
+    """PartitionSpecs of sources, query, the number of sources, a [B, T, D] array, an [L, B, T] array and a [B, T] array."""
+    spec = options.sharding.spec
+    stream = spec("batch", "sequence", None)
+    placed = (stream,) * len(sources) if isinstance(sources, tuple) else spec(None, "batch", "sequence", None)
+    number = None if num_sources is None else spec()
+    return placed, spec(None) if query.ndim == 1 else stream, number, stream, spec(None, "batch", "sequence"), spec("batch", "sequence")
+
+
+def _sharded_forward(forward: Callable) -> Callable:
+    """`forward` over the mesh of `options.sharding`, every device on its own tokens; itself where there is none."""
+
+    def run(options, sources, query, shift, null_logit, num_sources):
+        if options.sharding is None:
+            return forward(options, sources, query, shift, null_logit, num_sources)
+        placed, along, number, stream, scores, rows = _specs(options, sources, query, num_sources)
+        local = options._replace(sharding=None)
+        mapped = options.sharding.mapped(
+            lambda *arrays: forward(local, *arrays), (placed, along, scores, options.sharding.spec(), number), (stream, scores, rows)
+        )
+        return mapped(sources, query, shift, null_logit, num_sources)
+
+    return run
+
+
+def _sharded_backward(backward: Callable) -> Callable:
+    """`backward` over the mesh of `options.sharding`; the gradient of a query that all tokens share is summed over the devices."""
+
+    def run(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights):
+        sharding = options.sharding
+        if sharding is None:
+            return backward(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights)
+        placed, along, number, stream, scores, rows = _specs(options, sources, query, num_sources)
+
+        def local(*arrays):
+            d_sources, d_query, d_shift = backward(options._replace(sharding=None), *arrays)
+            axes = sharding.axes("batch", "sequence")
+            return d_sources, lax.psum(d_query, axes) if query.ndim == 1 and axes else d_query, d_shift
+
+        mapped = sharding.mapped(local, (placed, along, scores, number, scores, rows, stream, scores), (placed, along, scores))
+        return mapped(sources, query, shift, num_sources, weights, delta, d_output, d_weights)
+
+    return run
 
 
 def _result(results) -> DepthRoute:

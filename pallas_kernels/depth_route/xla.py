@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, score_shift, varying_alike
+from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, score_shift
+from pallas_kernels.sharding import varying_alike
 
 
 def depth_route_xla(inputs: RouteInputs) -> DepthRoute:

@@ -5,13 +5,15 @@ import operator
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import dispatch, target_mesh
 from pallas_kernels.null_attention.base import NullAttention, Options, Segments, wide_dtype
 from pallas_kernels.null_attention.cudnn import null_attention_cudnn
 from pallas_kernels.null_attention.mosaic_gpu import null_attention_mosaic_gpu
 from pallas_kernels.null_attention.mosaic_tpu import null_attention_mosaic_tpu
 from pallas_kernels.null_attention.reference import null_attention_reference
+from pallas_kernels.null_attention.sharded import check_sharding, in_sequence_order
 from pallas_kernels.null_attention.xla import null_attention_xla
+from pallas_kernels.sharding import OperatorSharding
 
 # Fastest first. A backend takes (query, key, value, null_logit [N], segments, options) and raises Unavailable where it cannot serve.
 IMPLEMENTATIONS = {
@@ -19,7 +21,7 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": null_attention_mosaic_gpu,
     "mosaic_tpu": null_attention_mosaic_tpu,
     "xla": null_attention_xla,
-    "reference": null_attention_reference,
+    "reference": in_sequence_order(null_attention_reference),
 }
 
 
@@ -34,6 +36,7 @@ def null_attention(
     segment_ids: Int[Array, "B T"] | Segments | None = None,
     logit_softcap: float | None = None,
     scale: float | None = None,
+    sharding: OperatorSharding | None = None,
     implementation: str | None = None,
 ) -> NullAttention:
     """Attention over the keys and one null key, whose score is `null_logit` and whose value is zero.
@@ -51,9 +54,13 @@ def null_attention(
       is_causal: a query sees keys up to its own position. With T != S the last query sits on the last key, as in decoding
         against a cache.
       window: keep only keys with 0 <= i - j < window. This holds for is_causal=False too: a window looks back.
-      segment_ids: attend only within equal ids; one array for queries and keys (T = S), or a pair (queries, keys).
+      segment_ids: attend only within equal ids; one array for queries and keys (T = S), or a pair (queries, keys). A pair also hides the dead
+        part of a preallocated cache: ids 0 for queries and live keys, 1 for the rest, with is_causal=False.
       logit_softcap: scores become cap * tanh(s / cap).
       scale: factor of the scores; H ** -0.5 where not given.
+      sharding: how the arrays are split over a mesh; the kernels then run inside `jax.shard_map`, with the keys passed around the sequence
+        axis. Without it the arrays lie on one device, or are one device's part inside the caller's own shard_map, or are partitioned by XLA,
+        which backends of plain JAX operations allow.
       implementation: a name of `pallas_kernels.implementations("null_attention")`; None takes the fastest that can serve.
 
     Returns:
@@ -66,7 +73,15 @@ def null_attention(
     segments = _check_segments(segment_ids, query, key)
     options = _check_options(query, is_causal, window, logit_softcap, scale)
     b = _check_null_logit(null_logit, query)
-    return dispatch("null_attention", IMPLEMENTATIONS, implementation)(query, key, value, b, segments, options)
+    serve = dispatch("null_attention", IMPLEMENTATIONS, implementation)
+    if sharding is None:
+        return serve(query, key, value, b, segments, options)
+    options = options._replace(sharding=sharding)
+    check_sharding(query, key, options)
+    copies = max(1, sharding.ways("heads") // key.shape[2])  # fewer key heads than devices: each device gets a copy of its own
+    key, value = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (key, value))
+    with target_mesh(sharding.mesh):
+        return serve(query, key, value, b, segments, options)
 
 
 def _check_arrays(query, key, value) -> None:

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.sharding import OperatorSharding
 
 Segments = tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
@@ -24,12 +24,13 @@ class NullAttention(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The static arguments of null_attention, checked. A window implies causality: 0 <= i - j < window."""
+    """The static arguments of null_attention, checked. A window implies causality: 0 <= i - j < window. Kernels never see a sharding."""
 
     causal: bool
     window: int | None
     softcap: float | None
     scale: float
+    sharding: OperatorSharding | None = None
 
 
 def wide_dtype(dtype) -> jnp.dtype:
@@ -58,22 +59,3 @@ def allowed_keys(
         same = (segments[0][:, :, None] == segments[1][:, None, :])[:, None, None]
         allowed = same if allowed is None else allowed & same
     return allowed
-
-
-def _manual_axes(x) -> frozenset:
-    """The mesh axes of an enclosing `jax.shard_map` over which x varies; none where it does not check that."""
-    return frozenset(jax.typeof(x).mat.varying)
-
-
-def varying_alike(arrays, examples):
-    """The arrays of a pytree, marked as varying over all mesh axes of `jax.shard_map` over which any of `examples` varies.
-
-    Kernels' results need the mark, and so do the arguments of one custom_vjp, that an argument's gradient may vary where it does not itself.
-    """
-    axes = frozenset().union(*map(_manual_axes, jax.tree.leaves(examples)))
-
-    def mark(x):
-        missing = axes - _manual_axes(x)
-        return lax.pcast(x, tuple(missing), to="varying") if missing else x
-
-    return jax.tree.map(mark, arrays)

@@ -2,6 +2,7 @@
 
 With delta = rowsum(dO * O) + omega * d_omega - d_lse the backward pass is the one of FlashAttention, dS = P * (dP - delta): the cotangents of
 null mass and lse only shift delta. A backend is two functions, and its backward kernel is an ordinary one that takes lse and delta.
+Both run inside `jax.shard_map` where the call has a sharding; the derivative is outside, on the whole arrays.
 """
 
 import functools
@@ -11,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.null_attention.base import NullAttention, Options, Segments, varying_alike, wide_dtype
+from pallas_kernels.null_attention.base import NullAttention, Options, Segments, wide_dtype
+from pallas_kernels.null_attention.sharded import sharded_backward, sharded_forward
+from pallas_kernels.sharding import varying_alike
 
 
 def differentiable(forward: Callable, backward: Callable) -> Callable:
@@ -27,6 +30,7 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     Returns:
       serve(query, key, value, null_logit, segments, options) -> NullAttention.
     """
+    forward, backward = sharded_forward(forward), sharded_backward(backward)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attention(options, query, key, value, null_logit, segments):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import null_attention
+from pallas_kernels import merge_partials, null_attention
 from pallas_kernels.dispatch import interpret_kernels
 
 # Backends of accelerators run in their interpreter here; test_null_attention_gpu.py runs those for GPUs, which want other shapes and types.
@@ -290,6 +290,34 @@ def test_no_keys_at_all(implementation):
     assert np.all(np.asarray(result.output) == 0) and np.all(np.asarray(result.null_mass) == 1)
 
 
+@every_implementation
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decoding_against_a_preallocated_cache_with_a_live_length(implementation, rows):
+    """Old keys by a mask of segment ids, the new rows' own keys causally; both without a null, which is added once."""
+    (query, key, value, b), _, _ = make(shape=(2, rows, 29, 6, 3, 5), per_head=True)
+    live = 17
+    wanted = null_attention(query, key[:, :live], value[:, :live], null_logit=b, implementation="reference")
+
+    @jax.jit
+    def step(key, value, live):
+        call = functools.partial(null_attention, null_logit=-jnp.inf, implementation=implementation)
+        ids = jnp.zeros((2, rows), jnp.int32), jnp.broadcast_to(jnp.arange(29) >= live - rows, (2, 29)).astype(jnp.int32)
+        old = call(query, key, value, is_causal=False, segment_ids=ids)
+        new = call(query, *(jax.lax.dynamic_slice_in_dim(x, live - rows, rows, 1) for x in (key, value)))
+        return merge_partials([old.output, new.output], [old.lse, new.lse], null_logit=b)
+
+    dead = (np.arange(29) >= live)[None, :, None, None]
+    for actual, want in zip(step(np.where(dead, 1e4, key), np.where(dead, 1e4, value), live), wanted):
+        assert_close(actual, want, 1e-6)
+
+
+@every_implementation
+def test_decoding_against_an_empty_cache_gives_everything_to_the_null(implementation):
+    cache, ids = jnp.full((2, 29, 2, 5), 7.0), (jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 29), jnp.int32))
+    result = null_attention(jnp.ones((2, 1, 6, 5)), cache, cache, is_causal=False, segment_ids=ids, implementation=implementation)
+    assert np.all(np.asarray(result.output) == 0) and np.all(np.asarray(result.null_mass) == 1) and np.all(np.asarray(result.lse) == 0)
+
+
 def compiled(length, **options):
     shapes = [jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for heads in (2, 1, 1)]
     loss = lambda *x: (null_attention(*x, implementation="xla", **options).output ** 2).sum()  # noqa: E731
@@ -320,6 +348,7 @@ def test_the_program_does_not_grow_with_the_length():
         ("null_logit", dict(null_logit=np.zeros(3))),
         ("is_causal", dict(is_causal=None)),
         ("window", dict(window=0)),
+        ("window", dict(window=-4)),
         ("window", dict(window=2.0)),
         ("logit_softcap", dict(logit_softcap=-1.0)),
         ("logit_softcap", dict(logit_softcap=0.0)),

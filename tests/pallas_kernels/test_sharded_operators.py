@@ -1,8 +1,18 @@
 """Both operators under jit with sharded inputs give what they give on one device; eight virtual CPU devices, in a process of their own."""
 
 import os
+import pathlib
 import subprocess
 import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+import pallas_kernels
+from pallas_kernels import OperatorSharding, depth_route, null_attention, unzigzag, zigzag
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
@@ -55,7 +65,81 @@ print("equal")
 """
 
 
-def test_sharded_inputs_give_the_results_of_one_device():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=600)
+def on_eight_devices(*arguments, flags=""):
+    root = str(pathlib.Path(__file__).parents[2])
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
+        "PYTHONPATH": root,
+    }
+    run = subprocess.run([sys.executable, "-W", "error", *arguments], env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0 and run.stdout.strip() == "equal", run.stderr
+
+
+def test_sharded_inputs_give_the_results_of_one_device():
+    on_eight_devices("-c", PROGRAM)
+
+
+@pytest.mark.parametrize("part", ["attention", "routing", "shard_map"])
+def test_a_sharding_gives_the_results_of_one_device(part):
+    on_eight_devices(pathlib.Path(__file__).parent / "ring_program.py", part, flags="--xla_backend_optimization_level=0")
+
+
+def test_zigzag_gives_every_device_an_early_and_a_late_part_and_is_undone():
+    x = np.arange(24).reshape(1, 12, 2)
+    assert zigzag(x, 3)[0, :, 0].tolist() == [0, 2, 20, 22, 4, 6, 16, 18, 8, 10, 12, 14]
+    assert unzigzag(zigzag(x, 3), 3).tolist() == x.tolist() and zigzag(x.T, 2, axis=-2).shape == (2, 12, 1)
+    with pytest.raises(ValueError, match="x: its length along axis 1 must be a multiple of 10 for 5 shards, got \\(1, 12, 2\\)"):
+        zigzag(x, 5)
+
+
+MESH = AbstractMesh((2, 3, 4), ("data", "tensor", "sequence"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(batch="dat"), "the mesh has no axis 'dat'; there are: data, tensor, sequence"),
+        (dict(batch=("data", "tensor"), heads="tensor"), "mesh axis 'tensor' is named more than once"),
+        (dict(sequence=("data", "sequence")), "sequence must be None or the name of one mesh axis, got \\('data', 'sequence'\\)"),
+        (dict(sequence="sequence", layout="zig"), "layout must be one of contiguous, zigzag, got 'zig'"),
+        (dict(layout="zigzag"), "layout='zigzag' .* needs sequence=, got None"),
+    ],
+)
+def test_a_sharding_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=f"^sharding: {message}"):
+        OperatorSharding(MESH, **options)
+
+
+@pytest.mark.parametrize(
+    "message, shapes, sharding, options",
+    [
+        ("query: sharding splits batch over data=2: must be a multiple of 2, got 3", (3, 8, 8, 3, 3), dict(batch="data"), {}),
+        ("query: sharding splits heads over tensor=3: must be a multiple of 3, got 4", (2, 8, 8, 4, 2), dict(heads="tensor"), {}),
+        ("key: sharding splits heads 3 ways: .*got shape", (2, 8, 8, 6, 2), dict(heads="tensor"), {}),
+        ("query: sharding splits sequence over sequence=4: must be a multiple of 4, got 6", (2, 6, 6, 3, 3), dict(sequence="sequence"), {}),
+        ("query: .*in two parts each .layout zigzag.: must be a multiple of 8, got 12", (2, 12, 12, 3, 3), dict(sequence="sequence", layout="zigzag"), {}),
+        ("key: over a sequence axis causal attention needs as many keys as queries .8., got", (2, 8, 16, 3, 3), dict(sequence="sequence"), {}),
+        ("window: needs layout='contiguous'", (2, 8, 8, 3, 3), dict(sequence="sequence", layout="zigzag"), dict(window=3)),
+    ],
+)  # fmt: skip
+def test_attention_that_cannot_be_split(message, shapes, sharding, options):
+    batch, length, keys, heads, key_heads = shapes
+    query, key = jnp.ones((batch, length, heads, 4)), jnp.ones((batch, keys, key_heads, 4))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        null_attention(query, key, key, sharding=OperatorSharding(MESH, **sharding), **options)
+    with pytest.raises(ValueError, match=r"^sharding: must be None or a pallas_kernels.OperatorSharding, got str"):
+        null_attention(query, key, key, sharding="data")
+
+
+def test_routing_that_cannot_be_split():
+    with pytest.raises(ValueError, match=r"^sources: sharding splits sequence over sequence=4: must be a multiple of 4, got 6 in shape"):
+        depth_route(jnp.ones((3, 2, 6, 5)), jnp.ones(5), sharding=OperatorSharding(MESH, sequence="sequence"))
+
+
+def test_explain_takes_a_sharding_and_looks_at_its_devices():
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((2,), ("data",), abstract_device=device, axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((2, 8, 3, 4), jnp.float32)
+    explanation = pallas_kernels.explain("null_attention", x, x, x, sharding=OperatorSharding(mesh, batch="data"))
+    assert explanation.device == ("gpu", "NVIDIA H100 80GB HBM3") and explanation.reasons["xla"] == ""

@@ -11,7 +11,7 @@ from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
 from oasis_jax.training.state import TrainState, new_state
 from oasis_jax.training.step import make_step
 
-STEPS, BATCH, LENGTH, VOCAB = 20, 16, 19, 83
+STEPS, BATCH, LENGTH, VOCAB = 20, 16, 20, 83
 
 
 def config(preset: str, **mesh: int) -> Config:

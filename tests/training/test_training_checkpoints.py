@@ -236,7 +236,16 @@ def test_every_other_field_is_compared():
     free = [name for name in fields if name not in compared]
     assert set(free) == {
         *("model.remat", "model.attention_implementation", "model.depth_implementation", "data.pattern", "optimizer.accumulation_steps"),
-        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules", "run.log_interval", "run.telemetry_interval", "run.eval_interval"),
+        *(
+            "mesh.data",
+            "mesh.fsdp",
+            "mesh.tensor",
+            "mesh.sequence",
+            "mesh.rules",
+            "run.log_interval",
+            "run.telemetry_interval",
+            "run.eval_interval",
+        ),
         *("run.eval_batches", "run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard"),
         *("optimizer.nonfinite", "optimizer.nonfinite_limit"),
     }

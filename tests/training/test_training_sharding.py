@@ -14,13 +14,13 @@ from numpy.testing import assert_allclose
 
 from oasis_jax.config import DEFAULT_RULES, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from oasis_jax.errors import UserError
-from oasis_jax.training.sharding import batch_sharding, logical_to_spec, make_mesh, parameter_shardings
+from oasis_jax.training.sharding import batch_sharding, logical_to_spec, make_mesh, parameter_shardings, placement
 
 HERE = pathlib.Path(__file__).parent
 
 
-def abstract(data=1, fsdp=1, tensor=1):
-    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+def abstract(data=1, fsdp=1, sequence=1, tensor=1):
+    return AbstractMesh((data, fsdp, sequence, tensor), ("data", "fsdp", "sequence", "tensor"))
 
 
 # One device is enough to see what is refused.
@@ -28,7 +28,7 @@ def abstract(data=1, fsdp=1, tensor=1):
 
 def test_the_mesh_takes_the_devices_that_are_left():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
@@ -51,7 +51,7 @@ def test_a_mesh_that_cannot_be(config, devices, message):
 
 
 def test_logical_axes():
-    assert logical_to_spec(DEFAULT_RULES, ("batch", "length", "heads", None)) == PartitionSpec(("data", "fsdp"), None, "tensor", None)
+    assert logical_to_spec(DEFAULT_RULES, ("batch", "length", "heads", None)) == PartitionSpec(("data", "fsdp"), "sequence", "tensor", None)
     assert logical_to_spec(DEFAULT_RULES, ()) == PartitionSpec()
     with pytest.raises(UserError, match="mesh axis 'tensor' is claimed more than once by an array with the logical axes"):
         logical_to_spec(DEFAULT_RULES, ("heads", "mlp"))
@@ -80,6 +80,16 @@ def test_a_batch_that_the_devices_do_not_divide(accumulation, message):
     assert "data=4 x fsdp=2" in str(error.value)
 
 
+def test_examples_that_the_sequence_axis_does_not_divide():
+    config = Config(data=DataConfig(sequence_length=20, batch_size=8))
+    with pytest.raises(
+        UserError, match=r"^data.sequence_length: 20 is not divisible by mesh.sequence=4 in two parts each; take a multiple of 8$"
+    ):
+        placement(config, abstract(sequence=4))
+    windowed = Config(data=config.data, model=ModelConfig(window=5))
+    assert placement(windowed, abstract(sequence=4)).operators.layout == "contiguous"
+
+
 # Eight virtual devices need a process of their own.
 
 MESHES = {
@@ -87,9 +97,10 @@ MESHES = {
     "fsdp=8": dict(fsdp=8),
     "data=2 fsdp=2 tensor=2": dict(data=2, fsdp=2, tensor=2),
     "fsdp=4 tensor=2": dict(fsdp=4, tensor=2),
+    "data=2 tensor=2 sequence=2": dict(data=2, tensor=2, sequence=2),
 }
 QUICK = {
-    "oasis": ["data=8", "fsdp=8", "data=2 fsdp=2 tensor=2"],
+    "oasis": ["data=8", "fsdp=8", "data=2 fsdp=2 tensor=2", "data=2 tensor=2 sequence=2"],
     "residual": ["data=2 fsdp=2 tensor=2"],
     "oasis_blocks": ["data=2 fsdp=2 tensor=2"],
 }

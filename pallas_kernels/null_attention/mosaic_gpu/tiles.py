@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.null_attention.base import Options, varying_alike
+from pallas_kernels.null_attention.base import Options
+from pallas_kernels.sharding import varying_alike
 
 ROWS = 64  # rows of a warpgroup: what one wgmma instruction computes
 WGMMA = plgpu.Layout.WGMMA
