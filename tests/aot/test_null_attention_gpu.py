@@ -66,9 +66,7 @@ def main(device, shape, dtype, options):
 
     def loss(query, key, value, b, ids):
         ids = ids if segments else None
-        output, null_mass, lse = null_attention(
-            query, key, value, null_logit=b, segment_ids=ids, implementation="mosaic_gpu", **options
-        )
+        output, null_mass, lse = null_attention(query, key, value, null_logit=b, segment_ids=ids, implementation="mosaic_gpu", **options)
         return output.astype(jnp.float32).sum() + (null_mass * lse).sum()
 
     gradient = jax.grad(loss, (0, 1, 2, 3))

@@ -44,7 +44,7 @@ def _like(x):
 
 
 def _scratch(problem: Problem, dtype, size: int, warpgroups: int, own: tuple[str, ...], ring: tuple[str, ...], rows_in_ring: bool):
-    """Buffers and barriers: two tiles of a warpgroup's own and two rings, lse and delta in `first` ring or beside the own tiles."""
+    """Buffers and barriers: two tiles of a warpgroup's own and two rings, lse and delta in the ring or beside the own tiles."""
     barrier = functools.partial(plgpu.Barrier, num_barriers=STAGES)
     rows = plgpu.SMEM((STAGES if rows_in_ring else warpgroups, TILE), jnp.float32)
     scratch = {name: tiles.half_tile(dtype, warpgroups, ROWS, size) for name in own}
