@@ -4,7 +4,8 @@ Tiling. A program of the forward and of the query-gradient kernel owns 128 query
 warpgroups; a third warpgroup copies key and value tiles ahead of them. A program of the key-gradient kernel owns 128 keys of one key
 head and walks over the query tiles of all its query heads. Every gradient is thus summed by one program in a fixed order: the backward
 pass is deterministic, at the price of computing the scores twice. Tiles that the causal mask or the window rules out are never
-copied; only those at the edge compute a mask. Rows and keys beyond the arrays' ends cost no padding: copies clip there.
+copied; only those at the edge compute a mask. Copies clip at the arrays'
+ends; only a length that is no multiple of 8 is padded first, to the next one.
 
 Few query rows (decoding against a cache): the query heads that share a key head become the rows of one 64-row tile, so that a key is
 read once for all of them, and the keys are split over as many programs as the chip has room for. The parts are free of the null;

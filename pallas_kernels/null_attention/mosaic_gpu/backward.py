@@ -23,6 +23,7 @@ BEYOND = 1e30  # lse of rows beyond the last: their probabilities are 0
 
 def backward_kernels(problem: Problem, query, key, value, segments, lse, delta, d_output):
     """Gradients of query [B, T, N, H], key and value [B, S, K, H]; segments ([B, T], [B, S]) or (), lse and delta [B, N, T] float32."""
+    query, key, value, d_output = map(tiles.whole_groups, (query, key, value, d_output))
     warpgroups = 1 if query.shape[3] == 256 else 2
     block = warpgroups * ROWS
     rows, keys = (pl.cdiv(length, block) * block for length in (query.shape[1], key.shape[1]))
@@ -35,7 +36,7 @@ def backward_kernels(problem: Problem, query, key, value, segments, lse, delta, 
         (d_key,), (d_value,) = (_key_gradients(problem, warpgroups, operands, (wanted,)) for wanted in ("dk", "dv"))
     else:
         d_key, d_value = _key_gradients(problem, warpgroups, operands, ("dk", "dv"))
-    return d_query, d_key, d_value
+    return d_query[:, : problem.rows], d_key[:, : problem.keys], d_value[:, : problem.keys]
 
 
 def _like(x):
@@ -43,7 +44,7 @@ def _like(x):
 
 
 def _scratch(problem: Problem, dtype, size: int, warpgroups: int, own: tuple[str, ...], ring: tuple[str, ...], rows_in_ring: bool):
-    """Buffers and barriers: two tiles of a warpgroup's own and two rings, lse and delta in `first` ring or beside the own tiles."""
+    """Buffers and barriers: two tiles of a warpgroup's own and two rings, lse and delta in the ring or beside the own tiles."""
     barrier = functools.partial(plgpu.Barrier, num_barriers=STAGES)
     rows = plgpu.SMEM((STAGES if rows_in_ring else warpgroups, TILE), jnp.float32)
     scratch = {name: tiles.half_tile(dtype, warpgroups, ROWS, size) for name in own}

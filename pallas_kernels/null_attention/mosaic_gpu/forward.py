@@ -30,6 +30,7 @@ def forward_kernel(problem: Problem, splits: int, query, key, value, null_logit,
       output [B * splits, R, N, H], normalized; maxima of the scores and the null, and sums of exp(score - maximum) without
       the null, [B * splits, N, R] float32. A part's index is its batch entry's times `splits` plus its own.
     """
+    query, key, value = map(tiles.whole_groups, (query, key, value))
     batch, rows, heads, size = query.shape
     tile, stages = TILES[size]
     warpgroups = 1 if rows <= ROWS else 2
@@ -60,7 +61,7 @@ def forward_kernel(problem: Problem, splits: int, query, key, value, null_logit,
         out_type=(jax.ShapeDtypeStruct((batch * splits, *query.shape[1:]), query.dtype), statistics, statistics),
         scratch=scratch,
     )
-    return output, maxima[..., :rows] * (1.0 / LOG2E), sums[..., :rows]
+    return output[:, : problem.rows], maxima[..., : problem.rows] * (1.0 / LOG2E), sums[..., : problem.rows]
 
 
 def _pad_segments(segments, rows: int, keys: int):

@@ -224,6 +224,11 @@ def half_tile(dtype, *shape: int):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
+def whole_groups(x):
+    """x [B, length, heads, H] with zero rows up to a multiple of 8: copies of `half_tile`s move groups of 8 rows."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
+
+
 def split_threads(warpgroups: int, compute: Callable, copy: Callable):
     """Runs compute(warpgroup) on the computing warpgroups and copy() on the last one."""
     warpgroup = lax.axis_index("warpgroup")
