@@ -2,5 +2,6 @@
 
 from pallas_kernels.depth_route.api import IMPLEMENTATIONS, depth_route
 from pallas_kernels.depth_route.base import DepthRoute
+from pallas_kernels.depth_route.two_phase import FinishedRoutes, RunningRoute, route_finished, route_running
 
-__all__ = ["IMPLEMENTATIONS", "DepthRoute", "depth_route"]
+__all__ = ["IMPLEMENTATIONS", "DepthRoute", "FinishedRoutes", "RunningRoute", "depth_route", "route_finished", "route_running"]
