@@ -3,7 +3,8 @@
     null_attention   softmax attention with a null key of score b and value zero (Softmax1, softmax, learnable sinks)
     depth_route      a token's weighted sum over the sources of a network's depth, with a null and inter-layer null evidence
 
-`route_finished` and `route_running` are depth_route in two phases, for blocks of sublayers with static queries.
+`route_finished` and `route_running` are depth_route in two phases, for blocks of sublayers with static queries;
+`routed_stack` runs a whole stack of routed sublayers in memory linear in depth.
 
 All are differentiable in every floating-point argument, through every result. `implementation=None` chooses the fastest
 backend that can serve the call; `implementations(operator)` lists the names there are and `explain(operator, ...)` says which one
@@ -11,7 +12,7 @@ a call runs and why the others do not.
 """
 
 from pallas_kernels.depth_route import IMPLEMENTATIONS as _DEPTH_ROUTE
-from pallas_kernels.depth_route import DepthRoute, FinishedRoutes, RunningRoute, depth_route, route_finished, route_running
+from pallas_kernels.depth_route import DepthRoute, FinishedRoutes, RunningRoute, depth_route, route_finished, route_running, routed_stack
 from pallas_kernels.dispatch import Device, Explanation, explain_call
 from pallas_kernels.null_attention import IMPLEMENTATIONS as _NULL_ATTENTION
 from pallas_kernels.null_attention import NullAttention, merge_partials, null_attention
@@ -30,6 +31,7 @@ __all__ = [
     "null_attention",
     "route_finished",
     "route_running",
+    "routed_stack",
 ]
 
 _OPERATORS = {"null_attention": (null_attention, _NULL_ATTENTION), "depth_route": (depth_route, _DEPTH_ROUTE)}
