@@ -77,9 +77,14 @@ def main():
     print("\n".join(lines), flush=True)
     for name, options in CASES.items():
         if arguments.cases in name:
-            found = [compiled(options, depth, sharding) for depth in depths]
-            lines.append(f"| {name} | " + " | ".join(f"{units:.0f} units, {seconds:.0f} s" for units, seconds in found) + " |")
-            print(lines[-1], flush=True)
+            print(f"| {name} |", end="", flush=True)
+            lines.append(f"| {name} |")
+            for depth in depths:
+                units, seconds = compiled(options, depth, sharding)
+                cell = f" {units:.0f} units, {seconds:.1f} s |"
+                print(cell, end="", flush=True)
+                lines[-1] += cell
+            print(flush=True)
     if arguments.write:
         write(arguments.target, "\n".join(lines))
 
