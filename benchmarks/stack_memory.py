@@ -12,7 +12,7 @@ import pathlib
 import time
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "memory.md"
-BATCH, LENGTH, WIDTH = 2, 512, 512
+BATCH, LENGTH, WIDTH = 16, 512, 512
 CASES = {
     "residual, loops": dict(preset="residual", stack="scan"),
     "residual, one by one": dict(preset="residual", stack="unroll"),

@@ -132,7 +132,8 @@ def _blocks(params, config, embedding, segment_ids, constrain):
         own = jax.tree.map(lambda x, s=slice(start, end): x[s], routers)  # router s reads what sublayers up to s made
         betas = coupling_strength(own["beta_raw"]) if config.coupling else None
         options = dict(null_evidence=jnp.stack(evidence), couplings=betas) if config.coupling else {}
-        finished = route_finished(sources, own["query"], key_norm_scales=own["key_norm"], **options)
+        phase_one = rematerialized(partial(route_finished, **options), config.remat)
+        finished = phase_one(sources, own["query"], key_norm_scales=own["key_norm"])
         step = partial(_block_step, config, constrain, segment_ids, tuple(sources), tuple(evidence))
         carry = (jnp.zeros_like(embedding), jnp.zeros_like(evidence[0]), jnp.zeros((), wide), h, psi)
         carry = _run_block(step, config, layers, (own, betas, finished), start, end, carry)
