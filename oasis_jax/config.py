@@ -161,7 +161,13 @@ class ModelConfig(AttentionConfig, RouterConfig, NormConfig):
     vector_dim: int = _field(0, "size of input and output vectors (inputs=vectors); 0: set by training")
     tied_head: bool = _field(True, "the head is the transposed embedding")
     dtype: Literal["float32", "bfloat16"] = _field("float32", "compute type; parameters are always float32")
-    remat: Literal["none", "layer"] = _field("none", "recompute each sublayer in the backward pass instead of storing its activations")
+    remat: Literal["none", "dots", "layer"] = _field(
+        "none",
+        "what the backward pass recomputes: nothing, all but weight matrix products, or everything (full routing as a loop: always that)",
+    )
+    stack: Literal["auto", "scan", "unroll"] = _field(
+        "auto", "training runs the layers as loops (residual; delta with static queries) or one by one; auto: loops, except on CPUs"
+    )
 
     def __post_init__(self):
         if self.preset not in PRESETS:

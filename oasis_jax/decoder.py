@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -15,6 +14,7 @@ from oasis_jax.errors import UserError
 from oasis_jax.mlp import MLP
 from oasis_jax.norms import Norm
 from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, matrix
+from oasis_jax.remat import rematerialized
 from oasis_jax.routing import Router
 from oasis_jax.stack import WIRINGS, router_names
 from oasis_jax.statistics import AttentionStatistics, Statistics
@@ -143,9 +143,9 @@ def _call(function: Callable, layer: Layer, x: Array):
     return function(layer, x)
 
 
-def _call_rematerialized(function: Callable, layer: Layer, x: Array):
+def _call_rematerialized(name: str, function: Callable, layer: Layer, x: Array):
     graphdef, state = nnx.split(layer)
-    return jax.checkpoint(lambda state, x: function(nnx.merge(graphdef, state), x))(state, x)
+    return rematerialized(lambda state, x: function(nnx.merge(graphdef, state), x), name)(state, x)
 
 
 class Decoder(nnx.Module):
@@ -184,7 +184,7 @@ class Decoder(nnx.Module):
             final_norm=self.final_norm,
             segment_ids=segment_ids,
             constrain=constrain,
-            call=_call_rematerialized if self.config.remat == "layer" else _call,
+            call=_call if self.config.remat == "none" else partial(_call_rematerialized, self.config.remat),
         )
 
 

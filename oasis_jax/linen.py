@@ -12,6 +12,7 @@ from oasis_jax.decoder import Inputs, Outputs, check_model, decode, ends_paramet
 from oasis_jax.mlp import mlp, mlp_parameters
 from oasis_jax.norms import norm, norm_parameters
 from oasis_jax.parameters import ParameterSpec
+from oasis_jax.remat import POLICIES
 from oasis_jax.routing import Evidence, Sources, route, router_parameters
 from oasis_jax.stack import router_names
 from oasis_jax.statistics import AttentionStatistics, RouterStatistics, Statistics
@@ -101,7 +102,8 @@ class Decoder(nn.Module):
         self, inputs: Inputs, *, segment_ids: Array | None = None, constrain: Constrain | None = None
     ) -> tuple[Outputs, Statistics]:
         def call(function, layer, x):
-            return (nn.remat(function) if self.config.remat == "layer" else function)(layer, x)
+            name = self.config.remat
+            return (function if name == "none" else nn.remat(function, policy=POLICIES[name]))(layer, x)
 
         return decode(
             self.config,

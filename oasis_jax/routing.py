@@ -36,6 +36,11 @@ def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
     return specs | ({"beta_raw": constant((), _BETA_RAW_START)} if config.coupling else {})
 
 
+def coupling_strength(beta_raw: Float[Array, "..."]) -> Float[Array, "..."]:
+    """beta = min(softplus(beta_raw), 10) (OASIS, arXiv 2605.17887)."""
+    return jnp.minimum(jax.nn.softplus(beta_raw), MAX_BETA)
+
+
 def projected_query(query: Float[Array, "D C"], key: Float[Array, "D C"], last: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """u = W_k^T (W_q v_last): the key projection absorbed into the query, so that scores are u . v_i and no key is ever made."""
     return jnp.einsum("BTC,DC->BTD", jnp.einsum("BTD,DC->BTC", last, query.astype(last.dtype)), key.astype(last.dtype))
@@ -56,7 +61,7 @@ def route(
     Returns:
       [B, T, D] and the RouterStatistics.
     """
-    beta = jnp.minimum(jax.nn.softplus(parameters["beta_raw"]), MAX_BETA) if config.coupling else None
+    beta = coupling_strength(parameters["beta_raw"]) if config.coupling else None
     if config.router == "projected":
         query = projected_query(parameters["query"], parameters["key"], sources[-1])
         recency = jnp.arange(len(sources), dtype=jnp.promote_types(query.dtype, jnp.float32)) / max(len(sources) - 1, 1)

@@ -38,7 +38,8 @@ def router_names(config: ModelConfig) -> list[str]:
     return {"residual": [], "cumulative": names, "delta": [*names[1:], "final"]}[config.wiring]
 
 
-def _clip(config: ModelConfig, source: Stream) -> Stream:
+def clip(config: ModelConfig, source: Stream) -> Stream:
+    """Bounds a new source to +-tau where the config asks for it."""
     tau = config.residual_clip
     return jnp.clip(source, -tau, tau) if tau else source
 
@@ -48,7 +49,7 @@ def residual(config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublaye
     del routers
     stream, streams = embedding, []
     for sublayer in sublayers:
-        stream = _clip(config, stream + sublayer(stream)[0])
+        stream = clip(config, stream + sublayer(stream)[0])
         streams.append(stream)
     return StackOutput(stream, streams[1::2], {})
 
@@ -60,7 +61,7 @@ def cumulative(config: ModelConfig, embedding: Stream, sublayers: Sequence[Subla
     candidates, candidate_evidence = [], []
     for index, (name, sublayer) in enumerate(zip(sublayer_names(config), sublayers)):
         output, psi = sublayer(stream)
-        candidates, candidate_evidence = [*candidates, _clip(config, stream + output)], [*candidate_evidence, psi]
+        candidates, candidate_evidence = [*candidates, clip(config, stream + output)], [*candidate_evidence, psi]
         stream, statistics[name] = routers[name](history + candidates, evidence + candidate_evidence)
         if index % 2:  # the layer is complete
             history, evidence = [*history, stream], [*evidence, psi]
@@ -82,7 +83,7 @@ def delta(config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer],
     stream, streams, statistics = embedding, [], {}
     for index, sublayer in enumerate(sublayers):
         output, psi = sublayer(stream)
-        output = _clip(config, output)
+        output = clip(config, output)
         if members:
             sources[-1], evidence[-1] = sources[-1] + output, (evidence[-1] * members + psi) / (members + 1)
         else:

@@ -3,13 +3,16 @@
     null_attention   softmax attention with a null key of score b and value zero (Softmax1, softmax, learnable sinks)
     depth_route      a token's weighted sum over the sources of a network's depth, with a null and inter-layer null evidence
 
-Both are differentiable in every floating-point argument, through every result. `implementation=None` chooses the fastest
+`route_finished` and `route_running` are depth_route in two phases, for blocks of sublayers with static queries;
+`routed_stack` runs a whole stack of routed sublayers in memory linear in depth.
+
+All are differentiable in every floating-point argument, through every result. `implementation=None` chooses the fastest
 backend that can serve the call; `implementations(operator)` lists the names there are and `explain(operator, ...)` says which one
 a call runs and why the others do not.
 """
 
 from pallas_kernels.depth_route import IMPLEMENTATIONS as _DEPTH_ROUTE
-from pallas_kernels.depth_route import DepthRoute, depth_route
+from pallas_kernels.depth_route import DepthRoute, FinishedRoutes, RunningRoute, depth_route, route_finished, route_running, routed_stack
 from pallas_kernels.dispatch import Device, Explanation, explain_call
 from pallas_kernels.null_attention import IMPLEMENTATIONS as _NULL_ATTENTION
 from pallas_kernels.null_attention import NullAttention, merge_partials, null_attention
@@ -19,13 +22,18 @@ __all__ = [
     "DepthRoute",
     "Device",
     "Explanation",
+    "FinishedRoutes",
     "NullAttention",
     "OperatorSharding",
+    "RunningRoute",
     "depth_route",
     "explain",
     "implementations",
     "merge_partials",
     "null_attention",
+    "route_finished",
+    "route_running",
+    "routed_stack",
     "unzigzag",
     "zigzag",
 ]

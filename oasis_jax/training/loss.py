@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from oasis_jax.attention import Constrain
 from oasis_jax.config import ModelConfig
+from oasis_jax.decoder import padded_vocab, unembed
+from oasis_jax.parameters import Parameters
 
 
 def token_losses(outputs: Float[Array, "B T O"], batch: Mapping[str, Array], config: ModelConfig) -> Float[Array, "B T"]:
@@ -45,3 +48,44 @@ def mean_loss(
         weight of the whole batch sum to the loss of the whole batch.
     """
     return (token_losses(outputs, batch, config) * batch["weights"]).sum() / (total_weight(batch) if total is None else total)
+
+
+def loss_chunks(config: ModelConfig, length: int) -> int:
+    """Into how many chunks of positions the loss is cut: a chunk's logits are no larger than twice all positions' activations of width D.
+
+    The least divisor of the length that is enough.
+    """
+    if config.inputs == "vectors":
+        return 1
+    wanted = min(-(-padded_vocab(config.vocab_size) // (2 * config.width)), length)
+    return next(chunks for chunks in range(wanted, length + 1) if length % chunks == 0)
+
+
+def chunked_mean_loss(
+    ends: Parameters,
+    final: Float[Array, "B T D"],
+    batch: Mapping[str, Array],
+    config: ModelConfig,
+    constrain: Constrain,
+    total: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """`mean_loss` of the outputs that `unembed` makes of `final`, without ever holding the logits of all positions.
+
+    Chunk k of n takes the positions k, k + n, ..., so that every device keeps its own; the backward pass makes a chunk's logits again.
+    """
+    total = total_weight(batch) if total is None else total
+    chunks = loss_chunks(config, final.shape[1])
+
+    def chunk_loss(ends, final, part):
+        return mean_loss(unembed(ends, config, final, constrain), part, config, total)
+
+    part = {name: batch[name] for name in ("targets", "weights")}
+    if chunks == 1:
+        return chunk_loss(ends, final, part)
+    dealt = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0), (final, part))
+
+    def add(loss, chunk):
+        return loss + jax.checkpoint(chunk_loss)(ends, *chunk), None
+
+    wide = jnp.promote_types(final.dtype, jnp.float32)
+    return jax.lax.scan(add, jnp.zeros((), wide), dealt)[0]

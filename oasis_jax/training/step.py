@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from oasis_jax import statistics
-from oasis_jax.config import Config
-from oasis_jax.training.loss import mean_loss, total_weight
+from oasis_jax.config import Config, ModelConfig
+from oasis_jax.norms import norm
+from oasis_jax.scanned import final_stream, uses_scan
+from oasis_jax.training.loss import chunked_mean_loss, total_weight
 from oasis_jax.training.optimizer import learning_rate, make_optimizer
 from oasis_jax.training.sharding import Placement, batch_sharding, placement, replicated
 from oasis_jax.training.state import TrainState, abstract_state, build_model, shardings_of
@@ -37,8 +39,9 @@ def make_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple
       UserError: the batch or the model cannot be split over the mesh.
     """
     shardings = shardings_of(abstract_state(config, mesh))
+    scan = uses_scan(config.model, mesh.devices.flat[0].platform)
     return jax.jit(
-        partial(_step, config=config, shardings=shardings, pin=placement(config, mesh)),
+        partial(_step, config=config, shardings=shardings, pin=placement(config, mesh), scan=scan),
         in_shardings=(shardings, batch_sharding(config, mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -58,8 +61,10 @@ def make_telemetry(config: Config, mesh: Mesh) -> Callable[[dict, Batch], Metric
     )
 
 
-def _step(state: TrainState, batch: Batch, *, config: Config, shardings: TrainState, pin: Placement) -> tuple[TrainState, Metrics]:
-    loss, gradients = _loss_and_gradients(state.params, batch, config, pin)
+def _step(
+    state: TrainState, batch: Batch, *, config: Config, shardings: TrainState, pin: Placement, scan: bool
+) -> tuple[TrainState, Metrics]:
+    loss, gradients = _loss_and_gradients(state.params, batch, config, pin, scan)
     gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -79,15 +84,29 @@ def _step(state: TrainState, batch: Batch, *, config: Config, shardings: TrainSt
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
-def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Placement) -> tuple[Array, dict]:
+def training_loss(params: dict, batch: Batch, config: ModelConfig, pin: Placement, total: Array | None = None, *, scan: bool) -> Array:
+    """The mean loss of a batch, with the layers as loops (`scan`) or one by one; equal values and gradients.
+
+    Args:
+      params: as `nnx.to_pure_dict(nnx.state(Decoder(...)))` nests them.
+      total: see `mean_loss`.
+    """
+    segment_ids = batch.get("segment_ids")
+    if scan:
+        stream = final_stream(params, config, batch["inputs"], segment_ids=segment_ids, constrain=pin)
+        final = norm(params.get("final_norm", {}), config, stream)
+    else:
+        final = build_model(config, params)(batch["inputs"], segment_ids=segment_ids, constrain=pin)[1].taps["final_norm"][0]
+    return chunked_mean_loss(params["ends"], final, batch, config, pin, total)
+
+
+def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Placement, scan: bool) -> tuple[Array, dict]:
     """Those of the whole batch, one micro-batch after the other: each gives its part of the whole, and parts add up."""
     batch = pin.ordered(batch)
     total = total_weight(batch)
 
     def loss(params, micro_batch):
-        model = build_model(config.model, params)
-        outputs, _ = model(micro_batch["inputs"], segment_ids=micro_batch.get("segment_ids"), constrain=pin)
-        return mean_loss(outputs, micro_batch, config.model, total)
+        return training_loss(params, micro_batch, config.model, pin, total, scan=scan)
 
     def add(sums, micro_batch):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, micro_batch)), None

@@ -2,5 +2,19 @@
 
 from pallas_kernels.depth_route.api import IMPLEMENTATIONS, depth_route
 from pallas_kernels.depth_route.base import DepthRoute
+from pallas_kernels.depth_route.stack import Consumers, pull, routed_stack, scores_at_birth
+from pallas_kernels.depth_route.two_phase import FinishedRoutes, RunningRoute, route_finished, route_running
 
-__all__ = ["IMPLEMENTATIONS", "DepthRoute", "depth_route"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Consumers",
+    "DepthRoute",
+    "FinishedRoutes",
+    "RunningRoute",
+    "depth_route",
+    "pull",
+    "route_finished",
+    "route_running",
+    "routed_stack",
+    "scores_at_birth",
+]

@@ -1,12 +1,15 @@
 """The losses against float64 numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from oasis_jax.attention import unconstrained
 from oasis_jax.config import ModelConfig
-from oasis_jax.training.loss import mean_loss, token_losses, total_weight
+from oasis_jax.decoder import ends_parameters, unembed
+from oasis_jax.training.loss import chunked_mean_loss, loss_chunks, mean_loss, token_losses, total_weight
 
 TOKENS = ModelConfig(vocab_size=11)
 VECTORS = ModelConfig(inputs="vectors", vector_dim=5)
@@ -70,3 +73,26 @@ def test_parts_of_a_batch_add_up(tokens):
     total = total_weight({"weights": jnp.array(batch["weights"])})
     rows = [mean_loss(jnp.array(logits[i : i + 1]), {name: x[i : i + 1] for name, x in batch.items()}, TOKENS, total) for i in range(3)]
     assert_allclose(sum(rows), mean_loss(jnp.array(logits), batch, TOKENS), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one(tied):
+    """In float64, with more chunks than one and without the logits of all positions in the compiled program."""
+    config = ModelConfig(width=3, num_heads=1, head_dim=2, vocab_size=53, tied_head=tied)
+    object.__setattr__(config, "dtype", "float64")
+    random = np.random.default_rng(2)
+    assert loss_chunks(config, 20) == 10
+    with jax.enable_x64(True):
+        ends = {name: jnp.asarray(random.normal(size=spec.shape)) for name, spec in ends_parameters(config).items()}
+        final = jnp.asarray(random.normal(size=(2, 20, 3)))
+        batch = {"targets": jnp.asarray(random.integers(0, 53, (2, 20))), "weights": jnp.asarray(random.random((2, 20)))}
+
+        def plain(ends, final):
+            return mean_loss(unembed(ends, config, final, unconstrained), batch, config)
+
+        chunked = jax.jit(jax.value_and_grad(lambda *x: chunked_mean_loss(*x, batch, config, unconstrained), (0, 1)))
+        value, gradients = chunked(ends, final)
+        wanted, wanted_gradients = jax.jit(jax.value_and_grad(plain, (0, 1)))(ends, final)
+        assert_allclose(value, wanted, rtol=1e-12)
+        jax.tree.map(lambda g, w: assert_allclose(g, w, rtol=1e-12, atol=1e-14), gradients, wanted_gradients)
+        assert "2x20x56x" not in chunked.lower(ends, final).as_text()
