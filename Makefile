@@ -1,4 +1,4 @@
-# make demo | test | test-faults | bench | lint | clean. Each makes .venv first and installs what it needs; only make and a Python 3.11 to 3.13 are assumed.
+# make demo | test | test-aot | test-faults | bench | lint | clean. Each makes .venv first and installs what it needs; only make and a Python 3.11 to 3.13 are assumed.
 # Another interpreter: make PYTHON=python3.13 test
 
 VENV := .venv
@@ -36,7 +36,7 @@ test-faults: venv
 # Compiles the kernels for TPUs and Hopper GPUs with their real compilers; no accelerator is needed. The CUDA compiler wants Python 3.12 or newer.
 AOT_VENV := .venv-aot
 AOT_SUPPORTED := import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))
-AOT_PYTHON := $(shell for p in $(AOT_VENV)/bin/python python3.13 python3.12 python3; do $$p -c '$(AOT_SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+AOT_PYTHON := $(shell for p in $(AOT_VENV)/bin/python python3.13 python3.12 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[23].*/bin/python); do $$p -c '$(AOT_SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 test-aot: $(AOT_VENV)/.installed
 	JAX_PLATFORMS=cpu $(AOT_VENV)/bin/python -m pytest -m aot
 

@@ -44,7 +44,7 @@ def imports_of(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
             else:
                 continue
             for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - HOUSE:
-                if top.startswith("_"):  # a script's private neighbour
+                if top.startswith("_") or path.with_name(f"{top}.py").exists():  # a neighbour of a script or a test
                     continue
                 found[canonicalize_name(DISTRIBUTIONS.get(top, top))] = path.relative_to(ROOT)
     return found
