@@ -12,7 +12,7 @@ from oasis_jax.errors import unknown_name
 from oasis_jax.normalizers import DENSE_NORMALIZERS, NULL_LOGITS
 from oasis_jax.norms import rms_norm
 from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
-from oasis_jax.statistics import AttentionStatistics
+from oasis_jax.statistics import AttentionStatistics, Static
 from pallas_kernels import implementations, null_attention
 
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
@@ -74,7 +74,7 @@ def _fused(query, key, value, null_logit, config: AttentionConfig, segment_ids) 
     first = _scores(query, first_key, config)[..., 0]
     allowed = _allowed(query, first_key, config, segment_ids)[..., 0]
     first_token_mass = jnp.where(allowed, jnp.exp(jnp.where(allowed, first - lse, 0.0)), 0.0)
-    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse)
+    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, Static(config))
 
 
 def _dense(query, key, value, config: AttentionConfig, segment_ids) -> AttentionStatistics:
@@ -84,7 +84,7 @@ def _dense(query, key, value, config: AttentionConfig, segment_ids) -> Attention
     grouped = p.reshape(batch, key.shape[2], -1, length, keys).astype(value.dtype)
     output = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, value).reshape(query.shape)
     null_mass = jax.nn.relu(1.0 - p.sum(-1))
-    return AttentionStatistics(query, key, value, output, null_mass, p[..., 0], None)
+    return AttentionStatistics(query, key, value, output, null_mass, p[..., 0], None, Static(config))
 
 
 def attention_parameters(config: AttentionConfig) -> dict[str, ParameterSpec]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from flax import nnx
 
 from oasis_jax.evaluation.depth import DEPTH
-from oasis_jax.evaluation.evaluator import Batch, Evaluator, Value, run_evaluators
+from oasis_jax.evaluation.evaluator import Batch, Evaluator, Value, of_model, run_evaluators
 from oasis_jax.evaluation.outliers import OUTLIERS
 from oasis_jax.evaluation.perplexity import PERPLEXITY
 from oasis_jax.evaluation.sinks import SINKS
@@ -39,7 +39,7 @@ def evaluate_model(model: nnx.Module, batches: Iterable[Batch], evaluators: Mapp
     Raises:
       ValueError: there is no batch.
     """
-    return run_evaluators(model, batches, evaluators)
+    return run_evaluators(*of_model(model), batches, evaluators).values
 
 
 __all__ = ["DEFINITIONS", "EVALUATORS", "Evaluator", "evaluate_model"]

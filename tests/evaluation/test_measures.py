@@ -12,7 +12,8 @@ from oasis_jax.decoder import Decoder
 from oasis_jax.evaluation import DEFINITIONS, EVALUATORS, evaluate_model
 from oasis_jax.evaluation.depth import depth_sinks, source_columns
 from oasis_jax.evaluation.outliers import kurtosis
-from oasis_jax.evaluation.sinks import conditional_mass, sink_rate
+from oasis_jax.evaluation.attention_statistics import conditional_mass
+from oasis_jax.evaluation.sinks import sink_rate
 from oasis_jax.stack import router_names
 
 BATCH, LENGTH, VOCAB = 3, 11, 29
@@ -141,7 +142,7 @@ def test_sink_rate_counts_the_heads_of_each_sequence():
     mass = np.zeros((2, 3, 5))
     mass[0, 1, :4] = 0.31
     mass[1] = 0.29
-    assert sink_rate(mass) == pytest.approx(4 / 30)
+    assert sink_rate(mass).value == pytest.approx(4 / 30)
 
 
 def test_conditional_mass_of_a_row_that_attends_to_nothing_is_left_out():

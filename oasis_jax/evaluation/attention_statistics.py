@@ -1,0 +1,148 @@
+"""What attention rows tell beyond the first token, at any length: tiles of queries, never a T x T array.
+
+A tile of queries computes its probabilities against the keys that its mask can reach, p = exp(s - lse) for the normalizers of the
+fused operator, and is reduced at once: along the keys to the row's maximum and entropy, along the queries into the column sums.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Bool, Float, Int
+
+from oasis_jax.config import AttentionConfig
+from oasis_jax.normalizers import DENSE_NORMALIZERS
+from oasis_jax.statistics import AttentionStatistics
+
+PREFIX = 4  # tokens of the sink set "prefix_4" (OASIS, arXiv 2605.17887, appendix D.4)
+ATTENDING = 1e-4  # rows with less mass than this on tokens say nothing about where that mass lies, in float32
+
+# Normalizers whose probabilities over tokens may sum to less than one.
+WITH_NULL = ("softmax1", "learned_sink", "clipped", "softpick")
+
+_GROUPS = 8  # of tiles, each against the keys that its last tile reaches: few programs, little work above the diagonal
+
+
+class Probabilities(NamedTuple):
+    """What one layer's attention probabilities p were reduced to; N query heads, T queries that are the keys too.
+
+    token_mass: sum of p over keys.
+    max_probability: largest p of the row.
+    negative_entropy: sum of p log p over keys, in nats, without the null.
+    prefix_mass: sum of p over the first PREFIX keys.
+    column_sums: sum of p over queries, per key.
+    conditional_column_sums: sum of p / (1 - omega) over the queries that attend; see `conditional_mass`.
+    """
+
+    token_mass: Float[Array, "B N T"]
+    max_probability: Float[Array, "B N T"]
+    negative_entropy: Float[Array, "B N T"]
+    prefix_mass: Float[Array, "B N T"]
+    column_sums: Float[Array, "B N T"]
+    conditional_column_sums: Float[Array, "B N T"]
+
+
+class _Group(NamedTuple):
+    """`count` tiles of `rows` queries from `first` on, against the keys [low, high)."""
+
+    first: int
+    rows: int
+    count: int
+    low: int
+    high: int
+
+
+def conditional_mass(mass: Float[Array, "*rows"], null_mass: Float[Array, "*rows"]) -> tuple[Array, Array]:
+    """p / (1 - omega) where at least ATTENDING of the mass is on tokens, 0 elsewhere; and whether it is."""
+    attending = 1 - null_mass > ATTENDING
+    return jnp.where(attending, mass / jnp.where(attending, 1 - null_mass, 1.0), 0.0), attending
+
+
+def has_null(layers: list[AttentionStatistics]) -> bool:
+    """Whether a layer's normalizer may leave mass to a null."""
+    return any(layer.static is not None and layer.static.config.normalizer in WITH_NULL for layer in layers)
+
+
+def probabilities(layer: AttentionStatistics, segment_ids: Int[Array, "B T"] | None = None) -> Probabilities:
+    """Reads one layer's attention probabilities block by block; memory linear in T (but for the clipped, entmax, ... baselines).
+
+    Args:
+      layer: statistics of a causal self-attention layer that say how it normalizes (`static`).
+      segment_ids: [B, T]; as the layer got them.
+    """
+    batch, length, heads, _ = layer.query.shape
+    share, _ = conditional_mass(jnp.ones_like(layer.null_mass), layer.null_mass)
+    row_statistics, columns = [], jnp.zeros((2, batch, heads, length), layer.null_mass.dtype)
+    for group in _groups(length, layer.static.config):
+        sums = jnp.zeros((2, batch, heads, group.high - group.low), columns.dtype)
+        tile = _tile(layer, share, group, segment_ids)
+        if group.count == 1:
+            sums, rows = tile(sums, jnp.asarray(group.first))
+        else:
+            sums, rows = lax.scan(tile, sums, group.first + group.rows * jnp.arange(group.count))
+            rows = jnp.moveaxis(rows, 0, 3).reshape(*rows.shape[1:4], -1)
+        columns = columns.at[..., group.low : group.high].add(sums)
+        row_statistics.append(rows)
+    mass, largest, negative_entropy, prefix = jnp.concatenate(row_statistics, -1)
+    return Probabilities(mass, largest, negative_entropy, prefix, *columns)
+
+
+def _groups(length: int, config: AttentionConfig) -> list[_Group]:
+    rows = min(length, 32 if length <= 256 else 64 if length <= 1024 else 128)
+    tiles, rest = divmod(length, rows)
+    whole = config.normalizer in DENSE_NORMALIZERS  # these may depend on the number of keys
+    per_group = tiles if whole else max(1, -(-tiles // _GROUPS))
+
+    def group(first: int, rows: int, count: int) -> _Group:
+        high = length if whole else first + rows * count
+        return _Group(first, rows, count, max(0, first - config.window + 1) if config.window and not whole else 0, high)
+
+    groups = [group(start * rows, rows, min(per_group, tiles - start)) for start in range(0, tiles, per_group)]
+    return groups + ([group(length - rest, rest, 1)] if rest else [])
+
+
+def _tile(layer: AttentionStatistics, share: Array, group: _Group, segment_ids: Array | None) -> Callable:
+    """tile(column sums, first row) -> column sums, [4, B, N, rows] of the tile's rows."""
+    config, key = layer.static.config, layer.key[:, group.low : group.high]
+    columns = group.low + jnp.arange(group.high - group.low)
+
+    def tile(sums, first):
+        def rows(x, axis):
+            return lax.dynamic_slice_in_dim(x, first, group.rows, axis)
+
+        distance = (first + jnp.arange(group.rows))[:, None] - columns
+        allowed = (distance >= 0) & ((distance < config.window) if config.window else True)
+        allowed = allowed[None, None]
+        if segment_ids is not None:
+            allowed &= rows(segment_ids, 1)[:, None, :, None] == segment_ids[:, None, None, group.low : group.high]
+        scores = _scores(rows(layer.query, 1), key, config)
+        if config.normalizer in DENSE_NORMALIZERS:
+            p = DENSE_NORMALIZERS[config.normalizer](scores, allowed, config)
+            largest, negative_entropy = p.max(-1), xlogy(p, p).sum(-1)
+        else:
+            p, largest, negative_entropy = _from_lse(scores, allowed, rows(layer.lse, 2))
+        weights = jnp.stack([jnp.ones_like(largest), rows(share, 2)])
+        sums += jnp.einsum("BNTS,RBNT->RBNS", p, weights, preferred_element_type=sums.dtype)
+        prefix = p[..., : max(0, PREFIX - group.low)].sum(-1)
+        return sums, jnp.stack([p.sum(-1), largest, negative_entropy, prefix])
+
+    return tile
+
+
+def _scores(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], config: AttentionConfig) -> Float[Array, "B N T S"]:
+    batch, length, heads, size = query.shape
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = query.reshape(batch, length, key.shape[2], -1, size)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=wide) * size**-0.5
+    if config.logit_softcap:
+        scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
+    return scores.reshape(batch, heads, length, key.shape[1])
+
+
+def _from_lse(scores: Float[Array, "B N t S"], allowed: Bool[Array, "#B 1 t S"], lse: Float[Array, "B N t"]) -> tuple[Array, Array, Array]:
+    """p = exp(s - lse), its largest and sum p log p = E_p[s] - lse sum p; a row without a key is all zero."""
+    logs = jnp.where(allowed, scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None], -jnp.inf)
+    p = jnp.exp(logs)
+    return p, jnp.exp(logs.max(-1)), jnp.where(p > 0, p * logs, 0.0).sum(-1)
