@@ -66,8 +66,10 @@ def _weights(sequences: int) -> Float[np.ndarray, "draws S"]:
 
 
 def _resampled(estimate: Estimate, weights: Float[np.ndarray, "draws S"]) -> Float[np.ndarray, " draws"]:
+    parts = max(1, len(weights) * estimate.totals.shape[1] // 2**22)  # 32 MiB of means at a time
     with np.errstate(divide="ignore", invalid="ignore"):  # a draw without any count is left out
-        return estimate.reduce((weights @ estimate.totals) / (weights @ estimate.counts))
+        drawn = [estimate.reduce((part @ estimate.totals) / (part @ estimate.counts)) for part in np.array_split(weights, parts)]
+    return np.concatenate(drawn)
 
 
 def _quantiles(values: Float[np.ndarray, " draws"]) -> Interval | None:

@@ -183,7 +183,7 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     if wide:
         metrics |= {"depth_sink_rate": per_sequence(np.stack(wide, -1), _share_of_sinks), "depth_sink_rate_by_source": depth_sinks(weights)}
     if "beta" in found:
-        metrics |= {"beta": average("beta"), "beta_by_router": [float(values[0]) for values in found["beta"].values()]}
+        metrics |= {"beta": average("beta").value, "beta_by_router": [float(values[0]) for values in found["beta"].values()]}
     return metrics
 
 
