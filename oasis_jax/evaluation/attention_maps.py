@@ -6,7 +6,7 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
-from oasis_jax.evaluation.attention_statistics import Probabilities, conditional_mass, has_null
+from oasis_jax.evaluation.attention_statistics import ATTENDING, Probabilities, has_null, per_mass
 from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
 from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
 from oasis_jax.evaluation.sinks import EPSILON
@@ -59,12 +59,11 @@ def negative_entropy(layer: Probabilities, null_mass: Float[Array, "B N T"]) -> 
     return layer.negative_entropy + xlogy(null_mass, null_mass)
 
 
-def conditional_entropy(layer: Probabilities, null_mass: Float[Array, "B N T"]) -> Float[Array, "B N T"]:
+def conditional_entropy(layer: Probabilities) -> Float[Array, "B N T"]:
     """The entropy of p / m with m the mass on tokens: log m - (sum p log p) / m."""
     m = layer.token_mass
-    _, attending = conditional_mass(m, null_mass)
-    safe = jnp.where(attending, m, 1.0)
-    return jnp.where(attending, jnp.log(safe) - layer.negative_entropy / safe, 0.0)
+    attending = m > ATTENDING
+    return jnp.where(attending, jnp.log(jnp.where(attending, m, 1.0)) - per_mass(layer.negative_entropy, m), 0.0)
 
 
 def _of_keys(sums: Float[Array, "B L N T"], name: str) -> Rows:
@@ -83,15 +82,14 @@ def read(reading: Reading) -> Rows | None:
     """Sinks by key: [B, eps, T], [B, L, T] and [B, L, N]; means over queries of the rows' statistics [B, L, N]."""
     if reading.probabilities is None or reading.outputs.shape[1] < 2:
         return None
-    masses = [layer.null_mass for layer in reading.attention]
-    pairs = list(zip(reading.probabilities, masses))
+    pairs = zip(reading.probabilities, reading.attention)
     rows = _of_keys(jnp.stack([p.column_sums for p in reading.probabilities], 1), "")
-    rows["attention_entropy"] = jnp.stack([-negative_entropy(p, null).mean(-1) for p, null in pairs], 1)
+    rows["attention_entropy"] = jnp.stack([-negative_entropy(p, layer.null_mass).mean(-1) for p, layer in pairs], 1)
     rows["max_probability"] = jnp.stack([p.max_probability.mean(-1) for p in reading.probabilities], 1)
     if has_null(reading.attention):
         rows |= _of_keys(jnp.stack([p.conditional_column_sums for p in reading.probabilities], 1), "_conditional")
-        rows["attention_entropy_conditional"] = jnp.stack([conditional_entropy(p, null).mean(-1) for p, null in pairs], 1)
-        largest = [conditional_mass(p.max_probability, null)[0].mean(-1) for p, null in pairs]
+        rows["attention_entropy_conditional"] = jnp.stack([conditional_entropy(p).mean(-1) for p in reading.probabilities], 1)
+        largest = [per_mass(p.max_probability, p.token_mass).mean(-1) for p in reading.probabilities]
         rows["max_probability_conditional"] = jnp.stack(largest, 1)
     return rows
 

@@ -33,7 +33,7 @@ class Probabilities(NamedTuple):
     negative_entropy: sum of p log p over keys, in nats, without the null.
     prefix_mass: sum of p over the first PREFIX keys.
     column_sums: sum of p over queries, per key.
-    conditional_column_sums: sum of p / (1 - omega) over the queries that attend; see `conditional_mass`.
+    conditional_column_sums: sum of p / (1 - omega) over the queries that attend; see `per_mass`.
     """
 
     token_mass: Float[Array, "B N T"]
@@ -60,6 +60,12 @@ def conditional_mass(mass: Float[Array, "*rows"], null_mass: Float[Array, "*rows
     return jnp.where(attending, mass / jnp.where(attending, 1 - null_mass, 1.0), 0.0), attending
 
 
+def per_mass(value: Array | float, token_mass: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """`value` over the row's mass on tokens 1 - omega, summed without the cancellation of 1 - omega; 0 up to ATTENDING."""
+    attending = token_mass > ATTENDING
+    return jnp.where(attending, value / jnp.where(attending, token_mass, 1.0), 0.0)
+
+
 def has_null(layers: list[AttentionStatistics]) -> bool:
     """Whether a layer's normalizer may leave mass to a null."""
     return any(layer.static is not None and layer.static.config.normalizer in WITH_NULL for layer in layers)
@@ -73,11 +79,10 @@ def probabilities(layer: AttentionStatistics, segment_ids: Int[Array, "B T"] | N
       segment_ids: [B, T]; as the layer got them.
     """
     batch, length, heads, _ = layer.query.shape
-    share, _ = conditional_mass(jnp.ones_like(layer.null_mass), layer.null_mass)
     row_statistics, columns = [], jnp.zeros((2, batch, heads, length), layer.null_mass.dtype)
     for group in _groups(length, layer.static.config):
         sums = jnp.zeros((2, batch, heads, group.high - group.low), columns.dtype)
-        tile = _tile(layer, share, group, segment_ids)
+        tile = _tile(layer, group, segment_ids)
         if group.count == 1:
             sums, rows = tile(sums, jnp.asarray(group.first))
         else:
@@ -103,7 +108,7 @@ def _groups(length: int, config: AttentionConfig) -> list[_Group]:
     return groups + ([group(length - rest, rest, 1)] if rest else [])
 
 
-def _tile(layer: AttentionStatistics, share: Array, group: _Group, segment_ids: Array | None) -> Callable:
+def _tile(layer: AttentionStatistics, group: _Group, segment_ids: Array | None) -> Callable:
     """tile(column sums, first row) -> column sums, [4, B, N, rows] of the tile's rows."""
     config, key = layer.static.config, layer.key[:, group.low : group.high]
     columns = group.low + jnp.arange(group.high - group.low)
@@ -123,10 +128,11 @@ def _tile(layer: AttentionStatistics, share: Array, group: _Group, segment_ids: 
             largest, negative_entropy = p.max(-1), xlogy(p, p).sum(-1)
         else:
             p, largest, negative_entropy = _from_lse(scores, allowed, rows(layer.lse, 2))
-        weights = jnp.stack([jnp.ones_like(largest), rows(share, 2)])
+        mass = p.sum(-1)
+        weights = jnp.stack([jnp.ones_like(mass), per_mass(1.0, mass)])
         sums += jnp.einsum("BNTS,RBNT->RBNS", p, weights, preferred_element_type=sums.dtype)
         prefix = p[..., : max(0, PREFIX - group.low)].sum(-1)
-        return sums, jnp.stack([p.sum(-1), largest, negative_entropy, prefix])
+        return sums, jnp.stack([mass, largest, negative_entropy, prefix])
 
     return tile
 
@@ -142,7 +148,7 @@ def _scores(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], config
 
 
 def _from_lse(scores: Float[Array, "B N t S"], allowed: Bool[Array, "#B 1 t S"], lse: Float[Array, "B N t"]) -> tuple[Array, Array, Array]:
-    """p = exp(s - lse), its largest and sum p log p = E_p[s] - lse sum p; a row without a key is all zero."""
-    logs = jnp.where(allowed, scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None], -jnp.inf)
+    """p = exp(s - lse), its largest and sum p log p = E_p[s] - lse sum p. Every query sees its own key, so lse is finite."""
+    logs = jnp.where(allowed, scores - lse[..., None], -jnp.inf)
     p = jnp.exp(logs)
     return p, jnp.exp(logs.max(-1)), jnp.where(p > 0, p * logs, 0.0).sum(-1)

@@ -140,8 +140,11 @@ def run_evaluators(
         estimates |= {name: result for name, result in results.items() if isinstance(result, Estimate)}
         found |= dict.fromkeys(evaluator.definitions) | results
     values = {name: value.value if isinstance(value, Estimate) else value for name, value in found.items()}
-    layers = config.num_layers if config else len(jax.eval_shape(read_model, state, batches[0]).attention)
-    return Measurements(values, estimates, identity(batches, layers))
+    return Measurements(values, estimates, identity(batches, config.num_layers if config else _layers(read_model, state, batches[0])))
+
+
+def _layers(read_model, state, batch: Batch) -> int:
+    return len(jax.eval_shape(lambda state, batch: [layer.null_mass for layer in read_model(state, batch).attention], state, batch))
 
 
 def identity(batches: Sequence[Batch], layers: int) -> Identity:
