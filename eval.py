@@ -11,6 +11,12 @@ def parser() -> Parser:
     parser.add_argument("--workdir", action="append", required=True, metavar="FOLDER", help="a trained run; repeatable")
     parser.add_argument("--report", required=True, metavar="FOLDER", help="where index.html, metrics.json and figures/ are written")
     parser.add_argument("--batches", type=int, metavar="N", help="held-out batches to read; as many as run.eval_batches by default")
+    parser.add_argument(
+        "--measures",
+        default="default",
+        metavar="NAMES",
+        help="default, all, or names of families of measures with commas between, such as sinks,attention_maps,joint",
+    )
     return parser
 
 
@@ -21,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from oasis_jax.evaluation.runs import evaluate
     from oasis_jax.evaluation.terminal import print_comparison
 
-    runs = evaluate(args.workdir, args.report, num_batches=args.batches)
+    runs = evaluate(args.workdir, args.report, num_batches=args.batches, measures=args.measures.split(","))
     print_comparison(runs)
     print(f"report: {args.report}/index.html")
 

@@ -1,11 +1,13 @@
 """Measured runs side by side: which may be compared, which value is best, and how numbers are shown."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from oasis_jax.config import METHOD_FIELDS, PRESETS, Config
-from oasis_jax.evaluation.evaluator import Value
+from oasis_jax.evaluation.bootstrap import Interval
+from oasis_jax.evaluation.evaluator import Measurements, Value
 
 
 class MeasuredRun(NamedTuple):
@@ -22,6 +24,8 @@ class MeasuredRun(NamedTuple):
     absent: dict[str, str]  # metric -> why it is None
     history: list[dict]  # the lines of its metrics.jsonl
     versions: dict[str, str]
+    measurements: Measurements | None = None  # what intervals and differences come from
+    intervals: Mapping[str, Interval | None] = MappingProxyType({})  # of scalar metrics
 
 
 class Row(NamedTuple):

@@ -120,7 +120,15 @@ def test_three_runs_on_two_kinds_of_data(trained, tmp_path, capsys):
             assert {"value", "tensor", "average", "source", "samples"} <= set(metric), name
             assert metric["samples"] == {"sequences": 3, "positions": 39}
             assert ("reason" in metric) == (metric["value"] is None), name
+        first, last = run["metrics"]["sink_rate"]["interval"]
+        assert 0 <= first <= run["metrics"]["sink_rate"]["value"] <= last <= 1
+    assert found["intervals"]["draws"] == 10_000 and "seed" in found["intervals"]
+    same, *others = found["paired"]
+    losses = [run["metrics"]["loss"]["value"] for run in found["runs"].values()]
+    assert same["differences"]["loss"]["difference"] == pytest.approx(losses[0] - losses[1])
+    assert all("cannot be paired, they differ in tokens" in pair["refused"] for pair in others)
     twin = found["runs"][str(workdirs[1])]["metrics"]
+    assert twin["massive_activations"]["reason"].startswith("not measured")
     assert twin["depth_weights"]["value"] is None
     assert twin["depth_weights"]["reason"] == "not applicable: only for models with depth routers"
     assert twin["bits_per_byte"]["value"] > 0
@@ -157,6 +165,8 @@ def test_report_that_cannot_be_written(trained, tmp_path):
         (["--workdir", "nowhere"], "--report"),
         (["--workdir", "a", "--report", "r", "--batch", "3"], "unknown flag --batch (did you mean '--batches'?)"),
         (["--workdir", "a", "--report", "r", "--batches", "x"], "--batches"),
+        (["--workdir", "a", "--report", "r", "--measures", "sink"], "--measures: unknown name 'sink' (did you mean 'sinks'?)"),
+        (["--workdir", "a", "--report", "r", "--measures", "sinks,null_mass"], "'null_mass' is one of the values of 'sinks'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_with_2(arguments, says, script, tmp_path, monkeypatch, capsys):
