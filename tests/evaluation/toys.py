@@ -100,7 +100,3 @@ def all_probabilities(model: Decoder, statistics) -> np.ndarray:
         learned = module.attention.parameters.get("null_logit", np.zeros(layer.query.shape[2]))
         p.append(materialized(layer, model.config, np.asarray(learned, np.float64)))
     return np.stack(p, 1)
-
-
-def all_sequences(batches: list[dict], name: str) -> np.ndarray:
-    return np.concatenate([batch[name] for batch in batches])
