@@ -17,7 +17,17 @@ def parser() -> Parser:
         metavar="NAMES",
         help="default, all, or names of families of measures with commas between, such as sinks,attention_maps,joint",
     )
+    parser.add_argument(
+        "--interventions",
+        default="",
+        metavar="NAMES",
+        help="what to take away from the model and measure the loss again: all, or names with commas between, such as sources,beta",
+    )
     return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from oasis_jax.evaluation.runs import evaluate
     from oasis_jax.evaluation.terminal import print_comparison
 
-    runs = evaluate(args.workdir, args.report, num_batches=args.batches, measures=args.measures.split(","))
+    runs = evaluate(
+        args.workdir, args.report, num_batches=args.batches, measures=_names(args.measures), interventions=_names(args.interventions)
+    )
     print_comparison(runs)
     print(f"report: {args.report}/index.html")
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from oasis_jax.config import METHOD_FIELDS, PRESETS, Config
 from oasis_jax.evaluation.bootstrap import Interval
 from oasis_jax.evaluation.evaluator import Measurements, Value
+from oasis_jax.evaluation.interventions import Effect
 
 
 class MeasuredRun(NamedTuple):
@@ -26,6 +27,7 @@ class MeasuredRun(NamedTuple):
     versions: dict[str, str]
     measurements: Measurements | None = None  # what intervals and differences come from
     intervals: Mapping[str, Interval | None] = MappingProxyType({})  # of scalar metrics
+    interventions: Sequence[Effect] = ()
 
 
 class Row(NamedTuple):

@@ -104,7 +104,8 @@ def _per_layer(runs: Runs, name: str, file: str, title: str, unit: str, caption:
     for kind, words in _TAPS.items():
         values = {i: np.array(run.metrics[name][kind], float) for i, run in _having(runs, name)}  # None, not finite, becomes NaN
         lines = {i: (range(len(y)), y) for i, y in values.items() if np.isfinite(y).any()}
-        panels.append(curves(words, lines, across="layer", along=unit, marks=True, linear=False))
+        if lines:
+            panels.append(curves(words, lines, across="layer", along=unit, marks=True, linear=False))
     return Picture(file, title, caption, panels, legend=_legend(runs))
 
 

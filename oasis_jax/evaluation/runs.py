@@ -15,6 +15,8 @@ from oasis_jax.errors import UserError
 from oasis_jax.evaluation import DEFINITIONS, Evaluator, bootstrap, choose, measure_model
 from oasis_jax.evaluation.comparison import MeasuredRun, groups, not_comparable
 from oasis_jax.evaluation.evaluator import Batch
+from oasis_jax.evaluation.interventions import INTERVENTIONS, intervene
+from oasis_jax.evaluation.interventions import choose as choose_interventions
 from oasis_jax.evaluation.report import write_report
 from oasis_jax.training.checkpoints import LoadedRun, check_corpus, load_run
 from oasis_jax.training.metrics import read_metrics
@@ -26,6 +28,7 @@ def evaluate(
     *,
     num_batches: int | None = None,
     measures: Sequence[str] = ("default",),
+    interventions: Sequence[str] = (),
 ) -> list[MeasuredRun]:
     """Measures runs and writes report/metrics.json, report/index.html and report/figures/*.png.
 
@@ -34,16 +37,18 @@ def evaluate(
       report: folder, made where it is missing.
       num_batches: held-out batches to read; None: as many as each run's own evaluations (run.eval_batches).
       measures: names of families of measures; "default" and "all" stand for several.
+      interventions: names of interventions, or "all"; see `oasis_jax.evaluation.interventions`.
 
     Raises:
-      UserError: a workdir twice or without a run, a corpus that is not the run's, an unknown measure, a report that cannot be written.
+      UserError: a workdir twice or without a run, a corpus that is not the run's, an unknown measure or
+        intervention, a report that cannot be written.
     """
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches: must be at least 1, got {num_batches}")
-    evaluators = choose(measures, "--measures")
+    evaluators, interventions = choose(measures, "--measures"), choose_interventions(interventions, "--interventions")
     labels, folder = unique_labels(workdirs), _writable(report)
     loaded = [load_run(workdir) for workdir in workdirs]  # all of them, before the first is measured
-    runs = [measure_run(run, workdir, label, num_batches, evaluators) for run, workdir, label in zip(loaded, workdirs, labels)]
+    runs = [measure_run(run, workdir, label, num_batches, evaluators, interventions) for run, workdir, label in zip(loaded, workdirs, labels)]
     text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
     write_report(runs, folder)
@@ -78,9 +83,14 @@ def _writable(report: str | os.PathLike) -> pathlib.Path:
 
 
 def measure_run(
-    run: LoadedRun, workdir: str | os.PathLike, label: str, num_batches: int | None, evaluators: Mapping[str, Evaluator]
+    run: LoadedRun,
+    workdir: str | os.PathLike,
+    label: str,
+    num_batches: int | None,
+    evaluators: Mapping[str, Evaluator],
+    interventions: Sequence[str] = (),
 ) -> MeasuredRun:
-    """Finds the held-out data of a run again and runs the evaluators on it."""
+    """Finds the held-out data of a run again and runs evaluators and interventions on it."""
     try:
         corpus = load_corpus(run.config.data, seed=run.config.run.seed, tokenizer=run.tokenizer)
         check_corpus(corpus, run.corpus_identity)
@@ -91,6 +101,8 @@ def measure_run(
     sequences = sum(len(batch["inputs"]) for batch in batches)
     measurements = measure_model(run.model, batches, evaluators)
     metrics = measurements.values
+    begin_token = run.tokenizer is not None and run.config.data.begin_token
+    effects = intervene(run.model, batches, interventions=interventions, begin_token=begin_token) if interventions else []
     return MeasuredRun(
         label=label,
         workdir=str(workdir),
@@ -105,6 +117,7 @@ def measure_run(
         versions=run.versions,
         measurements=measurements,
         intervals={name: interval and _finite(list(interval)) for name, interval in measurements.intervals().items()},
+        interventions=effects,
     )
 
 
@@ -170,4 +183,7 @@ def _run_as_json(run: MeasuredRun) -> dict:
         "versions": run.versions,
         "read": run.measurements and run.measurements.identity,
         "metrics": metrics,
+        "interventions": [
+            _finite(effect._asdict()) | {"what": INTERVENTIONS[effect.intervention], "samples": run.samples} for effect in run.interventions
+        ],
     }

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from oasis_jax.evaluation.comparison import MeasuredRun, best, describe_data, groups, method, not_comparable, rows, show
+from oasis_jax.evaluation.comparison import ABSENT, MeasuredRun, best, describe_data, groups, method, not_comparable, rows, show
 from oasis_jax.evaluation.words import findings, summary
 
 
@@ -30,6 +30,21 @@ def table(runs: Sequence[MeasuredRun]) -> Table:
     return found
 
 
+def interventions_table(run: MeasuredRun) -> Table:
+    """What taking something away did to one run's loss."""
+    found = Table(title=f"interventions on {run.label}", title_justify="left", title_style="bold")
+    for heading in ("intervention", "sublayers", "depth"):
+        found.add_column(heading)
+    for heading in ("mean weight", "change in loss", "95 % interval"):
+        found.add_column(heading, justify="right")
+    for effect in run.interventions:
+        name = effect.intervention if effect.family is None else f"{effect.family}{', renormalized' if effect.renormalized else ''}"
+        interval = f"{effect.interval[0]:+.4f} to {effect.interval[1]:+.4f}" if effect.interval else ABSENT
+        change = effect.reason or f"{effect.change:+.4f}"
+        found.add_row(name, effect.sublayers or "", effect.band or "", show(effect.mean_weight), change, interval)
+    return found
+
+
 def print_comparison(runs: Sequence[MeasuredRun]) -> None:
     """One table per group of comparable runs, and below it what its numbers say."""
     console = Console(highlight=False)
@@ -37,5 +52,8 @@ def print_comparison(runs: Sequence[MeasuredRun]) -> None:
         console.print(table(group))
         texts = [summary(group), *(f"{topic}: {text}" for topic, text in findings(group).items())]
         console.print("\n".join(texts) + "\n", markup=False)
+    for run in runs:
+        if run.interventions:
+            console.print(interventions_table(run))
     if not_comparable(runs):
         console.print(not_comparable(runs) + "\n", markup=False)

@@ -134,6 +134,20 @@ def test_three_runs_on_two_kinds_of_data(trained, tmp_path, capsys):
     assert twin["bits_per_byte"]["value"] > 0
 
 
+def test_interventions_are_written_and_printed(trained, tmp_path, script, capsys):
+    arguments = ["--workdir", str(trained / "oasis"), "--workdir", str(trained / "sink"), "--report", str(tmp_path), "--batches", "1"]
+    script.main([*arguments, "--measures", "sinks,massive", "--interventions", "evidence,softmax,begin_token"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "interventions on oasis" in printed and "begin_token" in printed
+    found = json.loads((tmp_path / "metrics.json").read_text())["runs"]
+    oasis, sink = (found[str(trained / name)]["interventions"] for name in ("oasis", "sink"))
+    assert [row["intervention"] for row in oasis] == ["evidence", "softmax", "begin_token"]
+    assert all(row["interval"][0] <= row["change"] <= row["interval"][1] and row["samples"]["sequences"] == 3 for row in oasis)
+    assert [row["reason"] is None for row in sink] == [False, False, False]
+    assert found[str(trained / "oasis")]["metrics"]["massive_activations"]["value"] == 0.0
+    assert found[str(trained / "oasis")]["metrics"]["loss"]["reason"].startswith("not measured")
+
+
 def test_text_of_a_corpus_that_changed_is_refused(trained, tmp_path):
     (trained / "4.txt").write_text("one more file\n" * 30)
     try:
@@ -166,6 +180,8 @@ def test_report_that_cannot_be_written(trained, tmp_path):
         (["--workdir", "a", "--report", "r", "--batch", "3"], "unknown flag --batch (did you mean '--batches'?)"),
         (["--workdir", "a", "--report", "r", "--batches", "x"], "--batches"),
         (["--workdir", "a", "--report", "r", "--measures", "sink"], "--measures: unknown name 'sink' (did you mean 'sinks'?)"),
+        (["--workdir", "a", "--report", "r", "--measures", ","], "--measures: give at least one of default, all, perplexity"),
+        (["--workdir", "a", "--report", "r", "--interventions", "bet"], "--interventions: unknown name 'bet' (did you mean 'beta'?)"),
         (["--workdir", "a", "--report", "r", "--measures", "sinks,null_mass"], "'null_mass' is one of the values of 'sinks'"),
     ],
 )
