@@ -9,7 +9,6 @@ import functools
 import pathlib
 
 import _harness as harness
-import jax
 import numpy as np
 from flax import nnx
 

@@ -25,7 +25,10 @@ _KNOWN = "models that say how their attention normalizes"
 _NULL = "normalizers that leave mass to a null"
 _ENTROPY = "entropy in nats of each attention row, the null one of the outcomes"
 _ENTROPY_CONDITIONAL = "entropy in nats of p / (1 - omega), every row with 1 - omega > 1e-4; 0 for others"
-_LARGEST, _LARGEST_CONDITIONAL = "largest p of each attention row", "largest p / (1 - omega) of each row with 1 - omega > 1e-4; 0 for others"
+_LARGEST, _LARGEST_CONDITIONAL = (
+    "largest p of each attention row",
+    "largest p / (1 - omega) of each row with 1 - omega > 1e-4; 0 for others",
+)
 
 
 def _definitions() -> dict[str, dict[str, str]]:

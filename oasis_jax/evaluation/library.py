@@ -37,9 +37,7 @@ def as_statistics(found: Statistics | AttentionStatistics | Sequence[AttentionSt
     return Statistics(layers, {}, {})
 
 
-def measure(
-    apply_fn: Callable[..., Any], params: Any, batches: Iterable[Batch], *, measures: Iterable[str] = ("default",)
-) -> Measurements:
+def measure(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Batch], *, measures: Iterable[str] = ("default",)) -> Measurements:
     """Measures any JAX model whose attention is this library's, with or without its stack and routers.
 
     Args:

@@ -48,7 +48,9 @@ def evaluate(
     evaluators, interventions = choose(measures, "--measures"), choose_interventions(interventions, "--interventions")
     labels, folder = unique_labels(workdirs), _writable(report)
     loaded = [load_run(workdir) for workdir in workdirs]  # all of them, before the first is measured
-    runs = [measure_run(run, workdir, label, num_batches, evaluators, interventions) for run, workdir, label in zip(loaded, workdirs, labels)]
+    runs = [
+        measure_run(run, workdir, label, num_batches, evaluators, interventions) for run, workdir, label in zip(loaded, workdirs, labels)
+    ]
     text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
     write_report(runs, folder)

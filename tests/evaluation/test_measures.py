@@ -9,11 +9,12 @@ from flax import nnx
 from oasis_jax.config import ModelConfig
 from oasis_jax.decoder import Decoder
 from oasis_jax.evaluation import DEFINITIONS, EVALUATORS, evaluate_model
+from oasis_jax.evaluation.attention_statistics import conditional_mass
 from oasis_jax.evaluation.depth import depth_sinks, source_columns
 from oasis_jax.evaluation.outliers import kurtosis
-from oasis_jax.evaluation.attention_statistics import conditional_mass
 from oasis_jax.evaluation.sinks import sink_rate
 from oasis_jax.stack import router_names
+
 
 def measure(model: Decoder, batches: list[dict]) -> dict:
     """All measures in one pass: tests of the same model share its compilation."""

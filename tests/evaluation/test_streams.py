@@ -64,7 +64,9 @@ def test_residual_sinks_equal_numpy():
     np.testing.assert_allclose(found["residual_sink_share_by_layer"], shares, atol=ROUNDING)
     norm_shares = [(x / np.linalg.norm(h, axis=-1)).mean() for h, x in zip(streams, at)]
     np.testing.assert_allclose(found["residual_sink_norm_share_by_layer"], norm_shares, rtol=1e-4)
-    assert found["residual_sink_share"] == pytest.approx(max(shares)) and found["residual_sink_norm_share"] == pytest.approx(max(norm_shares))
+    assert found["residual_sink_share"] == pytest.approx(max(shares)) and found["residual_sink_norm_share"] == pytest.approx(
+        max(norm_shares)
+    )
     norms = [*(layer.attention_norm for layer in model.layers[1:]), model.final_norm]
     gains = [np.abs(np.asarray(norm.parameters["scale"])) for norm in norms]
     np.testing.assert_allclose(found["norm_gain_at_sink"], [g[d] / np.median(g) for g, d in zip(gains, channels)], rtol=1e-5)
