@@ -43,7 +43,7 @@ class Estimate(NamedTuple):
     """
 
     totals: Float[np.ndarray, "S K"]
-    counts: Float[np.ndarray, "S #K"]
+    counts: Float[np.ndarray, "S _"]
     reduce: Callable[[np.ndarray], np.ndarray] = only
 
     @property
@@ -53,7 +53,7 @@ class Estimate(NamedTuple):
         return float(self.reduce(self.totals.sum(0) / counts)) if counts.all() else None
 
 
-def per_sequence(values: Float[np.ndarray, "S *K"], reduce: Callable[[np.ndarray], np.ndarray] | None = None) -> Estimate:
+def per_sequence(values: Float[np.ndarray, "S ..."], reduce: Callable[[np.ndarray], np.ndarray] | None = None) -> Estimate:
     """The estimate that averages one value, or K values, of every sequence."""
     values = values.reshape(len(values), -1)
     return Estimate(values, np.ones((len(values), 1)), reduce or only)

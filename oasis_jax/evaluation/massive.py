@@ -51,7 +51,7 @@ DEFINITIONS = {
 
 
 def _layer(h: Float[Array, "B T D"]) -> Rows:
-    batch, length, width = h.shape
+    batch, _, width = h.shape
     flat = h.reshape(batch, -1).astype(jnp.promote_types(h.dtype, jnp.float32))
     size = jnp.abs(flat)
     middle = median(size)

@@ -34,7 +34,7 @@ def norm(x: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
     return jnp.sqrt(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))).sum(-1))
 
 
-def _first_over_others(norms: Float[Array, "B T *heads"]) -> Float[Array, "B *heads"]:
+def _first_over_others(norms: Float[Array, "B T ..."]) -> Float[Array, "B ..."]:
     others = norms[:, 1:].mean(1)
     return norms[:, 0] / jnp.maximum(others, jnp.finfo(others.dtype).tiny)
 
