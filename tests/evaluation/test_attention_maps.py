@@ -14,6 +14,7 @@ from oasis_jax.config import AttentionConfig
 from oasis_jax.evaluation import EVALUATORS
 from oasis_jax.evaluation.attention_maps import EPSILONS
 from oasis_jax.evaluation.attention_statistics import PREFIX, probabilities
+from oasis_jax.evaluation.evaluator import _read, of_model
 from oasis_jax.statistics import AttentionStatistics, Static
 
 
@@ -118,6 +119,37 @@ def test_memory_at_32k_tokens():
     """Twice the length of 16k again costs twice the memory, and 32k^2 scores would be 8 GiB for the two heads."""
     assert temporary_bytes(32768) < 2.2 * temporary_bytes(16384)
     assert temporary_bytes(32768) < 2**30
+
+
+def model_bytes(length: int) -> int:
+    """Temporary memory of one compiled pass of a Decoder with every measure that reads whole rows."""
+    read_model, state, _ = of_model(build(preset="oasis"))
+    batch = {"inputs": jax.ShapeDtypeStruct((1, length), jnp.int32)}
+    evaluators = tuple(EVALUATORS[name] for name in ("sinks", "attention_maps", "joint"))
+    return _read.lower(read_model, state, batch, evaluators, None).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+def test_memory_of_a_whole_model_is_linear_in_length():
+    assert model_bytes(4096) < 2.2 * model_bytes(2048)
+
+
+@pytest.mark.slow
+def test_statistics_of_32k_tokens():
+    """Run, not only compiled: rows against numpy in float64, columns by what they have to add up to."""
+    length, config = 32768, AttentionConfig(width=8, num_heads=1, head_dim=8)
+    layer = jax.jit(lambda: attention_statistics(length, config, batch=1))()
+    found = jax.jit(probabilities)(layer)
+    query, key = (np.asarray(x, np.float64)[0, :, 0] for x in (layer.query, layer.key))
+    for t in (0, 1, 127, 128, 4097, 20000, length - 1):
+        e = np.exp(key[: t + 1] @ query[t] / np.sqrt(8))
+        p = e / (1 + e.sum())
+        expected = (p.sum(), p.max(), xlogx(p).sum(), p[:PREFIX].sum())
+        np.testing.assert_allclose([x[0, 0, t] for x in found[:4]], expected, rtol=1e-4, atol=1e-5)
+    columns = np.asarray(found.column_sums, np.float64)[0, 0]
+    assert columns[0] == pytest.approx(np.asarray(layer.first_token_mass, np.float64).sum(), rel=1e-4)
+    assert columns.sum() == pytest.approx((1 - np.asarray(layer.null_mass, np.float64)).sum(), rel=1e-5)
+    assert np.asarray(found.conditional_column_sums, np.float64).sum() == pytest.approx(length, rel=1e-5)
 
 
 def test_statistics_that_do_not_say_how_they_normalize_are_not_applicable():

@@ -1,10 +1,12 @@
 """From workdirs to the report: what it says, what it holds, and how it refuses."""
 
+import dataclasses
 import html.parser
 import importlib.util
 import json
 import pathlib
 import re
+import shutil
 
 import pytest
 
@@ -18,7 +20,7 @@ from oasis_jax.evaluation.report import write_report
 from oasis_jax.evaluation.runs import evaluate, unique_labels, with_bytes
 from oasis_jax.evaluation.terminal import print_comparison
 from oasis_jax.evaluation.words import findings, summary
-from oasis_jax.training.checkpoints import Checkpoints, describe
+from oasis_jax.training.checkpoints import Checkpoints, describe, load_run
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.metrics import MetricsWriter
 from oasis_jax.training.sharding import make_mesh
@@ -146,6 +148,31 @@ def test_interventions_are_written_and_printed(trained, tmp_path, script, capsys
     assert [row["reason"] is None for row in sink] == [False, False, False]
     assert found[str(trained / "oasis")]["metrics"]["massive_activations"]["value"] == 0.0
     assert found[str(trained / "oasis")]["metrics"]["loss"]["reason"].startswith("not measured")
+
+
+def test_checkpoint_without_a_config(trained, tmp_path):
+    shutil.copytree(trained / "twin", tmp_path / "bare")
+    (file,) = (tmp_path / "bare" / "checkpoints").glob("*/metadata/metadata")
+    described = json.loads(file.read_text())
+    del described["config"]
+    file.write_text(json.dumps(described))
+    listing = file.parents[1] / "files.json"
+    sizes = json.loads(listing.read_text())
+    listing.write_text(json.dumps(sizes | {"metadata/metadata": file.stat().st_size}))
+    with pytest.raises(UserError, match="checkpoint 1 does not say its config; without that") as error:
+        evaluate([tmp_path / "bare"], tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_runs_with_different_tokenizers_are_compared_per_byte_only(trained, tmp_path, capsys):
+    config = load_run(trained / "twin").config
+    data = dataclasses.replace(config.data, tokenizer="bpe", bpe_vocab_size=300)
+    write_run(tmp_path / "bpe", dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=0), data=data))
+    print_comparison(evaluate([trained / "twin", tmp_path / "bpe"], tmp_path / "out", num_batches=1))
+    assert "Bits per byte may be compared across tokenizers" in " ".join(capsys.readouterr().out.split())
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert len(found["comparable"]) == 2 and "cannot be paired, they differ in tokens" in found["paired"][0]["refused"]
+    assert all(run["metrics"]["bits_per_byte"]["interval"] for run in found["runs"].values())
 
 
 def test_text_of_a_corpus_that_changed_is_refused(trained, tmp_path):
