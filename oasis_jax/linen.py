@@ -6,11 +6,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oasis_jax.attention import Constrain, attention, attention_parameters, unconstrained
+from oasis_jax.attention import Constrain, attention, attention_parameters
 from oasis_jax.config import AttentionConfig, ModelConfig, NormConfig, RouterConfig
 from oasis_jax.decoder import Inputs, Outputs, check_model, decode, ends_parameters
 from oasis_jax.mlp import mlp, mlp_parameters
 from oasis_jax.norms import norm, norm_parameters
+from oasis_jax.numerics import FLOAT, Numerics
 from oasis_jax.parameters import ParameterSpec
 from oasis_jax.routing import Evidence, Sources, route, router_parameters
 from oasis_jax.stack import router_names
@@ -48,8 +49,8 @@ class Router(nn.Module):
     config: RouterConfig
 
     @nn.compact
-    def __call__(self, sources: Sources, evidence: Evidence) -> tuple[Float[Array, "B T D"], RouterStatistics]:
-        return route(_declare(self, router_parameters(self.config)), self.config, sources, evidence)
+    def __call__(self, sources: Sources, evidence: Evidence, **options) -> tuple[Float[Array, "B T D"], RouterStatistics]:
+        return route(_declare(self, router_parameters(self.config)), self.config, sources, evidence, **options)
 
 
 class MLP(nn.Module):
@@ -59,8 +60,8 @@ class MLP(nn.Module):
     hidden: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], *, constrain: Constrain = unconstrained) -> Float[Array, "B T D"]:
-        return mlp(_declare(self, mlp_parameters(self.width, self.hidden)), x, constrain=constrain)
+    def __call__(self, x: Float[Array, "B T D"], **options) -> Float[Array, "B T D"]:
+        return mlp(_declare(self, mlp_parameters(self.width, self.hidden)), x, **options)
 
 
 class _Ends(nn.Module):
@@ -98,10 +99,15 @@ class Decoder(nn.Module):
         self.final_norm = Norm(config, config.width)
 
     def __call__(
-        self, inputs: Inputs, *, segment_ids: Array | None = None, constrain: Constrain | None = None
+        self,
+        inputs: Inputs,
+        *,
+        segment_ids: Array | None = None,
+        constrain: Constrain | None = None,
+        numerics: Numerics = FLOAT,
     ) -> tuple[Outputs, Statistics]:
         def call(function, layer, x):
-            return (nn.remat(function) if self.config.remat == "layer" else function)(layer, x)
+            return (nn.remat(function) if self.config.remat == "layer" and numerics is FLOAT else function)(layer, x)
 
         return decode(
             self.config,
@@ -113,6 +119,7 @@ class Decoder(nn.Module):
             segment_ids=segment_ids,
             constrain=constrain,
             call=call,
+            numerics=numerics,
         )
 
 
