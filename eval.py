@@ -23,6 +23,12 @@ def parser() -> Parser:
         metavar="NAMES",
         help="what to take away from the model and measure the loss again: all, or names with commas between, such as sources,beta",
     )
+    parser.add_argument(
+        "--quantize",
+        default="",
+        metavar="NAMES",
+        help="quantization schemes to measure beside float, with commas between: w8a8_tensor,w4a8+smooth",
+    )
     return parser
 
 
@@ -38,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from oasis_jax.evaluation.terminal import print_comparison
 
     runs = evaluate(
-        args.workdir, args.report, num_batches=args.batches, measures=_names(args.measures), interventions=_names(args.interventions)
+        args.workdir,
+        args.report,
+        num_batches=args.batches,
+        measures=_names(args.measures),
+        interventions=_names(args.interventions),
+        quantize=_names(args.quantize),
     )
     print_comparison(runs)
     print(f"report: {args.report}/index.html")

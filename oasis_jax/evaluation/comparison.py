@@ -28,6 +28,7 @@ class MeasuredRun(NamedTuple):
     measurements: Measurements | None = None  # what intervals and differences come from
     intervals: Mapping[str, Interval | None] = MappingProxyType({})  # of scalar metrics
     interventions: Sequence[Effect] = ()
+    quantization: Mapping[str, dict] = MappingProxyType({})  # by scheme, as `oasis_jax.evaluation.quantization` says
 
 
 class Row(NamedTuple):

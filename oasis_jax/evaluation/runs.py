@@ -7,16 +7,18 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
-from oasis_jax.data import Tokenizer, eval_batches, load_corpus
+from oasis_jax.data import Corpus, Tokenizer, eval_batches, load_corpus
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation import DEFINITIONS, Evaluator, bootstrap, choose, measure_model
 from oasis_jax.evaluation.comparison import MeasuredRun, groups, not_comparable
 from oasis_jax.evaluation.evaluator import Batch
 from oasis_jax.evaluation.interventions import INTERVENTIONS, intervene
 from oasis_jax.evaluation.interventions import choose as choose_interventions
+from oasis_jax.evaluation.quantization import Scheme, parse_schemes, quantization
 from oasis_jax.evaluation.report import write_report
 from oasis_jax.training.checkpoints import LoadedRun, check_corpus, load_run
 from oasis_jax.training.metrics import read_metrics
@@ -29,6 +31,7 @@ def evaluate(
     num_batches: int | None = None,
     measures: Sequence[str] = ("default",),
     interventions: Sequence[str] = (),
+    quantize: Sequence[str] = (),
 ) -> list[MeasuredRun]:
     """Measures runs and writes report/metrics.json, report/index.html and report/figures/*.png.
 
@@ -38,18 +41,21 @@ def evaluate(
       num_batches: held-out batches to read; None: as many as each run's own evaluations (run.eval_batches).
       measures: names of families of measures; "default" and "all" stand for several.
       interventions: names of interventions, or "all"; see `oasis_jax.evaluation.interventions`.
+      quantize: quantization schemes such as "w8a8_tensor" or "w4a8+smooth"; each is measured beside float.
 
     Raises:
-      UserError: a workdir twice or without a run, a corpus that is not the run's, an unknown measure or
-        intervention, a report that cannot be written.
+      UserError: a workdir twice or without a run, a corpus that is not the run's, an unknown measure,
+        intervention or scheme, a report that cannot be written.
     """
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches: must be at least 1, got {num_batches}")
     evaluators, interventions = choose(measures, "--measures"), choose_interventions(interventions, "--interventions")
+    schemes = parse_schemes(quantize)
     labels, folder = unique_labels(workdirs), _writable(report)
     loaded = [load_run(workdir) for workdir in workdirs]  # all of them, before the first is measured
     runs = [
-        measure_run(run, workdir, label, num_batches, evaluators, interventions) for run, workdir, label in zip(loaded, workdirs, labels)
+        measure_run(run, workdir, label, num_batches, evaluators, interventions, schemes)
+        for run, workdir, label in zip(loaded, workdirs, labels)
     ]
     text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
@@ -91,8 +97,9 @@ def measure_run(
     num_batches: int | None,
     evaluators: Mapping[str, Evaluator],
     interventions: Sequence[str] = (),
+    schemes: Mapping[str, Scheme] = MappingProxyType({}),
 ) -> MeasuredRun:
-    """Finds the held-out data of a run again and runs evaluators and interventions on it."""
+    """Finds the held-out data of a run again and runs evaluators, interventions and quantization schemes on it."""
     try:
         corpus = load_corpus(run.config.data, seed=run.config.run.seed, tokenizer=run.tokenizer)
         check_corpus(corpus, run.corpus_identity)
@@ -120,7 +127,16 @@ def measure_run(
         measurements=measurements,
         intervals={name: interval and _finite(list(interval)) for name, interval in measurements.intervals().items()},
         interventions=effects,
+        quantization=_finite(_quantized(run, corpus, batches, schemes)),
     )
+
+
+def _quantized(run: LoadedRun, corpus: Corpus, batches: Sequence[Batch], schemes: Mapping[str, Scheme]) -> dict[str, dict]:
+    """Calibrated on as many batches of training data as are measured."""
+    if not schemes:
+        return {}
+    calibration = eval_batches(corpus.train, run.config.data, num_batches=len(batches))
+    return quantization(run.model, batches, calibration, schemes)
 
 
 def with_bytes(batch: Batch, tokenizer: Tokenizer | None) -> Batch:
@@ -188,4 +204,5 @@ def _run_as_json(run: MeasuredRun) -> dict:
         "interventions": [
             _finite(effect._asdict()) | {"what": INTERVENTIONS[effect.intervention], "samples": run.samples} for effect in run.interventions
         ],
+        "quantization": run.quantization,
     }

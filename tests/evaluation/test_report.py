@@ -210,6 +210,7 @@ def test_report_that_cannot_be_written(trained, tmp_path):
         (["--workdir", "a", "--report", "r", "--measures", ","], "--measures: give at least one of default, all, perplexity"),
         (["--workdir", "a", "--report", "r", "--interventions", "bet"], "--interventions: unknown name 'bet' (did you mean 'beta'?)"),
         (["--workdir", "a", "--report", "r", "--measures", "sinks,null_mass"], "'null_mass' is one of the values of 'sinks'"),
+        (["--workdir", "a", "--report", "r", "--quantize=w8a8,w4a4_g16"], "unknown name 'w4a4_g16' (did you mean 'w4a4_g128'?)"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_with_2(arguments, says, script, tmp_path, monkeypatch, capsys):
