@@ -20,6 +20,7 @@ from oasis_jax.evaluation.interventions import INTERVENTIONS, intervene
 from oasis_jax.evaluation.interventions import choose as choose_interventions
 from oasis_jax.evaluation.quantization import Scheme, parse_schemes, quantization
 from oasis_jax.evaluation.report import write_report
+from oasis_jax.evaluation.views import look
 from oasis_jax.training.checkpoints import LoadedRun, check_corpus, load_run
 from oasis_jax.training.metrics import read_metrics
 
@@ -127,6 +128,7 @@ def measure_run(
         measurements=measurements,
         intervals={name: interval and _finite(list(interval)) for name, interval in measurements.intervals().items()},
         interventions=effects,
+        view=_finite(look(run.model, batches[0], run.tokenizer)),
         quantization=_finite(_quantized(run, corpus, batches, schemes)),
     )
 
@@ -205,4 +207,5 @@ def _run_as_json(run: MeasuredRun) -> dict:
             _finite(effect._asdict()) | {"what": INTERVENTIONS[effect.intervention], "samples": run.samples} for effect in run.interventions
         ],
         "quantization": run.quantization,
+        "view": run.view,
     }

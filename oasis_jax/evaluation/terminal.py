@@ -6,7 +6,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from oasis_jax.evaluation.comparison import ABSENT, MeasuredRun, best, describe_data, groups, method, not_comparable, rows, show
+from oasis_jax.evaluation.comparison import (
+    ABSENT,
+    MeasuredRun,
+    best,
+    cell,
+    change_text,
+    describe_data,
+    groups,
+    interval_text,
+    method,
+    not_comparable,
+    rows,
+    show,
+)
 from oasis_jax.evaluation.words import findings, summary
 
 
@@ -25,7 +38,7 @@ def table(runs: Sequence[MeasuredRun]) -> Table:
         found.add_column(escape(run.label if how == run.label else f"{run.label}\n{how}"), justify="right")
     for row in rows(runs):
         winners = best(row, runs)
-        cells = [f"[bold]{show(run.metrics[row.name])}[/bold]" if run.label in winners else show(run.metrics[row.name]) for run in runs]
+        cells = [f"[bold]{cell(row, run)}[/bold]" if run.label in winners else cell(row, run) for run in runs]
         found.add_row(("↓ " if row.direction == "lower" else "  ") + row.title, *cells)
     return found
 
@@ -45,6 +58,19 @@ def interventions_table(run: MeasuredRun) -> Table:
     return found
 
 
+def quantization_table(run: MeasuredRun) -> Table:
+    """Every scheme of one run beside float."""
+    name = "squared error" if run.tokenizer is None else "perplexity"
+    found = Table(title=f"quantization of {run.label}", title_justify="left", title_style="bold")
+    found.add_column("scheme")
+    for heading in (name, "in float", "change", "95 % interval"):
+        found.add_column(heading, justify="right")
+    for scheme, value in run.quantization.items():
+        change, interval = change_text(value["relative_change"]), interval_text(value["interval"], change_text)
+        found.add_row(scheme, show(value["value"]), show(value["float"]), change, interval)
+    return found
+
+
 def print_comparison(runs: Sequence[MeasuredRun]) -> None:
     """One table per group of comparable runs, and below it what its numbers say."""
     console = Console(highlight=False)
@@ -55,5 +81,7 @@ def print_comparison(runs: Sequence[MeasuredRun]) -> None:
     for run in runs:
         if run.interventions:
             console.print(interventions_table(run))
+        if run.quantization:
+            console.print(quantization_table(run))
     if not_comparable(runs):
         console.print(not_comparable(runs) + "\n", markup=False)

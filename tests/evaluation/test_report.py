@@ -91,15 +91,30 @@ def script():
 
 
 def test_one_run(trained, tmp_path, script, capsys):
-    script.main(["--workdir", str(trained / "oasis"), "--report", str(tmp_path / "out")])
+    script.main(["--workdir", str(trained / "oasis"), "--report", str(tmp_path / "out"), "--quantize=w8a8_tensor+float_head,w4a4_g32"])
     assert f"report: {tmp_path}/out/index.html" in capsys.readouterr().out
     page = check_self_contained((tmp_path / "out" / "index.html").read_text())
     assert page.tags.count("svg") >= 10
     names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
-    assert names == {
-        f"{name}.png" for name in ("sink_mass", "null_mass", "null_mass_by_position", "depth_weights", "inf_norm", "kurtosis", "training")
-    }
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "out" / "figures").iterdir())
+    pictures = ("sink_mass", "null_mass", "null_mass_by_position", "tokens_received", "tokens_null", "depth_weights", "inf_norm", "kurtosis",
+                "histograms", "quantization", "training")  # fmt: skip
+    assert names == {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
+    for path in (tmp_path / "out" / "figures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"][str(trained / "oasis")]
+    assert list(found["quantization"]) == ["w8a8_tensor+float_head", "w4a4_g32"]
+    for scheme in found["quantization"].values():
+        assert scheme["value"] == pytest.approx(scheme["float"] * (1 + scheme["relative_change"]))
+        assert scheme["samples"]["sequences"] == found["metrics"]["perplexity"]["samples"]["sequences"]
+    assert found["quantization"]["w4a4_g32"]["float"] == pytest.approx(found["metrics"]["perplexity"]["value"], rel=1e-5)
+    for text in ("Quantization changes the perplexity by", "float, by option: head.", "layer*.attention.scores", "Always in float: "):
+        assert text in page.text, text
+    # The token view spells the sequence that was read.
+    example = load_corpus(
+        DataConfig(corpus="files", pattern=str(trained / "*.txt"), sequence_length=13, batch_size=3, holdout_fraction=0.3), seed=0
+    )
+    text = example.tokenizer.decode(example.heldout[0]["inputs"]).decode()
+    assert "".join(found["view"]["tokens"]["text"]) == text and text.replace("\n", "\u21b5\n") in page.text
 
 
 def test_three_runs_on_two_kinds_of_data(trained, tmp_path, capsys):
@@ -107,6 +122,7 @@ def test_three_runs_on_two_kinds_of_data(trained, tmp_path, capsys):
     runs = evaluate(workdirs, tmp_path, num_batches=1)
     page = check_self_contained((tmp_path / "index.html").read_text())
     assert page.tags.count("table") == 2
+    assert "n/a" in page.text and "Not applicable: this normalizer leaves nothing to a null." in page.text
     assert "are not comparable" in page.text
     print_comparison(runs)
     printed = " ".join(capsys.readouterr().out.split())
