@@ -11,7 +11,29 @@ def parser() -> Parser:
     parser.add_argument("--workdir", action="append", required=True, metavar="FOLDER", help="a trained run; repeatable")
     parser.add_argument("--report", required=True, metavar="FOLDER", help="where index.html, metrics.json and figures/ are written")
     parser.add_argument("--batches", type=int, metavar="N", help="held-out batches to read; as many as run.eval_batches by default")
+    parser.add_argument(
+        "--measures",
+        default="default",
+        metavar="NAMES",
+        help="default, all, or names of families of measures with commas between, such as sinks,attention_maps,joint",
+    )
+    parser.add_argument(
+        "--interventions",
+        default="",
+        metavar="NAMES",
+        help="what to take away from the model and measure the loss again: all, or names with commas between, such as sources,beta",
+    )
+    parser.add_argument(
+        "--quantize",
+        default="",
+        metavar="NAMES",
+        help="quantization schemes to measure beside float, with commas between: w8a8_tensor,w4a8+smooth",
+    )
     return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from oasis_jax.evaluation.runs import evaluate
     from oasis_jax.evaluation.terminal import print_comparison
 
-    runs = evaluate(args.workdir, args.report, num_batches=args.batches)
+    runs = evaluate(
+        args.workdir,
+        args.report,
+        num_batches=args.batches,
+        measures=_names(args.measures),
+        interventions=_names(args.interventions),
+        quantize=_names(args.quantize),
+    )
     print_comparison(runs)
     print(f"report: {args.report}/index.html")
 

@@ -9,10 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import AttentionConfig
 from oasis_jax.errors import unknown_name
-from oasis_jax.normalizers import DENSE_NORMALIZERS, NULL_LOGITS
+from oasis_jax.normalizers import DENSE_NORMALIZERS, NULL_LOGITS, null_softmax
 from oasis_jax.norms import rms_norm
+from oasis_jax.numerics import FLOAT, Numerics
 from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
-from oasis_jax.statistics import AttentionStatistics
+from oasis_jax.statistics import AttentionStatistics, Static
 from pallas_kernels import OperatorSharding, implementations, null_attention, zigzag
 
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
@@ -86,17 +87,23 @@ def _fused(query, key, value, null_logit, config: AttentionConfig, segment_ids, 
     first = _scores(query, first_key, config)[..., 0]
     allowed = _allowed(query, first_key, config, segment_ids)[..., 0]
     first_token_mass = jnp.where(allowed, jnp.exp(jnp.where(allowed, first - lse, 0.0)), 0.0)
-    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse)
+    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, Static(config))
 
 
-def _dense(query, key, value, config: AttentionConfig, segment_ids) -> AttentionStatistics:
+def _dense(query, key, value, null_logit, config: AttentionConfig, segment_ids, numerics: Numerics) -> AttentionStatistics:
+    """Attention through materialized probabilities; `null_logit` is for the normalizers of the fused operator."""
     allowed = _allowed(query, key, config, segment_ids)
-    p = DENSE_NORMALIZERS[config.normalizer](_scores(query, key, config), allowed, config)
+    scores = numerics.tap("scores", _scores(query, key, config))
+    if config.normalizer in DENSE_NORMALIZERS:
+        p, lse = DENSE_NORMALIZERS[config.normalizer](scores, allowed, config), None
+        null_mass = jax.nn.relu(1.0 - p.sum(-1))
+    else:
+        p, null_mass, lse = null_softmax(scores, allowed, null_logit)
+    p = numerics.tap("probabilities", p)
     batch, _, length, keys = p.shape
     grouped = p.reshape(batch, key.shape[2], -1, length, keys).astype(value.dtype)
     output = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, value).reshape(query.shape)
-    null_mass = jax.nn.relu(1.0 - p.sum(-1))
-    return AttentionStatistics(query, key, value, output, null_mass, p[..., 0], None)
+    return AttentionStatistics(query, key, value, output, null_mass, p[..., 0], lse, Static(config))
 
 
 def attention_parameters(config: AttentionConfig) -> dict[str, ParameterSpec]:
@@ -127,6 +134,7 @@ def attention(
     segment_ids: Int[Array, "B T"] | None = None,
     positions: Int[Array, "#B T"] | None = None,
     constrain: Constrain = unconstrained,
+    numerics: Numerics = FLOAT,
 ) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
     """Causal self-attention with the normalizer that `config.normalizer` names (OASIS, arXiv 2605.17887).
 
@@ -138,12 +146,13 @@ def attention(
       positions: [B, T] or [1, T] for the rotary embedding; default 0 .. T-1.
       constrain: function (array, logical axes) -> array that pins the sharding of activations; its attribute `operators`, where it has
         one, splits the operator over devices. With layout="zigzag" x, segment_ids and positions are in that order.
+      numerics: how linear layers are computed and activations rounded.
 
     Returns:
       [B, T, D] after the output projection, and the layer's AttentionStatistics.
     """
     p = {name: value.astype(x.dtype) for name, value in parameters.items() if name != "null_logit"}
-    query, key, value = (jnp.einsum("BTD,DNH->BTNH", x, p[name]) for name in ("query", "key", "value"))
+    query, key, value = (numerics.einsum(name, "BTD,DNH->BTNH", x, p[name]) for name in ("query", "key", "value"))
     if config.qk_norm:
         query, key = rms_norm(query, parameters["query_norm"]), rms_norm(key, parameters["key_norm"])
     if config.rope_theta:
@@ -152,19 +161,18 @@ def attention(
     query = constrain(query, ("batch", "length", "heads", None))
     key, value = (constrain(y, ("batch", "length", "kv_heads", None)) for y in (key, value))
 
-    if config.normalizer in DENSE_NORMALIZERS:
-        statistics = _dense(query, key, value, config, segment_ids)
+    null_logit = parameters["null_logit"] if "null_logit" in parameters else NULL_LOGITS.get(config.normalizer)
+    if config.normalizer in DENSE_NORMALIZERS or numerics.materializes_attention:
+        statistics = _dense(query, key, value, null_logit, config, segment_ids, numerics)
     else:
-        null_logit = NULL_LOGITS[config.normalizer]
-        null_logit = parameters["null_logit"] if null_logit is None else null_logit
         statistics = _fused(query, key, value, null_logit, config, segment_ids, operator_sharding(constrain))
 
-    heads = statistics.head_output
+    heads = numerics.tap("context", statistics.head_output)
     if config.gate == "elementwise":
-        heads = heads * jax.nn.sigmoid(jnp.einsum("BTD,DNH->BTNH", x, p["gate"]))
+        heads = heads * jax.nn.sigmoid(numerics.einsum("gate", "BTD,DNH->BTNH", x, p["gate"]))
     elif config.gate == "per_head":
-        heads = heads * jax.nn.sigmoid(jnp.einsum("BTD,DN->BTN", x, p["gate"]))[..., None]
-    return jnp.einsum("BTNH,NHD->BTD", heads, p["output"]), statistics
+        heads = heads * jax.nn.sigmoid(numerics.einsum("gate", "BTD,DN->BTN", x, p["gate"]))[..., None]
+    return numerics.einsum("output", "BTNH,NHD->BTD", heads, p["output"]), statistics
 
 
 class Attention(ParameterModule):

@@ -13,10 +13,11 @@ from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError
 from oasis_jax.mlp import MLP
 from oasis_jax.norms import Norm
+from oasis_jax.numerics import FLOAT, Numerics
 from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, matrix
 from oasis_jax.remat import rematerialized
 from oasis_jax.routing import Router
-from oasis_jax.stack import WIRINGS, router_names
+from oasis_jax.stack import WIRINGS, router_names, sublayer_names
 from oasis_jax.statistics import AttentionStatistics, Statistics
 
 Inputs = Int[Array, "B T"] | Float[Array, "B T I"]
@@ -50,34 +51,38 @@ def ends_parameters(config: ModelConfig) -> dict[str, ParameterSpec]:
     return specs if config.tied_head else specs | {"head": matrix((width, vocab), ("embed", "vocab"), width)}
 
 
-def embed(parameters: Parameters, config: ModelConfig, inputs: Inputs) -> Float[Array, "B T D"]:
+def embed(parameters: Parameters, config: ModelConfig, inputs: Inputs, numerics: Numerics = FLOAT) -> Float[Array, "B T D"]:
     """Token ids are looked up, vectors projected; the result has the compute type."""
     if config.inputs == "vectors":
-        return jnp.einsum("BTI,ID->BTD", inputs.astype(config.dtype), parameters["embedding"].astype(config.dtype))
-    return parameters["embedding"].astype(config.dtype)[inputs]
+        return numerics.einsum("embedding", "BTI,ID->BTD", inputs.astype(config.dtype), parameters["embedding"].astype(config.dtype))
+    return numerics.lookup("embedding", parameters["embedding"].astype(config.dtype), inputs)
 
 
-def unembed(parameters: Parameters, config: ModelConfig, x: Float[Array, "B T D"], constrain: Constrain) -> Outputs:
+def unembed(
+    parameters: Parameters, config: ModelConfig, x: Float[Array, "B T D"], constrain: Constrain, numerics: Numerics = FLOAT
+) -> Outputs:
     """Logits over the padded vocabulary, or output vectors; float32 or better."""
     head = parameters["head"] if "head" in parameters else parameters["embedding"].T
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    outputs = jnp.einsum("BTD,DO->BTO", x, head.astype(x.dtype), preferred_element_type=wide)
+    outputs = numerics.einsum("head", "BTD,DO->BTO", x, head.astype(x.dtype), preferred_element_type=wide)
     return constrain(outputs, ("batch", "length", "vocab" if config.inputs == "tokens" else None))
 
 
 def attention_sublayer(
-    layer: Any, x: Float[Array, "B T D"], segment_ids: Array | None, constrain: Constrain
+    layer: Any, x: Float[Array, "B T D"], segment_ids: Array | None, constrain: Constrain, numerics: Numerics
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], AttentionStatistics]:
     """(output, norm output, statistics) of a layer's attention; `layer` is an NNX or a bound Linen module."""
     normed = layer.attention_norm(x)
-    output, statistics = layer.attention(normed, segment_ids=segment_ids, constrain=constrain)
+    output, statistics = layer.attention(normed, segment_ids=segment_ids, constrain=constrain, numerics=numerics)
     return constrain(output, ("batch", "length", None)), normed, statistics
 
 
-def mlp_sublayer(layer: Any, x: Float[Array, "B T D"], constrain: Constrain) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+def mlp_sublayer(
+    layer: Any, x: Float[Array, "B T D"], constrain: Constrain, numerics: Numerics
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """(output, norm output) of a layer's MLP."""
     normed = layer.mlp_norm(x)
-    return constrain(layer.mlp(normed, constrain=constrain), ("batch", "length", None)), normed
+    return constrain(layer.mlp(normed, constrain=constrain, numerics=numerics), ("batch", "length", None)), normed
 
 
 def decode(
@@ -91,6 +96,7 @@ def decode(
     segment_ids: Int[Array, "B T"] | None,
     constrain: Constrain | None,
     call: Callable,
+    numerics: Numerics = FLOAT,
 ) -> tuple[Outputs, Statistics]:
     """The decoder over callables, shared by NNX and Linen.
 
@@ -101,30 +107,35 @@ def decode(
       final_norm: the norm that the head reads.
       segment_ids, constrain: see `Decoder.__call__`.
       call: call(function, layer, x) runs function(layer, x), rematerialized where the config asks for it.
+      numerics: see `Decoder.__call__`.
     """
     constrain = constrain or unconstrained
     taps = {name: [] for name in ("attention_norm", "attention_output", "mlp_norm", "mlp_output")}
     attentions: list[AttentionStatistics] = []
 
-    def attend(layer, x):
-        output, normed, statistics = call(partial(attention_sublayer, segment_ids=segment_ids, constrain=constrain), layer, x)
+    def attend(layer, name, x):
+        run = partial(attention_sublayer, segment_ids=segment_ids, constrain=constrain, numerics=numerics.within(name))
+        output, normed, statistics = call(run, layer, x)
         attentions.append(statistics)
         taps["attention_norm"].append(normed)
         taps["attention_output"].append(output)
         return output, statistics.null_mass.mean(axis=1)
 
-    def feed(layer, x):
-        output, normed = call(partial(mlp_sublayer, constrain=constrain), layer, x)
+    def feed(layer, name, x):
+        output, normed = call(partial(mlp_sublayer, constrain=constrain, numerics=numerics.within(name)), layer, x)
         taps["mlp_norm"].append(normed)
         taps["mlp_output"].append(output)
         return output, attentions[-1].null_mass.mean(axis=1)
 
-    sublayers = [partial(run, layer) for layer in layers for run in (attend, feed)]
-    embedding = constrain(embed(ends, config, inputs), ("batch", "length", None))
+    kinds = [(run, layer) for layer in layers for run in (attend, feed)]
+    sublayers = [partial(run, layer, name) for (run, layer), name in zip(kinds, sublayer_names(config))]
+    if numerics is not FLOAT:
+        routers = {name: partial(router, numerics=numerics.within(f"{name}.router")) for name, router in routers.items()}
     routers = {name: partial(router, constrain=constrain) for name, router in routers.items()}
-    stack = WIRINGS[config.wiring](config, embedding, sublayers, routers)
+    embedding = constrain(embed(ends, config, inputs, numerics), ("batch", "length", None))
+    stack = WIRINGS[config.wiring](config, embedding, sublayers, routers, numerics)
     final = final_norm(stack.stream)
-    outputs = unembed(ends, config, final, constrain)
+    outputs = unembed(ends, config, final, constrain, numerics)
     taps |= {"layer_output": stack.layer_outputs, "final_norm": [final]}
     return outputs, Statistics(attentions, stack.routers, taps)
 
@@ -163,7 +174,12 @@ class Decoder(nnx.Module):
         self.final_norm = Norm(config, config.width, rngs=rngs)
 
     def __call__(
-        self, inputs: Inputs, *, segment_ids: Int[Array, "B T"] | None = None, constrain: Constrain | None = None
+        self,
+        inputs: Inputs,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        constrain: Constrain | None = None,
+        numerics: Numerics = FLOAT,
     ) -> tuple[Outputs, Statistics]:
         """Runs the decoder.
 
@@ -171,6 +187,7 @@ class Decoder(nnx.Module):
           inputs: token ids [B, T], or vectors [B, T, vector_dim], as `config.inputs` says.
           segment_ids: [B, T]; attention stays within equal ids.
           constrain: function (array, logical axes) -> array that pins the sharding of activations.
+          numerics: how linear layers are computed and activations rounded. Other than FLOAT it is for inference: nothing is rematerialized.
 
         Returns:
           float32 logits [B, T, padded vocabulary] or vectors [B, T, vector_dim], and the Statistics of the pass.
@@ -184,7 +201,9 @@ class Decoder(nnx.Module):
             final_norm=self.final_norm,
             segment_ids=segment_ids,
             constrain=constrain,
-            call=_call if self.config.remat == "none" else partial(_call_rematerialized, self.config.remat),
+            # A numerics that records could not carry what it saw out of a rematerialized function.
+            call=_call if self.config.remat == "none" or numerics is not FLOAT else partial(_call_rematerialized, self.config.remat),
+            numerics=numerics,
         )
 
 

@@ -6,11 +6,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oasis_jax.attention import Constrain, attention, attention_parameters, unconstrained
+from oasis_jax.attention import Constrain, attention, attention_parameters
 from oasis_jax.config import AttentionConfig, ModelConfig, NormConfig, RouterConfig
 from oasis_jax.decoder import Inputs, Outputs, check_model, decode, ends_parameters
 from oasis_jax.mlp import mlp, mlp_parameters
 from oasis_jax.norms import norm, norm_parameters
+from oasis_jax.numerics import FLOAT, Numerics
 from oasis_jax.parameters import ParameterSpec
 from oasis_jax.remat import POLICIES
 from oasis_jax.routing import Evidence, Sources, route, router_parameters
@@ -60,8 +61,8 @@ class MLP(nn.Module):
     hidden: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], *, constrain: Constrain = unconstrained) -> Float[Array, "B T D"]:
-        return mlp(_declare(self, mlp_parameters(self.width, self.hidden)), x, constrain=constrain)
+    def __call__(self, x: Float[Array, "B T D"], **options) -> Float[Array, "B T D"]:
+        return mlp(_declare(self, mlp_parameters(self.width, self.hidden)), x, **options)
 
 
 class _Ends(nn.Module):
@@ -99,10 +100,15 @@ class Decoder(nn.Module):
         self.final_norm = Norm(config, config.width)
 
     def __call__(
-        self, inputs: Inputs, *, segment_ids: Array | None = None, constrain: Constrain | None = None
+        self,
+        inputs: Inputs,
+        *,
+        segment_ids: Array | None = None,
+        constrain: Constrain | None = None,
+        numerics: Numerics = FLOAT,
     ) -> tuple[Outputs, Statistics]:
         def call(function, layer, x):
-            name = self.config.remat
+            name = self.config.remat if numerics is FLOAT else "none"
             return (function if name == "none" else nn.remat(function, policy=POLICIES[name]))(layer, x)
 
         return decode(
@@ -115,6 +121,7 @@ class Decoder(nn.Module):
             segment_ids=segment_ids,
             constrain=constrain,
             call=call,
+            numerics=numerics,
         )
 
 

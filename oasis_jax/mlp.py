@@ -1,11 +1,11 @@
 """The SwiGLU feed-forward layer."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from oasis_jax.attention import Constrain, unconstrained
+from oasis_jax.numerics import FLOAT, Numerics
 from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, matrix
 
 
@@ -18,12 +18,15 @@ def mlp_parameters(width: int, hidden: int) -> dict[str, ParameterSpec]:
     }
 
 
-def mlp(parameters: Parameters, x: Float[Array, "B T D"], *, constrain: Constrain = unconstrained) -> Float[Array, "B T D"]:
+def mlp(
+    parameters: Parameters, x: Float[Array, "B T D"], *, constrain: Constrain = unconstrained, numerics: Numerics = FLOAT
+) -> Float[Array, "B T D"]:
     """W_down (silu(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202), in x's type."""
     p = {name: value.astype(x.dtype) for name, value in parameters.items()}
-    hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, p["gate"])) * jnp.einsum("BTD,DF->BTF", x, p["up"])
+    gate, up = (numerics.einsum(name, "BTD,DF->BTF", x, p[name]) for name in ("gate", "up"))
+    hidden = jax.nn.silu(gate) * up
     hidden = constrain(hidden, ("batch", "length", "mlp"))
-    return jnp.einsum("BTF,FD->BTD", hidden, p["down"])
+    return numerics.einsum("down", "BTF,FD->BTD", hidden, p["down"])
 
 
 class MLP(ParameterModule):
@@ -32,5 +35,6 @@ class MLP(ParameterModule):
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
         super().__init__(mlp_parameters(width, hidden), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], *, constrain: Constrain = unconstrained) -> Float[Array, "B T D"]:
-        return mlp(self.parameters, x, constrain=constrain)
+    def __call__(self, x: Float[Array, "B T D"], **options) -> Float[Array, "B T D"]:
+        """See `mlp` for the options."""
+        return mlp(self.parameters, x, **options)

@@ -27,6 +27,14 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     return weights / jnp.where(total > 0, total, 1.0)
 
 
+def null_softmax(scores: Scores, mask: Mask, null_logit: float | Float[Array, " N"]) -> tuple[Scores, Array, Array]:
+    """Probabilities [B, N, T, S], null mass and lse [B, N, T] of `pallas_kernels.null_attention`, materialized; of the same definition."""
+    null_logit = jnp.broadcast_to(jnp.asarray(null_logit, scores.dtype), scores.shape[1:2])[:, None]
+    lse = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1, where=mask), null_logit)
+    some = jnp.where(jnp.isfinite(lse), lse, 0.0)  # no allowed key and no null: all masses are 0
+    return jnp.where(mask, jnp.exp(scores - some[..., None]), 0.0), jnp.exp(null_logit - some), lse
+
+
 def clipped(scores: Scores, mask: Mask, config: AttentionConfig) -> Scores:
     """clip((zeta - gamma) * softmax + gamma, 0, 1); gamma given, or -alpha / S (Bondarenko, arXiv 2306.12929, eq. 4)."""
     gamma = config.clip_gamma or -config.clip_alpha / scores.shape[-1]

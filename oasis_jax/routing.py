@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from oasis_jax.attention import Constrain, backend, operator_sharding, unconstrained
 from oasis_jax.config import RouterConfig
+from oasis_jax.numerics import FLOAT, Numerics
 from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
 from oasis_jax.statistics import RouterStatistics
 from pallas_kernels import depth_route
@@ -41,13 +42,22 @@ def coupling_strength(beta_raw: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.minimum(jax.nn.softplus(beta_raw), MAX_BETA)
 
 
-def projected_query(query: Float[Array, "D C"], key: Float[Array, "D C"], last: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def projected_query(
+    query: Float[Array, "D C"], key: Float[Array, "D C"], last: Float[Array, "B T D"], numerics: Numerics = FLOAT
+) -> Float[Array, "B T D"]:
     """u = W_k^T (W_q v_last): the key projection absorbed into the query, so that scores are u . v_i and no key is ever made."""
-    return jnp.einsum("BTC,DC->BTD", jnp.einsum("BTD,DC->BTC", last, query.astype(last.dtype)), key.astype(last.dtype))
+    short = numerics.einsum("query", "BTD,DC->BTC", last, query.astype(last.dtype))
+    return numerics.einsum("key", "BTC,DC->BTD", short, key.astype(last.dtype))
 
 
 def route(
-    parameters: Parameters, config: RouterConfig, sources: Sources, evidence: Evidence, *, constrain: Constrain = unconstrained
+    parameters: Parameters,
+    config: RouterConfig,
+    sources: Sources,
+    evidence: Evidence,
+    *,
+    constrain: Constrain = unconstrained,
+    numerics: Numerics = FLOAT,
 ) -> tuple[Float[Array, "B T D"], RouterStatistics]:
     """Weighs the sources of every token and sums them (OASIS, arXiv 2605.17887; static queries: AttnRes, arXiv 2603.15031).
 
@@ -57,13 +67,14 @@ def route(
       sources: L arrays [B, T, D], oldest first.
       evidence: L arrays [B, T], the null mass of each source's attention, mean over heads; 0 for the embedding.
       constrain: as in `attention`; its attribute `operators` splits the tokens over devices.
+      numerics: how the router's projections are computed and the mixture rounded; scores and weights stay float.
 
     Returns:
       [B, T, D] and the RouterStatistics.
     """
     beta = coupling_strength(parameters["beta_raw"]) if config.coupling else None
     if config.router == "projected":
-        query = projected_query(parameters["query"], parameters["key"], sources[-1])
+        query = projected_query(parameters["query"], parameters["key"], sources[-1], numerics)
         recency = jnp.arange(len(sources), dtype=jnp.promote_types(query.dtype, jnp.float32)) / max(len(sources) - 1, 1)
         options = dict(score_scale=parameters["key"].shape[1] ** -0.5, bias=parameters["recency_bias"] * recency)
     else:
@@ -74,7 +85,7 @@ def route(
         sources, query, null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer], sharding=operator_sharding(constrain),
         implementation=backend("depth_route", config.depth_implementation), **options,
     )  # fmt: skip
-    return output, RouterStatistics(weights, null_mass, beta)
+    return numerics.tap("mixture", output), RouterStatistics(weights, null_mass, beta)
 
 
 class Router(ParameterModule):

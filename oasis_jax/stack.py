@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
+from oasis_jax.numerics import FLOAT, Numerics
 from oasis_jax.routing import Evidence, Sources
 from oasis_jax.statistics import RouterStatistics
 
@@ -44,24 +45,33 @@ def clip(config: ModelConfig, source: Stream) -> Stream:
     return jnp.clip(source, -tau, tau) if tau else source
 
 
-def residual(config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers) -> StackOutput:
+def _sum(config: ModelConfig, name: str, stream: Stream, output: Stream, numerics: Numerics) -> Stream:
+    """The residual sum after the sublayer `name`."""
+    return numerics.within(name).tap("residual_sum", clip(config, stream + output))
+
+
+def residual(
+    config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers, numerics: Numerics = FLOAT
+) -> StackOutput:
     """The ordinary pre-norm transformer."""
     del routers
     stream, streams = embedding, []
-    for sublayer in sublayers:
-        stream = clip(config, stream + sublayer(stream)[0])
+    for name, sublayer in zip(sublayer_names(config), sublayers):
+        stream = _sum(config, name, stream, sublayer(stream)[0], numerics)
         streams.append(stream)
     return StackOutput(stream, streams[1::2], {})
 
 
-def cumulative(config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers) -> StackOutput:
+def cumulative(
+    config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers, numerics: Numerics = FLOAT
+) -> StackOutput:
     """OASIS (arXiv 2605.17887): the candidates a = h + attn and m = h + mlp are routed together with all earlier layers' streams."""
     history, evidence = [embedding], [jnp.zeros(embedding.shape[:2], jnp.float32)]
     stream, streams, statistics = embedding, [], {}
     candidates, candidate_evidence = [], []
     for index, (name, sublayer) in enumerate(zip(sublayer_names(config), sublayers)):
         output, psi = sublayer(stream)
-        candidates, candidate_evidence = [*candidates, clip(config, stream + output)], [*candidate_evidence, psi]
+        candidates, candidate_evidence = [*candidates, _sum(config, name, stream, output, numerics)], [*candidate_evidence, psi]
         stream, statistics[name] = routers[name](history + candidates, evidence + candidate_evidence)
         if index % 2:  # the layer is complete
             history, evidence = [*history, stream], [*evidence, psi]
@@ -70,7 +80,9 @@ def cumulative(config: ModelConfig, embedding: Stream, sublayers: Sequence[Subla
     return StackOutput(stream, streams, statistics)
 
 
-def delta(config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers) -> StackOutput:
+def delta(
+    config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers, numerics: Numerics = FLOAT
+) -> StackOutput:
     """AttnRes (arXiv 2603.15031): every sublayer reads a routed mixture of the embedding and the earlier sublayers' outputs.
 
     With `config.blocks`, sublayers are summed into blocks, the last of which takes the remainder; a block's evidence is
@@ -85,7 +97,8 @@ def delta(config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer],
         output, psi = sublayer(stream)
         output = clip(config, output)
         if members:
-            sources[-1], evidence[-1] = sources[-1] + output, (evidence[-1] * members + psi) / (members + 1)
+            total = numerics.within(sublayer_names(config)[index]).tap("residual_sum", sources[-1] + output)
+            sources[-1], evidence[-1] = total, (evidence[-1] * members + psi) / (members + 1)
         else:
             sources, evidence = [*sources, output], [*evidence, psi]
         members += 1
@@ -98,7 +111,7 @@ def delta(config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer],
     return StackOutput(stream, streams, statistics)
 
 
-WIRINGS: dict[str, Callable[[ModelConfig, Stream, Sequence[Sublayer], Routers], StackOutput]] = {
+WIRINGS: dict[str, Callable[[ModelConfig, Stream, Sequence[Sublayer], Routers, Numerics], StackOutput]] = {
     "residual": residual,
     "cumulative": cumulative,
     "delta": delta,

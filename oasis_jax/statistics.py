@@ -4,10 +4,22 @@ The tuples refer to arrays the forward pass makes anyway or cheaply could; under
 does not use is not computed.
 """
 
+import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from oasis_jax.config import AttentionConfig
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A config among arrays: a pytree node without leaves, so that statistics can leave `jax.jit` with it."""
+
+    config: AttentionConfig
 
 
 class AttentionStatistics(NamedTuple):
@@ -20,6 +32,7 @@ class AttentionStatistics(NamedTuple):
     null_mass: Float[Array, "B N T"]
     first_token_mass: Float[Array, "B N T"]  # probability each query gives to key 0
     lse: Float[Array, "B N T"] | None  # log(exp(b) + sum exp s); None for normalizers without it
+    static: Static | None = None  # how the probabilities follow from query and key; None: not known
 
 
 class RouterStatistics(NamedTuple):

@@ -4,34 +4,19 @@ from collections.abc import Iterable, Mapping
 
 from flax import nnx
 
-from oasis_jax.evaluation.depth import DEPTH
-from oasis_jax.evaluation.evaluator import Batch, Evaluator, Value, run_evaluators
-from oasis_jax.evaluation.outliers import OUTLIERS
-from oasis_jax.evaluation.perplexity import PERPLEXITY
-from oasis_jax.evaluation.sinks import SINKS
-from oasis_jax.evaluation.trigger import TRIGGER
-
-# A new family of measures is one file and one line here.
-EVALUATORS: dict[str, Evaluator] = {
-    "perplexity": PERPLEXITY,
-    "outliers": OUTLIERS,
-    "sinks": SINKS,
-    "depth": DEPTH,
-    "trigger": TRIGGER,
-}
-
-# Metric name -> {"tensor": what is read, "average": how it is reduced, "source": who defined it, "applies_to": where not everywhere}.
-DEFINITIONS = {name: definition for evaluator in EVALUATORS.values() for name, definition in evaluator.definitions.items()}
+from oasis_jax.evaluation.evaluator import Batch, Evaluator, Measurements, Value, of_model, run_evaluators
+from oasis_jax.evaluation.families import DEFAULT, DEFINITIONS, EVALUATORS, choose
+from oasis_jax.evaluation.library import measure
 
 
-def evaluate_model(model: nnx.Module, batches: Iterable[Batch], evaluators: Mapping[str, Evaluator] = EVALUATORS) -> dict[str, Value]:
+def evaluate_model(model: nnx.Module, batches: Iterable[Batch], evaluators: Mapping[str, Evaluator] | None = None) -> dict[str, Value]:
     """Measures a model with one compiled forward pass per batch, whatever the number of evaluators.
 
     Args:
-      model: an `oasis_jax.decoder.Decoder`, or an NNX module with `.config` and the same call.
+      model: an `oasis_jax.decoder.Decoder`; `measure` takes any other.
       batches: dicts of arrays [B, T, ...] with "inputs", "targets" and "weights", as `oasis_jax.data.eval_batches` gives them;
         at least one. "bytes" [B, T], the bytes that each target stands for, adds bits per byte.
-      evaluators: name -> Evaluator.
+      evaluators: name -> Evaluator; the default set where not given.
 
     Returns:
       {metric name: float, nested lists, or None where the metric does not apply}; `DEFINITIONS` says what each one is.
@@ -39,7 +24,22 @@ def evaluate_model(model: nnx.Module, batches: Iterable[Batch], evaluators: Mapp
     Raises:
       ValueError: there is no batch.
     """
-    return run_evaluators(model, batches, evaluators)
+    return measure_model(model, batches, choose(["default"]) if evaluators is None else evaluators).values
 
 
-__all__ = ["DEFINITIONS", "EVALUATORS", "Evaluator", "evaluate_model"]
+def measure_model(model: nnx.Module, batches: Iterable[Batch], evaluators: Mapping[str, Evaluator]) -> Measurements:
+    """The same with what confidence intervals and differences between runs need."""
+    return run_evaluators(*of_model(model), batches, evaluators)
+
+
+__all__ = [
+    "DEFAULT",
+    "DEFINITIONS",
+    "EVALUATORS",
+    "Evaluator",
+    "Measurements",
+    "choose",
+    "evaluate_model",
+    "measure",
+    "measure_model",
+]

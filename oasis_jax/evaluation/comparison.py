@@ -1,11 +1,14 @@
 """Measured runs side by side: which may be compared, which value is best, and how numbers are shown."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from oasis_jax.config import METHOD_FIELDS, PRESETS, Config
-from oasis_jax.evaluation.evaluator import Value
+from oasis_jax.evaluation.bootstrap import Interval
+from oasis_jax.evaluation.evaluator import Measurements, Value
+from oasis_jax.evaluation.interventions import Effect
 
 
 class MeasuredRun(NamedTuple):
@@ -22,6 +25,11 @@ class MeasuredRun(NamedTuple):
     absent: dict[str, str]  # metric -> why it is None
     history: list[dict]  # the lines of its metrics.jsonl
     versions: dict[str, str]
+    measurements: Measurements | None = None  # what intervals and differences come from
+    intervals: Mapping[str, Interval | None] = MappingProxyType({})  # of scalar metrics
+    interventions: Sequence[Effect] = ()
+    view: Mapping | None = None  # as `oasis_jax.evaluation.views.look` says
+    quantization: Mapping[str, dict] = MappingProxyType({})  # by scheme, as `oasis_jax.evaluation.quantization` says
 
 
 class Row(NamedTuple):
@@ -46,6 +54,20 @@ TABLE = (
     Row("first_token_mass", "first-token mass", "lower"),
     Row("first_token_mass_conditional", "first-token mass, without the null", "lower"),
     Row("null_mass", "null mass", "none"),
+    Row("secondary_sink_rate", "secondary sink rate", "lower"),
+    Row("secondary_sink_rate_conditional", "secondary sink rate, without the null", "lower"),
+    Row("attention_entropy", "attention entropy (nats)", "none"),
+    Row("attention_entropy_conditional", "attention entropy, without the null", "none"),
+    Row("max_probability", "largest probability of a row", "none"),
+    Row("max_probability_conditional", "largest probability, without the null", "none"),
+    Row("massive_activations", "massive activations, a sequence", "lower"),
+    Row("largest_activation_ratio", "largest activation / median", "lower"),
+    Row("avg_token_kurtosis", "kurtosis of a token, mean over taps", "lower"),
+    Row("residual_sink_ratio", "residual sink, channel / median", "lower"),
+    Row("residual_sink_share", "residual sink, share of tokens", "lower"),
+    Row("residual_peak", "residual norm, first token / others", "none"),
+    Row("value_drain", "value norm, first token / others", "none"),
+    Row("head_output_norm", "norm of head outputs", "none"),
     Row("non_trigger_first_token_mass", "first-token mass, no trigger", "lower"),
     Row("non_trigger_first_token_mass_max", "… in the strongest head", "lower"),
     Row("non_trigger_null_mass", "null mass, no trigger", "none"),
@@ -57,8 +79,14 @@ TABLE = (
     Row("depth_sink_rate", "depth sink rate, embedding", "none"),
     Row("depth_null_mass", "depth null mass", "none"),
     Row("beta", "coupling beta", "none"),
+    Row("joint_leakage_first_token_identity_outcome", "joint leakage, first token", "lower"),
+    Row("joint_leakage_first_token_attention_only_conditional", "… of attention alone", "lower"),
+    Row("joint_concentration_identity_outcome", "joint concentration", "none"),
+    Row("joint_concentration_attention_only_conditional", "… of attention alone", "none"),
+    Row("joint_negative_entropy_identity_outcome", "joint negative entropy (nats)", "none"),
+    Row("joint_negative_entropy_attention_only_conditional", "… of attention alone", "none"),
 )
-ABSENT = "–"
+ABSENT, NOT_APPLICABLE = "–", "n/a"
 
 
 def show(value: float | None) -> str:
@@ -71,6 +99,28 @@ def show(value: float | None) -> str:
     if size < 0.1:
         return f"{value:.3g}"
     return f"{value:.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
+
+
+def cell(row: Row, run: MeasuredRun) -> str:
+    """A value as shown; what does not apply to a model is told from what was not measured, and is never 0."""
+    if run.metrics[row.name] is None and run.absent.get(row.name, "").startswith("not applicable"):
+        return NOT_APPLICABLE
+    return show(run.metrics[row.name])
+
+
+def interval_text(interval: Interval | None, form: Callable[[float], str] = show) -> str:
+    """ "4.1 to 4.3"; empty without one, and where both ends are the same."""
+    ends = [form(end) for end in interval or ()]
+    return " to ".join(ends) if len(set(ends)) == 2 else ""
+
+
+def change_text(change: float | None) -> str:
+    """A relative change: "+0.31 %"; an en dash for one that is not finite."""
+    if change is None:
+        return ABSENT
+    size = abs(100 * change)
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 3
+    return f"{100 * change:+.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def best(row: Row, runs: Sequence[MeasuredRun]) -> set[str]:

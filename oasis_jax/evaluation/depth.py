@@ -5,6 +5,8 @@ import numpy as np
 from jax.scipy.special import xlogy
 
 from oasis_jax.config import ModelConfig
+from oasis_jax.evaluation import bootstrap
+from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
 from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
 from oasis_jax.evaluation.sinks import EPSILON
 from oasis_jax.stack import router_names, sublayer_names
@@ -108,31 +110,37 @@ def source_columns(config: ModelConfig) -> tuple[list[str], dict[str, list[int]]
     return ["embedding", *columns], rows
 
 
-def _rows_of(name: str, router: RouterStatistics) -> Rows:
+def foreign_columns(sources: dict[str, int]) -> tuple[list[str], dict[str, list[int]]]:
+    """The same for routers of a foreign model, of which only the numbers of sources are known: "source0" is the oldest."""
+    return [f"source{i}" for i in range(max(sources.values()))], {name: list(range(count)) for name, count in sources.items()}
+
+
+def _rows_of(place: str, router: RouterStatistics) -> Rows:
     weights, null = router.weights, router.null_mass
     entropy = -(xlogy(weights, weights).sum(-1) + xlogy(null, null))
     return {
-        f"weights/{name}": weights.mean(1),
-        f"variance/{name}": weights.var(1),
-        f"entropy/{name}": entropy.mean(1),
-        f"largest/{name}": weights.max(-1).mean(1),
-        f"null/{name}": null.mean(1),
+        f"weights/{place}": weights.mean(1),
+        f"variance/{place}": weights.var(1),
+        f"entropy/{place}": entropy.mean(1),
+        f"largest/{place}": weights.max(-1).mean(1),
+        f"null/{place}": null.mean(1),
     }
 
 
 def read(reading: Reading) -> Rows | None:
-    """Means over tokens: weights and variance [B, sources], the others [B]; beta [B] too, the same for all."""
+    """ "<what>/<number>/<router>" -> means over tokens: weights and variance [B, sources], the others [B]; beta [B], the same for all."""
     rows = {}
-    for name, router in reading.statistics.routers.items():
-        rows |= _rows_of(name, router)
+    for index, (name, router) in enumerate(reading.statistics.routers.items()):
+        place = f"{index:04d}/{name}"  # rows come out of jit in alphabetical order
+        rows |= _rows_of(place, router)
         if router.beta is not None:
-            rows[f"beta/{name}"] = jnp.broadcast_to(router.beta, router.weights.shape[:1])
+            rows[f"beta/{place}"] = jnp.broadcast_to(router.beta, router.weights.shape[:1])
     return rows or None
 
 
-def _matrix(by_router: dict[str, np.ndarray], config: ModelConfig) -> list[list[float | None]]:
-    columns, places = source_columns(config)
-    return [[dict(zip(places[name], row.tolist())).get(i) for i in range(len(columns))] for name, row in by_router.items()]
+def _matrix(by_router: dict[str, np.ndarray], columns: tuple[list[str], dict[str, list[int]]]) -> list[list[float | None]]:
+    names, places = columns
+    return [[dict(zip(places[name], row.tolist())).get(i) for i in range(len(names))] for name, row in by_router.items()]
 
 
 def depth_sinks(weights: list[list[float | None]]) -> list[float | None]:
@@ -142,34 +150,41 @@ def depth_sinks(weights: list[list[float | None]]) -> list[float | None]:
     return [sum(w > EPSILON for w in column) / len(column) if column else None for column in given]
 
 
-def finish(rows: dict[str, np.ndarray] | None, config: ModelConfig) -> dict[str, Value]:
+def _share_of_sinks(means: np.ndarray) -> np.ndarray:
+    return (means > EPSILON).mean(-1)
+
+
+def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
     """Means over sequences, then over routers."""
-    if rows is None:
-        return dict.fromkeys(DEFINITIONS)
-    mean = {kind: {} for kind in ("weights", "variance", "entropy", "largest", "null", "beta")}
-    for router in router_names(config):  # rows come out of jit in alphabetical order
-        for kind, by_router in mean.items():
-            if f"{kind}/{router}" in rows:
-                by_router[router] = rows[f"{kind}/{router}"].mean(0)
-    weights = _matrix(mean["weights"], config)
-    sinks = depth_sinks(weights)
-    average = {
-        kind: float(np.mean(list(values.values()))) for kind, values in mean.items() if kind not in ("weights", "variance") and values
-    }
-    return {
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for place, values in rows.items():
+        kind, _, router = place.split("/", 2)
+        found.setdefault(kind, {})[router] = values
+    sources = {name: values.shape[1] for name, values in found["weights"].items()}
+    columns = source_columns(config) if config else foreign_columns(sources)
+    weights = _matrix({name: values.mean(0) for name, values in found["weights"].items()}, columns)
+
+    def average(kind: str) -> Estimate:
+        return per_sequence(np.stack(list(found[kind].values()), -1), bootstrap.mean)
+
+    embedding = {name: values[:, 0] for name, values in found["weights"].items()}
+    wide = [values for name, values in embedding.items() if sources[name] >= MINIMUM_SOURCES]
+    metrics = {
         "depth_weights": weights,
-        "depth_weight_variance": _matrix(mean["variance"], config),
-        "depth_routers": list(mean["weights"]),
-        "depth_sources": source_columns(config)[0],
-        "depth_entropy": average["entropy"],
-        "depth_max_weight": average["largest"],
-        "depth_embedding_weight": float(np.mean([row[0] for row in weights])),
-        "depth_null_mass": average["null"] if config.depth_normalizer == "softmax1" else None,
-        "depth_sink_rate": sinks[0],
-        "depth_sink_rate_by_source": None if sinks[0] is None else sinks,
-        "beta": average.get("beta"),
-        "beta_by_router": [float(value) for value in mean["beta"].values()] or None,
+        "depth_weight_variance": _matrix({name: values.mean(0) for name, values in found["variance"].items()}, columns),
+        "depth_routers": list(sources),
+        "depth_sources": columns[0],
+        "depth_entropy": average("entropy"),
+        "depth_max_weight": average("largest"),
+        "depth_embedding_weight": per_sequence(np.stack(list(embedding.values()), -1), bootstrap.mean),
     }
+    if any(values.any() for values in found["null"].values()):  # depth softmax has a null mass of exactly 0
+        metrics["depth_null_mass"] = average("null")
+    if wide:
+        metrics |= {"depth_sink_rate": per_sequence(np.stack(wide, -1), _share_of_sinks), "depth_sink_rate_by_source": depth_sinks(weights)}
+    if "beta" in found:
+        metrics |= {"beta": average("beta").value, "beta_by_router": [float(values[0]) for values in found["beta"].values()]}
+    return metrics
 
 
 DEPTH = Evaluator(read, finish, DEFINITIONS)

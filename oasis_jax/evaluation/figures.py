@@ -1,4 +1,4 @@
-"""The pictures of a report, each a row of small panels: as SVG for the page, one panel each, and as one PNG file.
+"""The pictures of a report, each a row of small panels: as SVG for the page, one panel each, and as one PNG and one SVG file.
 
 The ink of an SVG is a CSS variable, so that the page's light and dark colours hold inside the pictures too.
 """
@@ -60,11 +60,12 @@ class Picture:
     """Panels that belong together.
 
     Attributes:
-      name: of the PNG file.
+      name: of the files.
       title, caption: what is shown, in which unit, and how to read it.
       panels: in order.
       scale: (lowest, highest, unit) of the colours all panels share; None for curves.
       legend: label -> index of its colour; empty for heat maps.
+      on_page: whether the page shows the panels; the page shows text in a form of its own.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Picture:
     panels: Sequence[Panel]
     scale: tuple[float, float, str] | None = None
     legend: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    on_page: bool = True
 
 
 def color(index: int) -> str:
@@ -182,6 +184,88 @@ def curves(
     return Panel(title, 2.5, draw)
 
 
+def histograms(title: str, shares: Mapping[int, Sequence[float]], edges: Sequence[float], *, across: str) -> Panel:
+    """Outlines of histograms over bins of equal width in the logarithm, by the index of their model; both axes logarithmic."""
+
+    def draw(axes: Axes, ink: Ink) -> None:
+        for index, values in shares.items():
+            heights = 100 * np.where(np.asarray(values, float) > 0, values, np.nan)
+            axes.stairs(heights, edges, color=color(index), linewidth=1.6, linestyle="-" if index < len(COLORS) else "--", baseline=None)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(across)
+        axes.set_ylabel("% of values (log scale)")
+        _plain(axes, ink, grid=True)
+
+    return Panel(title, 2.6, draw)
+
+
+Bar = tuple[float, float | None, float | None]  # value, and the ends of its interval
+
+
+def bars(
+    title: str, values: Mapping[int, Sequence[Bar | None]], names: Sequence[str], *, across: str, form: Callable[[float], str]
+) -> Panel:
+    """Horizontal bars, a group a name, by the index of their model; None leaves a gap, and says that there is nothing."""
+    sizes = np.abs([bar[0] for group in values.values() for bar in group if bar is not None])
+    logarithmic = len(sizes) > 0 and sizes.max() > _WIDE * np.median(sizes) > 0
+    ends = [end for group in values.values() for bar in group if bar for end in bar if end is not None]
+
+    def draw(axes: Axes, ink: Ink) -> None:
+        thick = 0.8 / len(values)
+        for place, (index, group) in enumerate(values.items()):
+            for row, bar in enumerate(group):
+                y = row - 0.4 + (place + 0.5) * thick
+                if bar is None:
+                    axes.annotate(
+                        "not finite", (0, y), (4, 0), textcoords="offset points", va="center", color=ink.muted, fontsize=FONT_SIZE - 1
+                    )
+                    continue
+                value, low, high = bar
+                axes.barh(y, value, height=0.86 * thick, color=color(index))
+                if low is not None:
+                    axes.plot([low, high], [y, y], color=ink.text, linewidth=1.1)
+                at = max(0.0, *(end for end in bar if end is not None))
+                axes.annotate(form(value), (at, y), (4, 0), textcoords="offset points", va="center", color=ink.text, fontsize=FONT_SIZE - 1)
+        axes.axvline(0, color=ink.muted, linewidth=0.8)
+        if logarithmic:
+            axes.set_xscale("symlog", linthresh=float(np.median(sizes)))
+        reach = max([*ends, 0.0]), min([*ends, 0.0])
+        room = (reach[0] - reach[1]) or 1.0
+        axes.set_xlim(reach[1] - 0.04 * room, reach[0] * 4 if logarithmic else reach[0] + 0.3 * room)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.45, -0.55)
+        axes.xaxis.set_major_locator(axes.xaxis.get_major_locator() if logarithmic else MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(across + (" (logarithmic beyond the median)" if logarithmic else ""))
+        _plain(axes, ink, grid=False)
+
+    return Panel(title, 0.75 + len(names) * max(0.3, 0.17 * len(values) + 0.08), draw)
+
+
+def token_grid(title: str, text: Sequence[str], values: Sequence[float], top: float, *, columns: int) -> Panel:
+    """Tokens in reading order, a cell each; the colour is the value, the text what fits."""
+    lines = -(-len(text) // columns)
+    table = np.full(lines * columns, np.nan)
+    table[: len(values)] = 100 * np.asarray(values, float)
+
+    def draw(axes: Axes, ink: Ink) -> None:
+        axes.imshow(np.ma.masked_invalid(table.reshape(lines, columns)), cmap=HEAT, vmin=0, vmax=100 * top, aspect="auto")
+        for i, token in enumerate(text):
+            dark = table[i] > 56 * top
+            axes.text(i % columns, i // columns, token[:4].replace("$", r"\$"), ha="center", va="center", family="monospace",
+                      fontsize=FONT_SIZE - 2, color="#ffffff" if dark else "#1c2430")  # fmt: skip
+        axes.set_xticks([])
+        axes.set_yticks([])
+        _plain(axes, ink, grid=False)
+
+    return Panel(title, 0.35 + 0.2 * lines, draw)
+
+
 # Output
 
 
@@ -208,14 +292,24 @@ def _for_page(text: str) -> str:
     return re.sub(r"\n\s*", "\n", text)
 
 
-def save_png(picture: Picture, folder: pathlib.Path) -> pathlib.Path:
-    """Writes all panels of a picture, three a row at most, with title, legend and colour bar; returns the file."""
+def save(picture: Picture, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes all panels of a picture, three a row at most, with title, legend and colour bar; returns the PNG and the SVG file."""
+    figure = _figure(picture)
+    png, vector = folder / f"{picture.name}.png", folder / f"{picture.name}.svg"
+    FigureCanvasAgg(figure)
+    figure.savefig(png)
+    FigureCanvasSVG(figure)
+    with matplotlib.rc_context({"svg.hashsalt": "oasis_jax"}):  # so that equal numbers make equal files
+        figure.savefig(vector, metadata={"Date": None})
+    return png, vector
+
+
+def _figure(picture: Picture) -> Figure:
     ink = Ink()
     columns = min(len(picture.panels), 3 if len(picture.panels) != 4 else 2)
     lines = -(-len(picture.panels) // columns)
     height = max(panel.height for panel in picture.panels) + 0.35
     figure = Figure(figsize=(PANEL_WIDTH * columns + (0.6 if picture.scale else 0), height * lines + 0.55), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(picture.panels) :]:
@@ -237,9 +331,7 @@ def save_png(picture: Picture, folder: pathlib.Path) -> pathlib.Path:
             for label, i in picture.legend.items()
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=FONT_SIZE)
-    path = folder / f"{picture.name}.png"
-    figure.savefig(path)
-    return path
+    return figure
 
 
 def scale_css() -> str:

@@ -1,10 +1,10 @@
 """How well the model predicts: perplexity and bits per byte for tokens, the squared error for vectors."""
 
-import math
-
+import jax.numpy as jnp
 import numpy as np
 
 from oasis_jax.config import ModelConfig
+from oasis_jax.evaluation.bootstrap import Estimate
 from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
 from oasis_jax.training.loss import token_losses
 
@@ -35,11 +35,16 @@ DEFINITIONS = {
 }
 
 
-def read(reading: Reading) -> Rows:
-    """Per sequence: sum of weighted losses, sum of weights and, where the batch has "bytes" [B, T], the bytes of its targets."""
-    weights = reading.batch["weights"]
+def read(reading: Reading) -> Rows | None:
+    """Per sequence: the sum of weighted losses by its name, of weights and, where the batch has "bytes" [B, T], of its targets' bytes."""
+    if "targets" not in reading.batch:
+        return None
+    targets = reading.batch["targets"]
+    weights = reading.batch["weights"] if "weights" in reading.batch else jnp.ones(targets.shape[:2], jnp.float32)
+    tokens = jnp.issubdtype(targets.dtype, jnp.integer)
+    config = reading.config or ModelConfig(inputs="tokens" if tokens else "vectors")
     rows = {
-        "loss": (token_losses(reading.outputs, reading.batch, reading.config) * weights).sum(-1),
+        "nats" if tokens else "squared_error": (token_losses(reading.outputs, reading.batch, config) * weights).sum(-1),
         "weight": weights.sum(-1),
     }
     if "bytes" in reading.batch:
@@ -47,20 +52,19 @@ def read(reading: Reading) -> Rows:
     return rows
 
 
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf  # of more, Python's raises
+def _exp(means: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.exp(means[..., 0])
 
 
-def finish(rows: dict[str, np.ndarray], config: ModelConfig) -> dict[str, Value]:
+def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
     """Sums over all tokens before dividing, so that a short sequence counts for what it holds."""
-    loss = float(rows["loss"].sum() / rows["weight"].sum())
-    tokens = config.inputs == "tokens"
-    return {
-        "loss": loss,
-        "perplexity": _exp(loss) if tokens else None,
-        "bits_per_byte": float(rows["loss"].sum() / np.log(2) / rows["bytes"].sum()) if "bytes" in rows else None,
-        "squared_error": None if tokens else loss,
-    }
+    del config
+    rows = {name: values[:, None] for name, values in rows.items()}
+    if "squared_error" in rows:
+        return dict.fromkeys(("loss", "squared_error"), Estimate(rows["squared_error"], rows["weight"]))
+    found = {"loss": Estimate(rows["nats"], rows["weight"]), "perplexity": Estimate(rows["nats"], rows["weight"], _exp)}
+    return found | ({"bits_per_byte": Estimate(rows["nats"] / np.log(2), rows["bytes"])} if "bytes" in rows else {})
 
 
 PERPLEXITY = Evaluator(read, finish, DEFINITIONS)

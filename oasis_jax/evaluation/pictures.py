@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from oasis_jax.evaluation.comparison import MeasuredRun
-from oasis_jax.evaluation.figures import Panel, Picture, curves, heat_map, strip_map
+from oasis_jax.evaluation.comparison import MeasuredRun, change_text
+from oasis_jax.evaluation.figures import Panel, Picture, bars, curves, heat_map, histograms, strip_map, token_grid
 
 Runs = Sequence[MeasuredRun]
 
@@ -20,9 +20,12 @@ def pictures(runs: Runs) -> list[Picture]:
         _by_head(runs, "first_token_mass_by_head", "sink_mass", "Attention on the first token, by layer and head", _SINK_CAPTION),
         _by_head(runs, "null_mass_by_head", "null_mass", "Attention on the null, by layer and head", _NULL_CAPTION),
         _by_position(runs),
+        *_tokens(runs),
         _depth(runs),
         _per_layer(runs, "inf_norm_by_tap", "inf_norm", "Largest activation, by layer", "max |x|", _NORM_CAPTION),
         _per_layer(runs, "kurtosis_by_tap", "kurtosis", "Kurtosis of activations, by layer", "kurtosis", _KURTOSIS_CAPTION),
+        _histograms(runs),
+        _quantization(runs),
         _training(runs),
     ]
     return [picture for picture in found if picture.panels]
@@ -104,8 +107,73 @@ def _per_layer(runs: Runs, name: str, file: str, title: str, unit: str, caption:
     for kind, words in _TAPS.items():
         values = {i: np.array(run.metrics[name][kind], float) for i, run in _having(runs, name)}  # None, not finite, becomes NaN
         lines = {i: (range(len(y)), y) for i, y in values.items() if np.isfinite(y).any()}
-        panels.append(curves(words, lines, across="layer", along=unit, marks=True, linear=False))
+        if lines:
+            panels.append(curves(words, lines, across="layer", along=unit, marks=True, linear=False))
     return Picture(file, title, caption, panels, legend=_legend(runs))
+
+
+def _histograms(runs: Runs) -> Picture:
+    panels = []
+    viewed = {index: run.view for index, run in enumerate(runs) if run.view}
+    for kind, words in _TAPS.items() if viewed else ():
+        shares = {index: view["histograms"][kind] for index, view in viewed.items()}
+        panels.append(histograms(words, shares, next(iter(viewed.values()))["edges"], across="|x| / root mean square (log scale)"))
+    caption = "Share of the values of one held-out batch by size, over layers; each tensor in units of its own root mean square. Outliers are the tail on the right."
+    return Picture("histograms", "How large activations are", caption, panels, legend=_legend(runs))
+
+
+def token_scale(runs: Runs, name: str) -> float:
+    """The end of the colour scale of a token view, shared by all runs: the largest value but for the two largest per cent."""
+    values = [run.view["tokens"][name] for run in runs if run.view and run.view["tokens"] and run.view["tokens"][name]]
+    return _top([[[np.quantile(row, 0.98)]] for row in values]) if values else 1.0
+
+
+TOKEN_VIEWS = {
+    "received": ("Attention each token receives", "mean over the queries that see it, layers and heads"),
+    "null": ("Attention each token sends to the null", "mean over layers and heads"),
+}
+_GRID_COLUMNS = 32
+
+
+def _tokens(runs: Runs) -> list[Picture]:
+    """The token views as files; the page shows the same over running text."""
+    found = []
+    for name, (title, average) in TOKEN_VIEWS.items():
+        top, panels = token_scale(runs, name), []
+        for run in runs:
+            tokens = run.view and run.view["tokens"]
+            if tokens and tokens[name]:
+                text = [token.replace("\n", "\u21b5") for token in tokens["text"]]
+                panels.append(token_grid(run.label, text, tokens[name], top, columns=_GRID_COLUMNS))
+        caption = f"The first held-out sequence; {average}."
+        found.append(Picture(f"tokens_{name}", title, caption, panels, (0.0, top, "% of attention, or more"), on_page=False))
+    return found
+
+
+def schemes(runs: Runs) -> list[str]:
+    """The quantization schemes of the runs, in the order asked for."""
+    return list(dict.fromkeys(name for run in runs for name in run.quantization))
+
+
+def _quantization(runs: Runs) -> Picture:
+    names, values = schemes(runs), {}
+    for index, run in enumerate(runs):
+        if run.quantization:
+            values[index] = [_bar(run.quantization[name]) for name in names]
+    panels = [bars("change from float", values, names, across="%", form=lambda value: change_text(value / 100))] if values else []
+    units = {"squared error" if run.tokenizer is None else "perplexity" for run in runs}
+    caption = (
+        f"Change in {' or '.join(sorted(units))} from float, in per cent; lines are 95 % intervals of the change, over held-out sequences. "
+        "What is rounded is listed below."
+    )
+    return Picture("quantization", "What quantization costs", caption, panels, legend=_legend(runs))
+
+
+def _bar(found: dict) -> tuple[float, float | None, float | None] | None:
+    if found["relative_change"] is None:
+        return None
+    low, high = found["interval"] or (None, None)
+    return tuple(None if x is None else 100 * x for x in (found["relative_change"], low, high))
 
 
 def _windows(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:

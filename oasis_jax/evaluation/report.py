@@ -5,19 +5,24 @@ import pathlib
 from collections.abc import Sequence
 
 from oasis_jax.evaluation import DEFINITIONS
+from oasis_jax.evaluation.bootstrap import DESCRIPTION, LEVEL
 from oasis_jax.evaluation.comparison import (
     ABSENT,
+    NOT_APPLICABLE,
     MeasuredRun,
+    Row,
     best,
+    cell,
     describe_data,
     groups,
+    interval_text,
     method,
     not_comparable,
     rows,
-    show,
 )
-from oasis_jax.evaluation.figures import Picture, color, save_png, scale_css, svg
+from oasis_jax.evaluation.figures import Picture, color, save, scale_css, svg
 from oasis_jax.evaluation.pictures import pictures
+from oasis_jax.evaluation.sections import interventions, quantized, token_views
 from oasis_jax.evaluation.words import findings, summary
 
 _CSS = """
@@ -28,6 +33,7 @@ _CSS = """
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 var(--font); }
 main { max-width: 1240px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; text-wrap: balance; }
+h1, h3, p, li, dt, dd, .key { overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 0 0 .2rem; }
 h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .3rem; display: flex; align-items: center; gap: .45rem; }
 section { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 1.15rem 1.25rem 1.25rem; margin-top: 1.1rem; }
@@ -38,15 +44,18 @@ section { background: var(--card); border: 1px solid var(--grid); border-radius:
 .chip { width: .75em; height: .75em; border-radius: 3px; display: inline-block; flex: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .34rem 0 .34rem 1.3rem; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: bottom; }
+th, td { padding: .34rem 0 .34rem 1.3rem; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: baseline; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); padding-left: 1.1em; text-indent: -1.1em; min-width: 9rem; }
-thead th { font-weight: 600; } thead small { display: block; font-weight: 400; color: var(--muted); }
+thead th { font-weight: 600; vertical-align: bottom; } small { display: block; font-weight: 400; color: var(--muted); }
 th i, td i { display: inline-block; width: 1.1em; font-style: normal; color: var(--muted); text-indent: 0; } td b { color: var(--accent); }
 tbody tr:last-child > * { border-bottom: 0; }
 figure { margin: 0; } .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 310px), 1fr)); gap: 1.1rem 1.4rem; }
 .panel { max-width: 460px; } .panel svg { display: block; width: 100%; height: auto; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem; margin: 0 0 .8rem; align-items: center; }
 .key span { display: inline-flex; align-items: center; gap: .4rem; } .bar { width: min(9rem, 30vw); height: .75rem; border-radius: 3px; background: SCALE; }
+.text { font: .84rem/1.75 ui-monospace, 'DejaVu Sans Mono', monospace; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 92ch; margin: 0 0 .9rem; }
+.text i { font-style: normal; border-radius: 2px; padding: .12em 0; color: #1c2430; } .text i.d { color: #ffffff; }
+td small, td.small { font-size: .76rem; white-space: nowrap; } td.left, th.left { text-align: left; }
 summary { cursor: pointer; font-weight: 600; } dl { font-size: .9rem; margin: .8rem 0 0; } dt { font-weight: 600; margin-top: .6rem; font-family: ui-monospace, monospace; }
 dd { margin: 0; color: var(--muted); max-width: 95ch; }
 @media (max-width: 600px) { main { padding: 1.2rem .7rem 3rem; } section { padding: .95rem .85rem 1rem; } h1 { font-size: 1.4rem; } table { font-size: .82rem; }
@@ -55,11 +64,11 @@ dd { margin: 0; color: var(--muted); max-width: 95ch; }
 
 
 def write_report(runs: Sequence[MeasuredRun], folder: pathlib.Path) -> pathlib.Path:
-    """Writes folder/index.html and folder/figures/*.png, and returns the page's path."""
+    """Writes folder/index.html and folder/figures/*.png and *.svg, and returns the page's path."""
     found = pictures(runs)
     (folder / "figures").mkdir(exist_ok=True)
     for picture in found:
-        save_png(picture, folder / "figures")
+        save(picture, folder / "figures")
     page = folder / "index.html"
     page.write_text(_page(runs, found), encoding="utf-8")
     return page
@@ -89,7 +98,10 @@ def _page(runs: Sequence[MeasuredRun], found: Sequence[Picture]) -> str:
         f"<h1>{_text(names)}</h1>{leads}"
         + (f'<p class="warn">{_text(warning)}</p>' if warning else "")
         + tables
-        + "".join(_picture(picture, runs) for picture in found)
+        + "".join(_picture(picture, runs) for picture in found if picture.on_page)
+        + token_views(runs)
+        + quantized(runs)
+        + interventions(runs)
         + _definitions()
         + _origins(runs)
         + "\n</main></body></html>\n"
@@ -110,16 +122,22 @@ def _table(group: Sequence[MeasuredRun], runs: Sequence[MeasuredRun]) -> str:
     body = []
     for row in rows(group):
         winners = best(row, group)
-        cells = "".join(
-            f"<td>{f'<b>{show(run.metrics[row.name])}</b>' if run.label in winners else show(run.metrics[row.name])}</td>" for run in group
-        )
+        cells = "".join(_cell(row, run, run.label in winners) for run in group)
         way = "↓" if row.direction == "lower" else ""
         body.append(f'<tr><td title="{_text(row.name)}"><i>{way}</i>{_text(row.title)}</td>{cells}</tr>')
     return (
         f'<section><h2>Measures</h2><p class="note">{_text(describe_data(group))}. ↓: lower is better, the best value in bold; no arrow: neither '
-        f"direction is better; {ABSENT}: does not apply to this model.</p>"
+        f"direction is better; {NOT_APPLICABLE}: does not apply to this model; {ABSENT}: not measured. Below a value its {100 * LEVEL:.0f} % interval "
+        f"({DESCRIPTION['method']}, {DESCRIPTION['draws']} draws, seed {DESCRIPTION['seed']}).</p>"
         f'<div class="scroll"><table><thead><tr><th><i></i>measure</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div></section>\n'
     )
+
+
+def _cell(row: Row, run: MeasuredRun, wins: bool) -> str:
+    value = cell(row, run)
+    title = f' title="{_text(run.absent[row.name])}"' if row.name in run.absent else ""
+    interval = interval_text(run.intervals.get(row.name))
+    return f"<td{title}>{f'<b>{value}</b>' if wins else value}" + (f"<small>{interval}</small>" if interval else "") + "</td>"
 
 
 def _picture(picture: Picture, runs: Sequence[MeasuredRun]) -> str:

@@ -1,40 +1,63 @@
 """From workdirs to a report: load each run from its checkpoint alone, measure it on its held-out data, write down what was found."""
 
+import itertools
 import json
 import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
-from oasis_jax.data import Tokenizer, eval_batches, load_corpus
+from oasis_jax.data import Corpus, Tokenizer, eval_batches, load_corpus
 from oasis_jax.errors import UserError
-from oasis_jax.evaluation import DEFINITIONS, EVALUATORS, evaluate_model
+from oasis_jax.evaluation import DEFINITIONS, Evaluator, bootstrap, choose, measure_model
 from oasis_jax.evaluation.comparison import MeasuredRun, groups, not_comparable
 from oasis_jax.evaluation.evaluator import Batch
+from oasis_jax.evaluation.interventions import INTERVENTIONS, intervene
+from oasis_jax.evaluation.interventions import choose as choose_interventions
+from oasis_jax.evaluation.quantization import Scheme, parse_schemes, quantization
 from oasis_jax.evaluation.report import write_report
+from oasis_jax.evaluation.views import look
 from oasis_jax.training.checkpoints import LoadedRun, check_corpus, load_run
 from oasis_jax.training.metrics import read_metrics
 
 
-def evaluate(workdirs: Sequence[str | os.PathLike], report: str | os.PathLike, *, num_batches: int | None = None) -> list[MeasuredRun]:
+def evaluate(
+    workdirs: Sequence[str | os.PathLike],
+    report: str | os.PathLike,
+    *,
+    num_batches: int | None = None,
+    measures: Sequence[str] = ("default",),
+    interventions: Sequence[str] = (),
+    quantize: Sequence[str] = (),
+) -> list[MeasuredRun]:
     """Measures runs and writes report/metrics.json, report/index.html and report/figures/*.png.
 
     Args:
       workdirs: of trained runs; each is loaded from its newest whole checkpoint.
       report: folder, made where it is missing.
       num_batches: held-out batches to read; None: as many as each run's own evaluations (run.eval_batches).
+      measures: names of families of measures; "default" and "all" stand for several.
+      interventions: names of interventions, or "all"; see `oasis_jax.evaluation.interventions`.
+      quantize: quantization schemes such as "w8a8_tensor" or "w4a8+smooth"; each is measured beside float.
 
     Raises:
-      UserError: a workdir twice or without a run, a corpus that is not the run's, a report that cannot be written.
+      UserError: a workdir twice or without a run, a corpus that is not the run's, an unknown measure,
+        intervention or scheme, a report that cannot be written.
     """
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches: must be at least 1, got {num_batches}")
+    evaluators, interventions = choose(measures, "--measures"), choose_interventions(interventions, "--interventions")
+    schemes = parse_schemes(quantize)
     labels, folder = unique_labels(workdirs), _writable(report)
     loaded = [load_run(workdir) for workdir in workdirs]  # all of them, before the first is measured
-    runs = [measure_run(run, workdir, label, num_batches) for run, workdir, label in zip(loaded, workdirs, labels)]
+    runs = [
+        measure_run(run, workdir, label, num_batches, evaluators, interventions, schemes)
+        for run, workdir, label in zip(loaded, workdirs, labels)
+    ]
     text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
     write_report(runs, folder)
@@ -68,8 +91,16 @@ def _writable(report: str | os.PathLike) -> pathlib.Path:
     return folder
 
 
-def measure_run(run: LoadedRun, workdir: str | os.PathLike, label: str, num_batches: int | None) -> MeasuredRun:
-    """Finds the held-out data of a run again and runs every evaluator on it."""
+def measure_run(
+    run: LoadedRun,
+    workdir: str | os.PathLike,
+    label: str,
+    num_batches: int | None,
+    evaluators: Mapping[str, Evaluator],
+    interventions: Sequence[str] = (),
+    schemes: Mapping[str, Scheme] = MappingProxyType({}),
+) -> MeasuredRun:
+    """Finds the held-out data of a run again and runs evaluators, interventions and quantization schemes on it."""
     try:
         corpus = load_corpus(run.config.data, seed=run.config.run.seed, tokenizer=run.tokenizer)
         check_corpus(corpus, run.corpus_identity)
@@ -78,7 +109,10 @@ def measure_run(run: LoadedRun, workdir: str | os.PathLike, label: str, num_batc
     batches = eval_batches(corpus.heldout, run.config.data, num_batches=num_batches or run.config.run.eval_batches)
     batches = [with_bytes(batch, run.tokenizer) for batch in batches]
     sequences = sum(len(batch["inputs"]) for batch in batches)
-    metrics = evaluate_model(run.model, batches, EVALUATORS)
+    measurements = measure_model(run.model, batches, evaluators)
+    metrics = measurements.values
+    begin_token = run.tokenizer is not None and run.config.data.begin_token
+    effects = intervene(run.model, batches, interventions=interventions, begin_token=begin_token) if interventions else []
     return MeasuredRun(
         label=label,
         workdir=str(workdir),
@@ -87,11 +121,24 @@ def measure_run(run: LoadedRun, workdir: str | os.PathLike, label: str, num_batc
         corpus=run.corpus_identity,
         tokenizer=run.tokenizer and run.tokenizer.identity,
         samples={"sequences": sequences, "positions": sequences * batches[0]["inputs"].shape[1]},
-        metrics={name: _finite(value) for name, value in metrics.items()},
-        absent={name: _why_absent(name, value) for name, value in metrics.items() if _finite(value) is None},
+        metrics={name: _finite(metrics.get(name)) for name in DEFINITIONS},
+        absent={name: _why_absent(name, metrics) for name in DEFINITIONS if _finite(metrics.get(name)) is None},
         history=read_metrics(workdir),
         versions=run.versions,
+        measurements=measurements,
+        intervals={name: interval and _finite(list(interval)) for name, interval in measurements.intervals().items()},
+        interventions=effects,
+        view=_finite(look(run.model, batches[0], run.tokenizer)),
+        quantization=_finite(_quantized(run, corpus, batches, schemes)),
     )
+
+
+def _quantized(run: LoadedRun, corpus: Corpus, batches: Sequence[Batch], schemes: Mapping[str, Scheme]) -> dict[str, dict]:
+    """Calibrated on as many batches of training data as are measured."""
+    if not schemes:
+        return {}
+    calibration = eval_batches(corpus.train, run.config.data, num_batches=len(batches))
+    return quantization(run.model, batches, calibration, schemes)
 
 
 def with_bytes(batch: Batch, tokenizer: Tokenizer | None) -> Batch:
@@ -111,8 +158,10 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _why_absent(name: str, value) -> str:
-    return f"not applicable: only for {DEFINITIONS[name]['applies_to']}" if value is None else f"not finite: {value}"
+def _why_absent(name: str, metrics: Mapping) -> str:
+    if name not in metrics:
+        return "not measured: --measures does not name it"
+    return f"not applicable: only for {DEFINITIONS[name]['applies_to']}" if metrics[name] is None else f"not finite: {metrics[name]}"
 
 
 def as_json(runs: Sequence[MeasuredRun]) -> dict:
@@ -120,15 +169,31 @@ def as_json(runs: Sequence[MeasuredRun]) -> dict:
     return {
         "comparable": [[run.workdir for run in group] for group in groups(runs)],
         "note": not_comparable(runs),
+        "intervals": bootstrap.DESCRIPTION,
+        "paired": _paired(runs),
         "runs": {run.workdir: _run_as_json(run) for run in runs},
     }
+
+
+def _paired(runs: Sequence[MeasuredRun]) -> list[dict]:
+    """Every two runs: the differences of their scalars with intervals, or why these two cannot be paired."""
+    found = []
+    for one, other in itertools.combinations([run for run in runs if run.measurements], 2):
+        first, second = one.measurements, other.measurements
+        try:
+            pair = {"differences": bootstrap.paired_differences(first.estimates, second.estimates, (first.identity, second.identity))}
+        except UserError as error:
+            pair = {"refused": str(error)}
+        found.append({"first": one.workdir, "second": other.workdir, **_finite(pair)})
+    return found
 
 
 def _run_as_json(run: MeasuredRun) -> dict:
     metrics = {}
     for name, definition in DEFINITIONS.items():
         reason = {"reason": run.absent[name]} if name in run.absent else {}
-        metrics[name] = {"value": run.metrics[name], **reason, **definition, "samples": run.samples}
+        interval = {"interval": run.intervals[name]} if run.intervals.get(name) else {}
+        metrics[name] = {"value": run.metrics[name], **interval, **reason, **definition, "samples": run.samples}
     return {
         "label": run.label,
         "step": run.step,
@@ -136,5 +201,11 @@ def _run_as_json(run: MeasuredRun) -> dict:
         "corpus": run.corpus,
         "tokenizer": run.tokenizer,
         "versions": run.versions,
+        "read": run.measurements and run.measurements.identity,
         "metrics": metrics,
+        "interventions": [
+            _finite(effect._asdict()) | {"what": INTERVENTIONS[effect.intervention], "samples": run.samples} for effect in run.interventions
+        ],
+        "quantization": run.quantization,
+        "view": run.view,
     }

@@ -2,16 +2,14 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from oasis_jax.config import ModelConfig
+from oasis_jax.evaluation.attention_statistics import ATTENDING, conditional_mass, has_null
+from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
 from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
 
 EPSILON = 0.3  # a head whose mean mass on the first token exceeds this has a sink there
-ATTENDING = 1e-4  # rows with less mass than this on tokens say nothing about where that mass lies, in float32
-
-# Normalizers whose probabilities over tokens may sum to less than one.
-WITH_NULL = ("softmax1", "learned_sink", "clipped", "softpick")
 
 _P = "attention probability p of the first token (key 0), every layer l, head h and query, the first query included"
 _CONDITIONAL = (
@@ -38,48 +36,41 @@ DEFINITIONS = {
 }
 
 
-def conditional_mass(mass: Float[Array, "*rows"], null_mass: Float[Array, "*rows"]) -> tuple[Array, Array]:
-    """p / (1 - omega) where at least ATTENDING of the mass is on tokens, 0 elsewhere; and whether it is."""
-    attending = 1 - null_mass > ATTENDING
-    return jnp.where(attending, mass / jnp.where(attending, 1 - null_mass, 1.0), 0.0), attending
-
-
-def read(reading: Reading) -> Rows:
+def read(reading: Reading) -> Rows | None:
     """Sums over queries [B, L, N] and the number of queries in them; means over heads [B, L, T]."""
-    first = jnp.stack([layer.first_token_mass for layer in reading.statistics.attention], 1)  # [B, L, N, T]
+    if not reading.attention:
+        return None
+    first = jnp.stack([layer.first_token_mass for layer in reading.attention], 1)  # [B, L, N, T]
     queries = jnp.full(first.shape[:-1], first.shape[-1])
     rows = {"first_sum": first.sum(-1), "first_count": queries, "first_by_position": first.mean(2)}
-    if reading.config.normalizer in WITH_NULL:
-        null = jnp.stack([layer.null_mass for layer in reading.statistics.attention], 1)
+    if has_null(reading.attention):
+        null = jnp.stack([layer.null_mass for layer in reading.attention], 1)
         share, attending = conditional_mass(first, null)
         rows |= {"null_sum": null.sum(-1), "null_count": queries, "null_by_position": null.mean(2)}
         rows |= {"conditional_sum": share.sum(-1), "conditional_count": attending.sum(-1)}
     return rows
 
 
-def sink_rate(mean_mass: Float[np.ndarray, "S L N"]) -> float:
+def sink_rate(mean_mass: Float[np.ndarray, "S L N"]) -> Estimate:
     """Share of heads whose mean mass on the first token exceeds EPSILON, mean over sequences."""
-    return float((mean_mass > EPSILON).mean())
+    return per_sequence((mean_mass > EPSILON).mean((1, 2)))
 
 
-def _mean_over_queries(rows: dict[str, np.ndarray], name: str) -> Float[np.ndarray, "S L N"] | None:
-    """Divides in float64: a head whose mean is exactly EPSILON stays below the threshold."""
-    return rows[f"{name}_sum"] / np.maximum(rows[f"{name}_count"], 1) if f"{name}_sum" in rows else None
-
-
-def finish(rows: dict[str, np.ndarray], config: ModelConfig) -> dict[str, Value]:
+def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
     """Thresholds every sequence's heads before averaging over sequences."""
     del config
     metrics = {}
     for name, source in (("first_token_mass", "first"), ("first_token_mass_conditional", "conditional"), ("null_mass", "null")):
-        mass = _mean_over_queries(rows, source)
-        metrics[name] = None if mass is None else float(mass.mean())
-        metrics[f"{name}_by_head"] = None if mass is None else mass.mean(0).tolist()
+        if f"{source}_sum" not in rows:
+            continue
+        # Divides in float64: a head whose mean is exactly EPSILON stays below the threshold.
+        mass = rows[f"{source}_sum"] / np.maximum(rows[f"{source}_count"], 1)
+        metrics[name] = per_sequence(mass.mean((1, 2)))
+        metrics[f"{name}_by_head"] = mass.mean(0).tolist()
         if source != "null":
-            metrics["sink_rate" + name.removeprefix("first_token_mass")] = None if mass is None else sink_rate(mass)
+            metrics["sink_rate" + name.removeprefix("first_token_mass")] = sink_rate(mass)
         if source != "conditional":
-            position = rows.get(f"{source}_by_position")
-            metrics[f"{name}_by_position"] = None if position is None else position.mean(0).tolist()
+            metrics[f"{name}_by_position"] = rows[f"{source}_by_position"].mean(0).tolist()
     return metrics
 
 

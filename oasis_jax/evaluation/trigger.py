@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from oasis_jax.config import ModelConfig
+from oasis_jax.evaluation import bootstrap
+from oasis_jax.evaluation.attention_statistics import has_null
+from oasis_jax.evaluation.bootstrap import Estimate
 from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
-from oasis_jax.evaluation.sinks import WITH_NULL
 
 _SOURCE = "trigger-conditional averaging, arXiv 2603.11487"
 _TASK, _NULL_TASK = "the trigger task", "the trigger task and normalizers that leave mass to a null"
@@ -29,29 +31,30 @@ DEFINITIONS = _definitions()
 
 def read(reading: Reading) -> Rows | None:
     """Per kind of query: how many there are [B], and the sums of the masses over them [B, L, N]."""
-    if "trigger" not in reading.batch:
+    if "trigger" not in reading.batch or not reading.attention:
         return None
     trigger = reading.batch["trigger"]
     masks = {"trigger": trigger, "non_trigger": ~trigger & (jnp.arange(trigger.shape[1]) > 0)}
-    masses = ("first_token_mass", "null_mass") if reading.config.normalizer in WITH_NULL else ("first_token_mass",)
+    masses = ("first_token_mass", "null_mass") if has_null(reading.attention) else ("first_token_mass",)
     rows = {f"{kind}_count": mask.sum(-1) for kind, mask in masks.items()}
     for name in masses:
-        mass = jnp.stack([getattr(layer, name) for layer in reading.statistics.attention], 1)
+        mass = jnp.stack([getattr(layer, name) for layer in reading.attention], 1)
         rows |= {f"{kind}_{name}": jnp.einsum("BLNT,BT->BLN", mass, mask) for kind, mask in masks.items()}
     return rows
 
 
-def finish(rows: dict[str, np.ndarray] | None, config: ModelConfig) -> dict[str, Value]:
-    """Sums over all sequences before dividing; None for a kind of query that never occurs."""
+def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
+    """Sums over all sequences before dividing; nothing for a kind of query that never occurs."""
     del config
-    metrics = dict.fromkeys(DEFINITIONS)
+    metrics = {}
     for kind in _KINDS:
         for name in (f"{kind}_first_token_mass", f"{kind}_null_mass"):
-            if rows is not None and name in rows and rows[f"{kind}_count"].any():
-                by_head = rows[name].sum(0) / rows[f"{kind}_count"].sum()
-                metrics |= {name: float(by_head.mean()), f"{name}_by_head": by_head.tolist()}
-    if metrics["non_trigger_first_token_mass_by_head"]:
-        metrics["non_trigger_first_token_mass_max"] = float(np.max(metrics["non_trigger_first_token_mass_by_head"]))
+            if name in rows and rows[f"{kind}_count"].any():
+                totals, counts = rows[name], rows[f"{kind}_count"][:, None]
+                by_head = Estimate(totals.reshape(len(totals), -1), counts, bootstrap.mean)
+                metrics |= {name: by_head, f"{name}_by_head": (totals.sum(0) / counts.sum()).tolist()}
+    if "non_trigger_first_token_mass" in metrics:
+        metrics["non_trigger_first_token_mass_max"] = metrics["non_trigger_first_token_mass"]._replace(reduce=bootstrap.largest)
     return metrics
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from oasis_jax.evaluation.comparison import MeasuredRun, describe_data, having, listed, show
+from oasis_jax.evaluation.bootstrap import paired_differences
+from oasis_jax.evaluation.comparison import MeasuredRun, change_text, describe_data, having, listed, show
 from oasis_jax.evaluation.sinks import EPSILON
 
 Runs = Sequence[MeasuredRun]
@@ -49,8 +50,25 @@ def summary(runs: Runs) -> str:
         ),
     }
     texts = [f"{subject} is {_lowest(runs, name, form)}." for subject, (name, form) in measures.items() if having(runs, name)]
+    texts += _quantization(runs)
     texts += _behind(runs, {name: title, "max_inf_norm": "largest activation", "avg_kurtosis": "kurtosis", "sink_rate": "sink rate"})
     return " ".join(texts + ["Each run was trained once, so small differences may be chance."] * (len(runs) > 1))
+
+
+def _quantization(runs: Runs) -> list[str]:
+    """Which scheme costs each run least and most; or what the only one costs."""
+    costs = {run.label: {name: found["relative_change"] for name, found in run.quantization.items()} for run in runs if run.quantization}
+    finite = {label: {name: change for name, change in cost.items() if change is not None} for label, cost in costs.items()}
+    what = "perplexity" if having(runs, "perplexity") else "squared error"
+    parts = []
+    for label, cost in finite.items():
+        where = f" of {label}" if len(runs) > 1 else ""
+        broken = [name for name in costs[label] if name not in cost]
+        diverges = f"{listed(broken)} breaks it" if broken else ""
+        least, most = (pick(cost, key=lambda name: abs(cost[name]), default=None) for pick in (min, max))
+        span = [f"{change_text(cost[name])} ({name})" for name in dict.fromkeys((least, most)) if name]
+        parts.append(f"the {what}{where}" + (f" by {' to '.join(span)}" if span else "") + (f"; {diverges}" if broken else ""))
+    return [f"Quantization changes {' and '.join(parts)}."] if parts else []
 
 
 def _behind(runs: Runs, measures: dict[str, str]) -> list[str]:
@@ -67,8 +85,27 @@ def _behind(runs: Runs, measures: dict[str, str]) -> list[str]:
 
 def findings(runs: Runs) -> dict[str, str]:
     """Topic -> what there is to say beyond the summary; only topics that apply."""
-    found = {"Null": _null(runs), "Sink task": _sink_task(runs), "Depth": _depth(runs)}
+    found = {"Chance": _chance(runs), "Null": _null(runs), "Sink task": _sink_task(runs), "Depth": _depth(runs)}
     return {topic: " ".join(texts) for topic, texts in found.items() if texts}
+
+
+def _chance(runs: Runs) -> list[str]:
+    """Whether the intervals of the prediction measure tell the best two runs apart on this text."""
+    name = "perplexity" if having(runs, "perplexity") else "squared_error"
+    order = sorted((run for run in having(runs, name) if run.measurements), key=lambda run: run.metrics[name])[:2]
+    if len(order) < 2:
+        return []
+    first, second = (run.measurements for run in order)
+    if first.identity != second.identity:
+        return [f"{order[0].label} and {order[1].label} differ in depth or text, so their difference has no interval."]
+    found = paired_differences(second.estimates, first.estimates, (second.identity, first.identity))[name]
+    if found["interval"] is None:
+        return ["One sequence was read, so no difference has an interval."]
+    low, high = found["interval"]
+    said = "holds for other text of this kind" if low > 0 else "may be chance of the text that was read"
+    title = name.replace("_", " ")
+    between = f"{show(found['difference'])} between {order[1].label} and {order[0].label} (95\N{NO-BREAK SPACE}% interval {show(low)} to {show(high)})"
+    return [f"Paired by sequence, the difference in {title} of {between} {said}."]
 
 
 def _null(runs: Runs) -> list[str]:

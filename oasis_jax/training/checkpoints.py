@@ -270,7 +270,13 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict:
         """What a checkpoint says about itself, as `describe` made it, and its "data_state"."""
-        return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+        found = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+        missing = [name for name in ("config", "corpus", "tokenizer", "versions") if name not in (found or {})]
+        if missing:
+            raise UserError(
+                f"{self.folder}: checkpoint {step} does not say its {', '.join(missing)}; without that its model cannot be built and measured"
+            )
+        return found
 
     def params(self, step: int, abstract: dict) -> dict:
         """Only the parameters of a checkpoint."""

@@ -1,10 +1,12 @@
 """From workdirs to the report: what it says, what it holds, and how it refuses."""
 
+import dataclasses
 import html.parser
 import importlib.util
 import json
 import pathlib
 import re
+import shutil
 
 import pytest
 
@@ -18,7 +20,7 @@ from oasis_jax.evaluation.report import write_report
 from oasis_jax.evaluation.runs import evaluate, unique_labels, with_bytes
 from oasis_jax.evaluation.terminal import print_comparison
 from oasis_jax.evaluation.words import findings, summary
-from oasis_jax.training.checkpoints import Checkpoints, Keep, describe
+from oasis_jax.training.checkpoints import Checkpoints, Keep, describe, load_run
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.metrics import MetricsWriter
 from oasis_jax.training.sharding import make_mesh
@@ -89,15 +91,30 @@ def script():
 
 
 def test_one_run(trained, tmp_path, script, capsys):
-    script.main(["--workdir", str(trained / "oasis"), "--report", str(tmp_path / "out")])
+    script.main(["--workdir", str(trained / "oasis"), "--report", str(tmp_path / "out"), "--quantize=w8a8_tensor+float_head,w4a4_g32"])
     assert f"report: {tmp_path}/out/index.html" in capsys.readouterr().out
     page = check_self_contained((tmp_path / "out" / "index.html").read_text())
     assert page.tags.count("svg") >= 10
     names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
-    assert names == {
-        f"{name}.png" for name in ("sink_mass", "null_mass", "null_mass_by_position", "depth_weights", "inf_norm", "kurtosis", "training")
-    }
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "out" / "figures").iterdir())
+    pictures = ("sink_mass", "null_mass", "null_mass_by_position", "tokens_received", "tokens_null", "depth_weights", "inf_norm", "kurtosis",
+                "histograms", "quantization", "training")  # fmt: skip
+    assert names == {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
+    for path in (tmp_path / "out" / "figures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"][str(trained / "oasis")]
+    assert list(found["quantization"]) == ["w8a8_tensor+float_head", "w4a4_g32"]
+    for scheme in found["quantization"].values():
+        assert scheme["value"] == pytest.approx(scheme["float"] * (1 + scheme["relative_change"]))
+        assert scheme["samples"]["sequences"] == found["metrics"]["perplexity"]["samples"]["sequences"]
+    assert found["quantization"]["w4a4_g32"]["float"] == pytest.approx(found["metrics"]["perplexity"]["value"], rel=1e-5)
+    for text in ("Quantization changes the perplexity by", "float, by option: head.", "layer*.attention.scores", "Always in float: "):
+        assert text in page.text, text
+    # The token view spells the sequence that was read.
+    example = load_corpus(
+        DataConfig(corpus="files", pattern=str(trained / "*.txt"), sequence_length=13, batch_size=3, holdout_fraction=0.3), seed=0
+    )
+    text = example.tokenizer.decode(example.heldout[0]["inputs"]).decode()
+    assert "".join(found["view"]["tokens"]["text"]) == text and text.replace("\n", "\u21b5\n") in page.text
 
 
 def test_three_runs_on_two_kinds_of_data(trained, tmp_path, capsys):
@@ -105,6 +122,7 @@ def test_three_runs_on_two_kinds_of_data(trained, tmp_path, capsys):
     runs = evaluate(workdirs, tmp_path, num_batches=1)
     page = check_self_contained((tmp_path / "index.html").read_text())
     assert page.tags.count("table") == 2
+    assert "n/a" in page.text and "Not applicable: this normalizer leaves nothing to a null." in page.text
     assert "are not comparable" in page.text
     print_comparison(runs)
     printed = " ".join(capsys.readouterr().out.split())
@@ -120,10 +138,57 @@ def test_three_runs_on_two_kinds_of_data(trained, tmp_path, capsys):
             assert {"value", "tensor", "average", "source", "samples"} <= set(metric), name
             assert metric["samples"] == {"sequences": 3, "positions": 39}
             assert ("reason" in metric) == (metric["value"] is None), name
+        first, last = run["metrics"]["sink_rate"]["interval"]
+        assert 0 <= first <= run["metrics"]["sink_rate"]["value"] <= last <= 1
+    assert found["intervals"]["draws"] == 10_000 and "seed" in found["intervals"]
+    same, *others = found["paired"]
+    losses = [run["metrics"]["loss"]["value"] for run in found["runs"].values()]
+    assert same["differences"]["loss"]["difference"] == pytest.approx(losses[0] - losses[1])
+    assert all("cannot be paired, they differ in tokens" in pair["refused"] for pair in others)
     twin = found["runs"][str(workdirs[1])]["metrics"]
+    assert twin["massive_activations"]["reason"].startswith("not measured")
     assert twin["depth_weights"]["value"] is None
     assert twin["depth_weights"]["reason"] == "not applicable: only for models with depth routers"
     assert twin["bits_per_byte"]["value"] > 0
+
+
+def test_interventions_are_written_and_printed(trained, tmp_path, script, capsys):
+    arguments = ["--workdir", str(trained / "oasis"), "--workdir", str(trained / "sink"), "--report", str(tmp_path), "--batches", "1"]
+    script.main([*arguments, "--measures", "sinks,massive", "--interventions", "evidence,softmax,begin_token"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "interventions on oasis" in printed and "begin_token" in printed
+    found = json.loads((tmp_path / "metrics.json").read_text())["runs"]
+    oasis, sink = (found[str(trained / name)]["interventions"] for name in ("oasis", "sink"))
+    assert [row["intervention"] for row in oasis] == ["evidence", "softmax", "begin_token"]
+    assert all(row["interval"][0] <= row["change"] <= row["interval"][1] and row["samples"]["sequences"] == 3 for row in oasis)
+    assert [row["reason"] is None for row in sink] == [False, False, False]
+    assert found[str(trained / "oasis")]["metrics"]["massive_activations"]["value"] == 0.0
+    assert found[str(trained / "oasis")]["metrics"]["loss"]["reason"].startswith("not measured")
+
+
+def test_checkpoint_without_a_config(trained, tmp_path):
+    shutil.copytree(trained / "twin", tmp_path / "bare")
+    (file,) = (tmp_path / "bare" / "checkpoints").glob("*/metadata/metadata")
+    described = json.loads(file.read_text())
+    del described["config"]
+    file.write_text(json.dumps(described))
+    listing = file.parents[1] / "files.json"
+    sizes = json.loads(listing.read_text())
+    listing.write_text(json.dumps(sizes | {"metadata/metadata": file.stat().st_size}))
+    with pytest.raises(UserError, match="checkpoint 1 does not say its config; without that") as error:
+        evaluate([tmp_path / "bare"], tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_runs_with_different_tokenizers_are_compared_per_byte_only(trained, tmp_path, capsys):
+    config = load_run(trained / "twin").config
+    data = dataclasses.replace(config.data, tokenizer="bpe", bpe_vocab_size=300)
+    write_run(tmp_path / "bpe", dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=0), data=data))
+    print_comparison(evaluate([trained / "twin", tmp_path / "bpe"], tmp_path / "out", num_batches=1))
+    assert "Bits per byte may be compared across tokenizers" in " ".join(capsys.readouterr().out.split())
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert len(found["comparable"]) == 2 and "cannot be paired, they differ in tokens" in found["paired"][0]["refused"]
+    assert all(run["metrics"]["bits_per_byte"]["interval"] for run in found["runs"].values())
 
 
 def test_text_of_a_corpus_that_changed_is_refused(trained, tmp_path):
@@ -157,6 +222,11 @@ def test_report_that_cannot_be_written(trained, tmp_path):
         (["--workdir", "nowhere"], "--report"),
         (["--workdir", "a", "--report", "r", "--batch", "3"], "unknown flag --batch (did you mean '--batches'?)"),
         (["--workdir", "a", "--report", "r", "--batches", "x"], "--batches"),
+        (["--workdir", "a", "--report", "r", "--measures", "sink"], "--measures: unknown name 'sink' (did you mean 'sinks'?)"),
+        (["--workdir", "a", "--report", "r", "--measures", ","], "--measures: give at least one of default, all, perplexity"),
+        (["--workdir", "a", "--report", "r", "--interventions", "bet"], "--interventions: unknown name 'bet' (did you mean 'beta'?)"),
+        (["--workdir", "a", "--report", "r", "--measures", "sinks,null_mass"], "'null_mass' is one of the values of 'sinks'"),
+        (["--workdir", "a", "--report", "r", "--quantize=w8a8,w4a4_g16"], "unknown name 'w4a4_g16' (did you mean 'w4a4_g128'?)"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_with_2(arguments, says, script, tmp_path, monkeypatch, capsys):

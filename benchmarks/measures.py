@@ -1,0 +1,75 @@
+"""What measuring costs beside a plain perplexity pass, on the same model: one compiled pass over a batch, and a whole evaluation.
+
+python benchmarks/measures.py [--length 2048] [--batch 2] [--batches 4] [--repetitions 7] [--preset oasis]
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+
+import _harness as harness
+import numpy as np
+from flax import nnx
+
+from oasis_jax.command_line import load_config
+from oasis_jax.decoder import Decoder
+from oasis_jax.evaluation import EVALUATORS, choose, measure_model
+from oasis_jax.evaluation.evaluator import _read, of_model
+
+DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
+VOCAB = 258  # bytes
+
+
+def make_batches(count: int, batch: int, length: int) -> list[dict]:
+    random = np.random.default_rng(0)
+    shape, ones = (batch, length), np.ones((batch, length), np.float32)
+    tokens = [random.integers(VOCAB, size=(2, *shape), dtype=np.int32) for _ in range(count)]
+    return [{"inputs": inputs, "targets": targets, "weights": ones} for inputs, targets in tokens]
+
+
+def evaluation(model, batches, evaluators):
+    """All batches, the averages and the confidence intervals."""
+    found = measure_model(model, batches, evaluators)
+    return found.values, found.intervals()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--preset", default="oasis")
+    arguments = parser.parse_args()
+    config = dataclasses.replace(load_config(DEMO).model.with_preset(arguments.preset), vocab_size=VOCAB)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    batches = make_batches(arguments.batches, arguments.batch, arguments.length)
+    read_model, state, _ = of_model(model)
+    plain = choose(["perplexity"])
+    sets = {"perplexity alone": plain, "default set": choose(["default"]), "full set": EVALUATORS}
+    sets |= {f"perplexity and {name}": plain | {name: EVALUATORS[name]} for name in EVALUATORS if name != "perplexity"}
+    compiled, passes = {}, {}
+    for name, evaluators in sets.items():
+        chosen = tuple(evaluators.values())
+        compiled[name] = _read.lower(read_model, state, batches[0], chosen, None).compile()
+        passes[name] = functools.partial(compiled[name], state, batches[0])
+    results = harness.interleave(passes, repetitions=arguments.repetitions)
+    for name, run in compiled.items():
+        results[name]["temporary_mib"] = run.memory_analysis().temp_size_in_bytes / 2**20
+    whole = {name: functools.partial(evaluation, model, batches, sets[name]) for name in ("perplexity alone", "default set", "full set")}
+    evaluations = harness.interleave(whole, repetitions=max(2, arguments.repetitions // 3))
+    for name in evaluations:
+        evaluations[name]["temporary_mib"] = results[name]["temporary_mib"]
+    for rows in (results, evaluations):
+        for row in rows.values():
+            row["cost"] = row["median_ms"] / rows["perplexity alone"]["median_ms"]
+    what = f"{config.preset}, {config.num_layers} layers of width {config.width}, {config.num_heads} heads, {arguments.batch} x {arguments.length} tokens"
+    titles = {f"one pass, {what}": results, f"a whole evaluation with its intervals, {what} x {arguments.batches}": evaluations}
+    for title, rows in titles.items():
+        harness.show(title, rows, "perplexity alone")
+    harness.save("measures", titles)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What a sink does to values and stream: value drain, residual peak, head outputs (Guo et al., arXiv 2410.13835)."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from oasis_jax.config import ModelConfig
+from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
+from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
+
+_VALUE = "norm ||v|| of the first token's value over the mean of the other tokens', every layer and key head"
+_PEAK = "norm ||h|| of the first token over the mean of the other tokens', every layer's output"
+_HEAD = "norm of each head's output, before the gate and the output projection"
+_GUO = "Guo et al., arXiv 2410.13835"
+_ATTENTION, _TAPS = "models that give the statistics of their attention", "models that give their layers' outputs"
+
+
+def _of(tensor: str, average: str, applies_to: str) -> dict[str, str]:
+    return {"tensor": tensor, "average": average, "source": _GUO, "applies_to": applies_to}
+
+
+DEFINITIONS = {
+    "value_drain": _of(_VALUE, "mean over sequences, layers and key heads", _ATTENTION),
+    "value_drain_by_head": _of(_VALUE, "mean over sequences; layer x key head", _ATTENTION),
+    "residual_peak": _of(_PEAK, "mean over sequences and layers", _TAPS),
+    "residual_peak_by_layer": _of(_PEAK, "mean over sequences; one value a layer", _TAPS),
+    "head_output_norm": _of(_HEAD, "mean over tokens, sequences, layers and heads", _ATTENTION),
+    "head_output_norm_by_head": _of(_HEAD, "mean over tokens and sequences; layer x head", _ATTENTION),
+}
+
+
+def norm(x: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
+    """Over the last axis, in float32 or better."""
+    return jnp.sqrt(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))).sum(-1))
+
+
+def _first_over_others(norms: Float[Array, "B T ..."]) -> Float[Array, "B ..."]:
+    others = norms[:, 1:].mean(1)
+    return norms[:, 0] / jnp.maximum(others, jnp.finfo(others.dtype).tiny)
+
+
+def read(reading: Reading) -> Rows | None:
+    """value_drain [B, L, K], residual_peak [B, L], head_output_norm [B, L, N]."""
+    rows, streams = {}, reading.statistics.taps.get("layer_output", [])
+    if reading.outputs.shape[1] < 2:
+        return None
+    if reading.attention:
+        rows["value_drain"] = jnp.stack([_first_over_others(norm(layer.value)) for layer in reading.attention], 1)
+        rows["head_output_norm"] = jnp.stack([norm(layer.head_output).mean(1) for layer in reading.attention], 1)
+    if streams:
+        rows["residual_peak"] = jnp.stack([_first_over_others(norm(h)) for h in streams], 1)
+    return rows or None
+
+
+def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
+    """Means over sequences."""
+    del config
+    found = {}
+    for name, values in rows.items():
+        by = "by_layer" if values.ndim == 2 else "by_head"
+        found |= {name: per_sequence(values.reshape(len(values), -1).mean(-1)), f"{name}_{by}": values.mean(0).tolist()}
+    return found
+
+
+VALUES = Evaluator(read, finish, DEFINITIONS)

@@ -1,0 +1,344 @@
+"""Quantization against numpy: the grids, the products, whole layers, and what a scheme leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from oasis_jax.attention import attention, attention_parameters
+from oasis_jax.config import PRESETS, AttentionConfig, ModelConfig
+from oasis_jax.decoder import Decoder
+from oasis_jax.errors import UserError
+from oasis_jax.evaluation.quantization import (
+    SCHEMES,
+    Calibration,
+    Quantized,
+    Recorder,
+    beside_float,
+    calibrate,
+    calibration_for,
+    losses,
+    parse_scheme,
+    parse_schemes,
+    quantization,
+    rounded_tensors,
+    smoothing_factors,
+)
+from oasis_jax.evaluation.quantizers import Format, as_matrices, asymmetric, grouped, integer_product, product, symmetric, symmetric_mse
+from oasis_jax.numerics import Numerics
+
+EPS = float(np.finfo(np.float32).eps)
+VOCAB = 29
+
+
+def normal(*shape, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def build(**fields) -> Decoder:
+    sizes = dict(num_layers=2, width=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=10)
+    sizes |= {"vocab_size": VOCAB} if fields.get("inputs", "tokens") == "tokens" else {"vector_dim": 5}
+    sizes |= {"blocks": 3} if fields.get("preset") == "oasis_blocks" else {}
+    return Decoder(ModelConfig(**(sizes | fields)), rngs=nnx.Rngs(0))
+
+
+def token_batches(count: int) -> list[dict]:
+    random = np.random.default_rng(2)
+    draw = lambda: random.integers(VOCAB, size=(3, 11), dtype=np.int32)  # noqa: E731
+    return [{"inputs": draw(), "targets": draw(), "weights": np.ones((3, 11), np.float32)} for _ in range(count)]
+
+
+# Grids, in numpy
+
+
+def np_symmetric(x, bits, axis=None, share=1.0):
+    scale = share * np.abs(x).max(axis=axis, keepdims=axis is not None) / (2 ** (bits - 1) - 1)
+    return np.clip(np.round(x / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+
+
+def np_asymmetric(x, bits, low, high):
+    low, high = min(low, 0), max(high, 0)
+    scale = (high - low) / (2**bits - 1)
+    zero = np.round(-low / scale)
+    return (np.clip(np.round(x / scale) + zero, 0, 2**bits - 1) - zero) * scale
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_symmetric_equals_numpy(bits, axis):
+    x = normal(13, 7)
+    found = symmetric(x, Format(bits), axis if axis is None else (axis,))
+    assert found.codes.dtype == jnp.int8 and np.abs(found.codes).max() == 2 ** (bits - 1) - 1
+    np.testing.assert_allclose(found.values(), np_symmetric(x, bits, axis), rtol=2 * EPS)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("axis", [None, 0])
+def test_mse_takes_the_best_of_100_ranges(bits, axis):
+    x = normal(41, 3)
+    x[5] *= 9  # outliers, so that clipping pays
+    errors = np.array([((np_symmetric(x, bits, axis, i / 100) - x) ** 2).mean(axis) for i in range(1, 101)])
+    best = (errors.argmin(0) + 1) / 100
+    found = symmetric_mse(x, Format(bits), axis if axis is None else (axis,)).values()
+    np.testing.assert_allclose(found, np_symmetric(x, bits, axis, best), rtol=4 * EPS)
+    assert bits == 8 or np.any(best < 1)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.5, 2.5), (0.25, 2.0), (-2.0, -0.25), (0.0, 1.0)])
+def test_asymmetric_equals_numpy(low, high):
+    x = normal(11, 5)
+    found = asymmetric(x, 8, np.float32(low), np.float32(high))
+    assert found.codes.dtype == jnp.int8
+    np.testing.assert_allclose(found.values(), np_asymmetric(x, 8, low, high), rtol=4 * EPS, atol=4 * EPS)
+    assert asymmetric(np.zeros((1, 1), np.float32), 8, np.float32(low), np.float32(high)).values() == 0  # 0 is on the grid
+
+
+def test_e4m3_equals_ml_dtypes():
+    x = normal(9, 33) * 100
+    scale = np.abs(x).max(1, keepdims=True) / np.float32(448)
+    expected = (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    np.testing.assert_allclose(symmetric(x, Format(8, floating=True), (1,)).values(), expected, rtol=2 * EPS)
+
+
+@pytest.mark.parametrize("form", [Format(8), Format(8, floating=True)])
+def test_a_tensor_of_zeros_stays_zero(form):
+    x = np.zeros((3, 5), np.float32)
+    for found in (symmetric(x, form, (1,)), symmetric_mse(x, form, None), asymmetric(x, 8, np.float32(0), np.float32(0))):
+        np.testing.assert_array_equal(found.values(), x)
+
+
+# Products
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [("BTD,DNH->BTNH", ((2, 3, 5), (5, 4, 7))), ("BTNH,NHD->BTD", ((2, 3, 4, 7), (4, 7, 5))), ("BTC,DC->BTD", ((2, 3, 5), (7, 5)))],
+)
+def test_einsum_as_matrices(equation, shapes):
+    x, weight = normal(*shapes[0]), normal(*shapes[1], seed=1)
+    rows, columns, shape = as_matrices(equation, x, weight)
+    np.testing.assert_allclose((rows @ columns).reshape(shape), np.einsum(equation, x, weight), atol=50 * EPS)
+
+
+def test_an_einsum_that_is_not_rows_times_columns_is_refused():
+    with pytest.raises(ValueError, match="BTD,DO->BOT"):
+        as_matrices("BTD,DO->BOT", normal(2, 3, 5), normal(5, 7))
+
+
+def rounded(x, weight, scheme):
+    """Both matrices on a scheme's grids, as codes, and in float64 by numpy."""
+    rows, columns = grouped(jnp.asarray(x), 1, scheme.group), grouped(jnp.asarray(weight), 0, scheme.group)
+    if scheme.per_tensor:
+        low, high = np.float32(-1.7), np.float32(2.1)
+        codes = asymmetric(rows, 8, low, high), symmetric(columns, scheme.weights, None)
+        values = np_asymmetric(x.astype(float), 8, low, high), np_symmetric(weight.astype(float), 8)
+        return codes, values
+    codes = symmetric(rows, scheme.activations, (2,)), symmetric(columns, scheme.weights, (1,))
+    if scheme.weights.floating:
+        cast = lambda y, axis: (  # noqa: E731
+            (y / (s := np.abs(y).max(axis, keepdims=True) / np.float32(448))).astype(ml_dtypes.float8_e4m3fn).astype(float) * s
+        )
+        return codes, (cast(x, 1), cast(weight, 0))
+    parts = [slice(i, i + (scheme.group or len(weight))) for i in range(0, len(weight), scheme.group or len(weight))]
+    left = np.concatenate([np_symmetric(x[:, part].astype(float), scheme.activations.bits, 1) for part in parts], 1)
+    right = np.concatenate([np_symmetric(weight[part].astype(float), scheme.weights.bits, 0) for part in parts])
+    return codes, (left, right)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "w4a16_g128"])
+def test_products_equal_numpy_and_each_other(name):
+    x, weight = normal(7, 150), normal(150, 11, seed=1)  # 150 = 4 groups of 32 and 22, or 128 and 22
+    codes, (left, right) = rounded(x, weight, SCHEMES[name])
+    tolerance = 150 * EPS * (np.abs(left) @ np.abs(right)).max()
+    np.testing.assert_allclose(product(*codes), left @ right, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(integer_product(*codes), left @ right, rtol=0, atol=tolerance)
+
+
+def test_integer_product_is_exact_and_runs_on_int8():
+    x, weight = np.random.default_rng(0).integers(-127, 128, (2, 5, 600))
+    x, weight = x.astype(np.float32), weight.T.astype(np.float32)
+    x[:, 0] = weight[0] = 127  # so that every scale is 1 and rounding changes nothing
+    codes = symmetric(x[:, None], Format(8), (2,)), symmetric(weight[None], Format(8), (1,))
+    np.testing.assert_array_equal(integer_product(*codes), x.astype(np.int64) @ weight.astype(np.int64))
+    text = jax.jit(integer_product).lower(*codes).as_text()
+    assert "dot_general" in text and "(tensor<5x600xi8>, tensor<600x5xi8>) -> tensor<5x5xi32>" in text
+
+
+# The model
+
+
+class Plain(Numerics):
+    """Overrides nothing, and is not the default object."""
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_numerics_that_change_nothing_change_no_bit(preset):
+    model, inputs = build(preset=preset), token_batches(1)[0]["inputs"]
+    expected, statistics = model(inputs)
+    found, same = model(inputs, numerics=Plain())
+    np.testing.assert_array_equal(found, expected)
+    jax.tree.map(np.testing.assert_array_equal, same, statistics)
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "learned_sink"])
+def test_materialized_attention_is_the_fused_one(normalizer):
+    config = AttentionConfig(width=24, num_heads=6, num_kv_heads=3, head_dim=10, normalizer=normalizer, window=5, logit_softcap=3.0)
+    parameters = {name: 0.3 * normal(*spec.shape, seed=i) for i, (name, spec) in enumerate(attention_parameters(config).items())}
+    segments = np.array([[0] * 4 + [1] * 7, [0] * 11])
+    expected = attention(parameters, config, normal(2, 11, 24), segment_ids=segments)
+    found = attention(parameters, config, normal(2, 11, 24), segment_ids=segments, numerics=Recorder())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=200 * EPS, rtol=0), found, expected)
+
+
+def test_attention_with_everything_rounded_equals_numpy():
+    config = AttentionConfig(width=9, num_heads=3, head_dim=5, normalizer="softmax1", rope_theta=0.0)
+    parameters = {name: 0.5 * normal(*spec.shape, seed=i) for i, (name, spec) in enumerate(attention_parameters(config).items())}
+    x = normal(2, 7, 9, seed=9)
+    names = ("query", "key", "value", "output", "scores", "probabilities", "context")
+    ranges = {name: (np.float32(-1.5 - i / 7), np.float32(1.2 + i / 9)) for i, name in enumerate(names)}
+    found, _ = attention(parameters, config, x, numerics=Quantized(SCHEMES["w8a8_tensor"], Calibration(ranges, {})))
+
+    def snap(name, y):
+        return np_asymmetric(y, 8, *(float(end) for end in ranges[name]))
+
+    weights = {name: np_symmetric(value.astype(float), 8) for name, value in parameters.items()}
+    q, k, v = (np.einsum("BTD,DNH->BTNH", snap(name, x.astype(float)), weights[name]) for name in ("query", "key", "value"))
+    s = np.exp(snap("scores", np.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(5)))
+    s = np.where(np.tril(np.ones((7, 7), bool)), s, 0)
+    p = snap("probabilities", s / (1 + s.sum(-1, keepdims=True)))
+    context = snap("context", np.einsum("BNTS,BSNH->BTNH", p, v))
+    expected = np.einsum("BTNH,NHD->BTD", snap("output", context), weights["output"])
+    np.testing.assert_allclose(found, expected, atol=100 * EPS * np.abs(expected).max(), rtol=0)
+
+
+def test_ranges_are_running_ones_and_channels_the_largest():
+    model, batches = build(preset="residual"), token_batches(3)
+    statistics = [model(batch["inputs"])[1] for batch in batches]
+    found = calibrate(model, batches)
+    seen = {
+        "layer0.attention.query": [s.taps["attention_norm"][0] for s in statistics],
+        "layer1.mlp.gate": [s.taps["mlp_norm"][1] for s in statistics],
+        "layer1.attention.context": [s.attention[1].head_output for s in statistics],
+        "layer1.mlp.residual_sum": [s.taps["layer_output"][1] for s in statistics],
+        "head": [s.taps["final_norm"][0] for s in statistics],
+    }
+    for name, arrays in seen.items():
+        low, high = float(arrays[0].min()), float(arrays[0].max())
+        for array in arrays[1:]:
+            low, high = 0.9 * low + 0.1 * float(array.min()), 0.9 * high + 0.1 * float(array.max())
+        np.testing.assert_allclose(found.ranges[name], (low, high), rtol=1e3 * EPS, err_msg=name)
+    largest = np.abs(np.concatenate(seen["head"])).max((0, 1))
+    np.testing.assert_allclose(found.channels["head"], largest, rtol=1e3 * EPS)
+
+
+def test_smoothing_keeps_the_product_and_helps_where_a_channel_sticks_out():
+    x, weight = normal(40, 20), normal(20, 30, seed=1)
+    x[:, 3] *= 80
+    x[:, 7], weight[11] = 0, 0
+    factors = np.asarray(smoothing_factors(np.abs(x).max(0), weight))
+    assert factors[7] == factors[11] == 1
+    np.testing.assert_allclose(factors[3], np.sqrt(np.abs(x[:, 3]).max() / np.abs(weight[3]).max()), rtol=4 * EPS)
+    exact = x.astype(float) @ weight
+    np.testing.assert_allclose((x / factors) @ (weight * factors[:, None]), exact, atol=100 * EPS * np.abs(exact).max())
+    calibration = Calibration({}, {"a": np.abs(x).max(0)})
+    error = {}
+    for name in ("w8a8", "w8a8+smooth"):
+        y = Quantized(parse_scheme(name), calibration).einsum("a", "RD,DM->RM", x, weight)
+        error[name] = np.square(y - exact).mean()
+    assert error["w8a8+smooth"] < error["w8a8"] / 4
+
+
+def test_smoothed_ranges_are_of_smoothed_inputs():
+    model, batches = build(preset="residual"), token_batches(2)
+    found = calibration_for(parse_scheme("w8a8_tensor+smooth"), model, batches)
+    x = np.asarray(model(batches[0]["inputs"])[1].taps["final_norm"][0])
+    second = np.asarray(model(batches[1]["inputs"])[1].taps["final_norm"][0])
+    factors = smoothing_factors(found.channels["head"], model.ends.parameters["embedding"].T)
+    expected = 0.9 * (x / factors).max() + 0.1 * (second / factors).max()
+    np.testing.assert_allclose(found.ranges["head"][1], expected, rtol=1e3 * EPS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ["w8a8_tensor+float_head", "w8a8"])
+def test_what_is_rounded(preset, name):
+    tensors = rounded_tensors(build(preset=preset), token_batches(1)[0], parse_scheme(name))
+    reference = name.startswith("w8a8_tensor")
+    assert tensors["head"] == "float, by option" if reference else tensors["head"].startswith("weight int8, a scale per output channel")
+    linear = [f"layer1.{part}" for part in ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.down")]
+    linear += ["layer1.mlp.router.query"] if "layer1.mlp.router.query" in tensors else []
+    assert all(tensors[part].startswith("weight int8") for part in linear)
+    others = {"embedding", "layer1.attention.context"}
+    others |= {part for part in tensors if part.endswith(("residual_sum", "mixture"))}
+    assert len(others) > 2
+    assert all(tensors[part].startswith("int8" if reference else "float") for part in others)
+    assert ("layer1.attention.scores" in tensors) == ("layer1.attention.probabilities" in tensors)
+    assert not reference or "layer1.attention.scores" in tensors
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "w8a8_tensor+mse+smooth"])
+def test_schemes_cost_little_with_many_bits_and_more_with_few(name):
+    model, batches = build(preset="oasis"), token_batches(2)
+    found = quantization(model, batches, batches, {name: parse_scheme(name)})[name]
+    error = abs(found["relative_change"])
+    assert 0 < error < (0.1 if "w4" in name else 0.02)
+    assert found["value"] == pytest.approx(found["float"] * (1 + found["relative_change"]))
+    assert found["interval"][0] <= found["relative_change"] <= found["interval"][1]
+
+
+@pytest.mark.parametrize("name", ["w8a8_tensor", "w8a8+smooth", "w4a4_g32", "fp8"])
+def test_a_model_on_integers_agrees_with_the_simulated_one(name):
+    model, batches = build(preset="oasis"), token_batches(2)
+    exact, simulated, integer = (
+        losses(model, batches, scheme, calibration_for(scheme, model, batches) if scheme else Calibration({}, {}))["loss"]
+        for scheme in (None, parse_scheme(name), parse_scheme(f"{name}+integer"))
+    )
+    # Sums in another order may push an activation over the middle between two codes, never many of them.
+    assert np.abs(integer - simulated).max() < 0.1 * np.abs(simulated - exact).max()
+
+
+def test_a_model_of_vectors_is_measured_by_its_squared_error():
+    model = build(preset="attnres", inputs="vectors")
+    batch = {"inputs": normal(3, 11, 5), "targets": normal(3, 11, 5, seed=1), "weights": np.ones((3, 11), np.float32)}
+    found = quantization(model, [batch], [batch], parse_schemes(["w8a8"]))["w8a8"]
+    expected = np.square(np.asarray(model(batch["inputs"])[0]) - batch["targets"]).mean()
+    assert found["float"] == pytest.approx(expected, rel=1e-5)
+    assert found["tensors"]["embedding"].startswith("weight int8")
+
+
+def test_a_rematerialized_and_a_bfloat16_model_can_be_calibrated_and_rounded():
+    model, batches = build(preset="oasis", remat="layer", dtype="bfloat16"), token_batches(1)
+    found = quantization(model, batches, batches, parse_schemes(["w8a8_tensor"]))["w8a8_tensor"]
+    assert 0 < abs(found["relative_change"]) < 0.1
+
+
+def test_relative_change_by_hand():
+    rows, base = ({"loss": np.array(losses, float), "weight": np.array([2.0, 2.0])} for losses in ([6, 2.4], [5, 2]))
+    found = beside_float(rows, base, perplexity=True)
+    assert (found["value"], found["float"]) == pytest.approx((np.exp(2.1), np.exp(1.75)))
+    assert found["relative_change"] == pytest.approx(np.exp(0.35) - 1)
+    assert found["interval"] == pytest.approx([np.exp(0.2) - 1, np.exp(0.5) - 1])  # all draws of the one, or of the other sequence
+    one = {name: row[:1] for name, row in rows.items()}, {name: row[:1] for name, row in base.items()}
+    assert beside_float(*one, perplexity=False)["interval"] is None
+    assert beside_float(*one, perplexity=False)["relative_change"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("w8a9", r"^--quantize: unknown name 'w8a9' \(did you mean 'w8a8'\?\); allowed: w8a8_tensor, w8a8, "),
+        ("w8a8,", r"^--quantize: unknown name ''; allowed: "),
+        ("fp8+smoth", r"^--quantize: option of fp8: unknown name 'smoth' \(did you mean 'smooth'\?\); allowed: mse, "),
+        ("fp8,w8a8,fp8", r"^--quantize: 'fp8' is given twice$"),
+        ("w4a16_g128+integer", r"^--quantize: w4a16_g128\+integer: activations stay in float, so there is no integer product"),
+    ],
+)
+def test_schemes_that_there_are_not(text, says):
+    with pytest.raises(UserError, match=says):
+        parse_schemes(text.split(","))
+
+
+def test_no_calibration_batch():
+    with pytest.raises(ValueError, match="batches is empty"):
+        calibrate(build(), [])

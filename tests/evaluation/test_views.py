@@ -1,0 +1,187 @@
+"""What a report shows beside the measures, against numpy and by hand; and the page in a real browser."""
+
+import html
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from oasis_jax.config import Config, DataConfig, ModelConfig
+from oasis_jax.data.tokenizers import BytesTokenizer
+from oasis_jax.decoder import Decoder
+from oasis_jax.evaluation import DEFINITIONS
+from oasis_jax.evaluation.comparison import TABLE, MeasuredRun, cell, change_text, interval_text
+from oasis_jax.evaluation.interventions import Effect
+from oasis_jax.evaluation.report import write_report
+from oasis_jax.evaluation.sections import by_role
+from oasis_jax.evaluation.views import EDGES, histogram, look
+from oasis_jax.evaluation.words import summary
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def test_histogram_equals_numpy():
+    random = np.random.default_rng(0)
+    taps = [random.standard_normal((2, 7, 5)).astype(np.float32), random.standard_cauchy((2, 7, 5)).astype(np.float32)]
+    taps[0][0, 0, 0] = 0
+    edges = [0, *EDGES[1:-1], np.inf]
+    expected = [np.histogram(np.abs(x) / np.sqrt((x.astype(float) ** 2).mean()), edges)[0] / x.size for x in taps]
+    np.testing.assert_allclose(histogram(taps), np.mean(expected, 0), atol=1e-6)
+    assert len(EDGES) == len(expected[0]) + 1
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "softpick"])
+def test_tokens_carry_what_the_matrices_say(normalizer):
+    config = ModelConfig(preset="residual", normalizer=normalizer, num_layers=2, width=12, num_heads=3, vocab_size=258)
+    model, inputs = Decoder(config, rngs=nnx.Rngs(0)), np.array([[256, *b"def f(x"], [256, *b"return "]], np.int32)
+    found = look(model, {"inputs": inputs}, BytesTokenizer())["tokens"]
+    assert found["text"] == ["", *"def f(x"]
+    received, null = np.zeros(8), np.zeros(8)
+    for layer in model(inputs)[1].attention:
+        scores = np.einsum("TNH,SNH->NTS", layer.query[0], layer.key[0]).astype(float) / 2
+        e = np.where(np.tril(np.ones((8, 8))), np.exp(scores), 0)
+        if normalizer == "softpick":
+            lifted = np.where(np.tril(np.ones((8, 8))), e - 1, 0)
+            p = np.maximum(lifted, 0) / np.maximum(np.abs(lifted).sum(-1, keepdims=True), 1e-9)
+        else:
+            p = e / ((normalizer == "softmax1") + e.sum(-1, keepdims=True))
+        received += p.sum(1).mean(0) / np.arange(8, 0, -1) / 2
+        null += (1 - p.sum(-1)).mean(0) / 2
+    np.testing.assert_allclose(found["received"], received, atol=1e-4)
+    if normalizer == "softmax":
+        assert found["null"] is None
+    else:
+        np.testing.assert_allclose(found["null"], null, atol=1e-4)
+
+
+def test_a_model_of_vectors_has_no_tokens():
+    config = ModelConfig(preset="oasis", inputs="vectors", vector_dim=3, num_layers=1, width=12, num_heads=3)
+    found = look(Decoder(config, rngs=nnx.Rngs(0)), {"inputs": np.ones((1, 5, 3), np.float32)}, None)
+    assert found["tokens"] is None and set(found["histograms"]) == {"attention_output", "mlp_output", "layer_output"}
+
+
+def test_roles_stand_for_layers_that_are_treated_alike():
+    tensors = {"layer0.mlp.up": "a", "layer1.mlp.up": "a", "layer0.mlp.down": "a", "layer1.mlp.down": "b", "head": "b"}
+    assert by_role(tensors) == {"layer*.mlp.up": "a", "layer0.mlp.down": "a", "layer1.mlp.down": "b", "head": "b"}
+
+
+def test_changes_and_intervals_as_shown():
+    nbsp = "\N{NO-BREAK SPACE}"
+    assert [change_text(x) for x in (0.00012, -0.0123, 0.234, 2.5, None)] == [
+        f"+0.012{nbsp}%",
+        f"-1.23{nbsp}%",
+        f"+23.4{nbsp}%",
+        f"+250{nbsp}%",
+        "–",
+    ]
+    assert interval_text((4.1234, 5.0)) == "4.123 to 5.000"
+    assert interval_text((0.0, 0.0)) == interval_text(None) == ""
+
+
+# Made-up runs, for the page
+
+
+def made_up(label: str, preset: str, **changes) -> MeasuredRun:
+    random = np.random.default_rng(len(label))
+    share = lambda *shape: (random.random(shape) / 3).tolist()  # noqa: E731
+    bins, null = len(EDGES) - 1, preset == "oasis"
+    text = list('def f(x):\n    return "<b>&amp;" + x  # ä\n')
+    metrics = dict.fromkeys(DEFINITIONS) | dict(
+        perplexity=5.0 + len(label) / 9, max_inf_norm=10.0, avg_kurtosis=4.0, sink_rate=0.25, first_token_mass=0.2, null_mass=0.1 if null else None,
+        first_token_mass_conditional=0.2 if null else None, first_token_mass_by_head=share(4, 5), null_mass_by_head=share(4, 5) if null else None,
+    )  # fmt: skip
+    view = {
+        "edges": list(EDGES), "histograms": {kind: [1 / bins] * bins for kind in ("attention_output", "mlp_output", "layer_output")},
+        "tokens": {"text": text, "received": share(len(text)), "null": share(len(text)) if null else None},
+    }  # fmt: skip
+    scheme = lambda change: {  # noqa: E731
+        "value": None if change is None else 5 * (1 + change), "float": 5.0, "relative_change": change, "samples": {"sequences": 8},
+        "interval": None if change is None else [change - 0.01, change + 0.02], "tensors": {"layer0.mlp.up": "weight int8", "head": "float"},
+    }  # fmt: skip
+    values = dict(
+        label=label, workdir=f"runs/{label}", step=1, config=Config(model=ModelConfig(preset=preset), data=DataConfig()),
+        corpus={"name": "stdlib", "sha256": "0" * 64}, tokenizer={"kind": "bytes", "vocab_size": 258, "sha256": "1"},
+        samples={"sequences": 8, "positions": 8 * 256}, metrics=metrics, history=[], versions={"jax": "0"}, view=view,
+        absent={name: "not applicable: only for others" for name in ("null_mass", "beta") if not null}, intervals={"perplexity": (4.9, 5.9)},
+        interventions=[Effect("beta", reason="not applicable: only for others"), Effect("sources", "older", "mlp", "late", True, 0.4, 2.0, 0.1, (0.05, 0.2))],
+        quantization={"w8a8": scheme(0.001), "w4a4_g32": scheme(0.2), "fp8": scheme(None)},
+    )  # fmt: skip
+    return MeasuredRun(**values | changes)
+
+
+RUNS = [made_up("oasis", "oasis"), made_up("a_twin_with_a_rather_long_name", "attnres_cumulative")]
+
+
+def test_what_does_not_apply_is_told_from_what_was_not_measured():
+    null_mass = next(row for row in TABLE if row.name == "null_mass")
+    assert [cell(null_mass, run) for run in RUNS] == ["0.100", "n/a"]
+    assert cell(null_mass, RUNS[1]._replace(absent={})) == "–"
+
+
+def test_words_about_quantization():
+    nbsp = "\N{NO-BREAK SPACE}"
+    text = summary(RUNS)
+    assert f"Quantization changes the perplexity of oasis by +0.10{nbsp}% (w8a8) to +20.0{nbsp}% (w4a4_g32); fp8 breaks it and" in text
+    one = RUNS[0]._replace(quantization={"w8a8": RUNS[0].quantization["w8a8"]})
+    assert f"Quantization changes the perplexity by +0.10{nbsp}% (w8a8)." in summary([one])
+    assert "Quantization" not in summary([RUNS[0]._replace(quantization={})])
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> pathlib.Path:
+    return write_report(RUNS, tmp_path_factory.mktemp("report"))
+
+
+def test_figures_are_png_and_svg(page):
+    names = {path.stem for path in (page.parent / "figures").glob("*.png")}
+    assert names == {path.stem for path in (page.parent / "figures").glob("*.svg")} >= {"quantization", "tokens_received", "histograms"}
+    assert (page.parent / "figures" / "quantization.svg").read_text().count("<svg") == 1
+
+
+def browse(page: pathlib.Path, folder: pathlib.Path, width: int, script: str) -> tuple[str, str]:
+    """The title that a script of ours gives, and the browser's log, in which every request of the page is an error: none is allowed.
+
+    The page stands in a frame of the width asked for, because a window is never narrower than 500 pixels.
+    """
+    copy = folder / "copy.html"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+    allowed = f'<head><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    inside = html.escape(page.read_text().replace("<head>", allowed).replace("</body>", f"<script>{script}</script></body>"))
+    copy.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8"><iframe style="width:{width}px;height:800px;border:0" srcdoc="{inside}"></iframe>'
+    )
+    quiet = ("background-networking", "component-update", "sync", "gpu", "default-apps", "extensions", "domain-reliability")
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", *(f"--disable-{name}" for name in quiet), "--no-first-run", "--enable-logging=stderr",
+        f"--user-data-dir={folder / 'profile'}",        "--window-size=1400,900", "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--disable-features=NetworkTimeServiceQuerying,OptimizationHints,MediaRouter,Translate", "--dump-dom", f"file://{copy}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return html.unescape(re.search(r"<title>(.*?)</title>|$", done.stdout)[1] or ""), done.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_in_a_browser(page, tmp_path, width):
+    measure = (
+        "const small=[...document.querySelectorAll('main p, main td, main li')].filter(e=>parseFloat(getComputedStyle(e).fontSize)<11).length;"
+        "const e=document.documentElement;parent.document.title=JSON.stringify([innerWidth,e.scrollWidth,small,document.querySelectorAll('svg').length]);"
+    )
+    title, log = browse(page, tmp_path, width, measure)
+    inner, scroll, small, pictures = json.loads(title)
+    assert inner == width and scroll <= width and small == 0
+    assert pictures == page.read_text().count("<svg") > 5
+    assert "CONSOLE" not in log, log
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")
+def test_the_browser_check_sees_errors_and_requests(tmp_path):
+    (tmp_path / "bad.html").write_text("<html><head></head><body><img src='http://127.0.0.1:9/x.png'></body></html>")
+    _, log = browse(tmp_path / "bad.html", tmp_path, 390, "console.error('oh no')")
+    assert "oh no" in log and "CONSOLE" in log
+    assert "http://127.0.0.1:9/x.png" in log and "Content Security Policy" in log
