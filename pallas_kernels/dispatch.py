@@ -9,24 +9,6 @@ from typing import NamedTuple
 import jax
 
 
-_INTERPRET = contextvars.ContextVar("interpret_kernels", default=False)
-
-
-@contextlib.contextmanager
-def interpret_kernels():
-    """Runs accelerator backends in Pallas' interpreters, on any platform: for tests of numbers, slow. Enter it around tracing as well as calling."""
-    token = _INTERPRET.set(True)
-    try:
-        yield
-    finally:
-        _INTERPRET.reset(token)
-
-
-def interpreting() -> bool:
-    """Whether the caller is inside `interpret_kernels`."""
-    return _INTERPRET.get()
-
-
 class Unavailable(Exception):
     """A backend cannot serve this call; the message says why. Raised by a backend before it computes anything."""
 

@@ -14,6 +14,7 @@ Lengths that are not whole blocks: the rows beyond the end hold anything, and on
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,14 +23,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs
 from pallas_kernels.depth_route.vjp import RouteOptions, differentiable
 from pallas_kernels.dispatch import Unavailable, interpreting, target_device
 
 MIB = 2**20
-ROW_TILE = 16  # rows of a bfloat16 tile; blocks start at multiples
+ROW_TILE = 16  # rows of a bfloat16 tile: blocks are made of them, and computed one by one
+SUM_ROWS = 8  # rows of a float32 tile: sums over tokens keep so many until the block is done
 STACKED_BLOCK, TUPLE_STEP = MIB, 4 * MIB  # bytes of sources that one step of the grid reads
+SPILLED_TILES = 8  # float32 tiles of rows that the compiler may keep in VMEM instead of registers
 INTERPRETED_VMEM = 64 * MIB  # v5p's and tpu7x's, the smallest of those that are compiled for
 
 
@@ -65,13 +69,13 @@ def _plan(options, sources, query, num_sources, backward: bool) -> Plan:
     row = lanes * dtype.itemsize
     rows = STACKED_BLOCK // row if stacked else TUPLE_STEP // (row * count)
     rows = min(max(rows // ROW_TILE, 1) * ROW_TILE, 512)
-    rows = length if length <= rows else rows
+    rows = min(rows, pl.cdiv(length, ROW_TILE) * ROW_TILE)
 
     per_token = query.ndim == 3
     blocks = (1 if stacked else count) * (2 if backward else 1) + 1
     statistics = (4 if backward else 2) * pl.cdiv(count + 1, 128) * 512
-    wide = lanes * 4 * (6 + (4 if per_token and backward else 2))  # the queries, the sums, and values on their way through the registers
-    vmem = rows * (2 * blocks * row + 2 * statistics + wide) + 2 * MIB
+    wide = lanes * 4 * (1 + (2 + 2 * backward if per_token else 0))  # the sums, the queries and their gradients
+    vmem = rows * (2 * blocks * row + 2 * statistics + wide) + SPILLED_TILES * ROW_TILE * lanes * 4 + MIB
     capacity = INTERPRETED_VMEM if interpreting() else pltpu.get_tpu_info().vmem_capacity_bytes
     if vmem > capacity:
         raise Unavailable(
@@ -81,26 +85,30 @@ def _plan(options, sources, query, num_sources, backward: bool) -> Plan:
     return Plan(options, stacked, per_token, num_sources is not None, count, batch, length, width, rows, vmem)
 
 
+def _tiles(plan: Plan, function: Callable) -> None:
+    """Calls function(slice) for every tile of rows of a block: what is computed at a time then fits in registers."""
+    lax.fori_loop(0, plan.rows // ROW_TILE, lambda r, _: function(pl.ds(pl.multiple_of(r * ROW_TILE, ROW_TILE), ROW_TILE)), None)
+
+
 def _lane(tile, i):
     """Column i of [rows, L], as [rows, 1]."""
     lanes = lax.broadcasted_iota(jnp.int32, tile.shape, 1)
     return jnp.sum(jnp.where(lanes == i, tile, 0.0), axis=1, keepdims=True)
 
 
-def _put(tile_ref, i, column) -> None:
-    lanes = lax.broadcasted_iota(jnp.int32, tile_ref.shape, 1)
-    tile_ref[...] = jnp.where(lanes == i, column, tile_ref[...])
+def _put(ref, rows, i, column) -> None:
+    tile = ref[rows, :]
+    lanes = lax.broadcasted_iota(jnp.int32, tile.shape, 1)
+    ref[rows, :] = jnp.where(lanes == i, column, tile)
 
 
 def _over_sources(plan: Plan, live_ref, start: Callable, live: Callable, dead: Callable, finish: Callable) -> None:
     """Calls start(), then live(i) or dead(i) for every source i, then finish(), over steps of the grid where the sources are stacked."""
 
-    def each(i):
+    def each(i):  # also where all are live: what a branch computes is not mixed with the next one's, which would spill registers
+        pl.when(i < live_ref[0])(lambda: live(i))
         if plan.masked:
-            pl.when(i < live_ref[0])(lambda: live(i))
             pl.when(i >= live_ref[0])(lambda: dead(i))
-        else:
-            live(i)
 
     if plan.stacked:
         i = pl.program_id(2)
@@ -124,7 +132,7 @@ def _dot_and_inverse_rms(plan: Plan, value, query):
 
 def _forward_kernel(plan: Plan, live_ref, null_ref, *refs):
     sources, (query_ref, shift_ref, output_ref, mass_ref, sum_ref) = refs[:-5], refs[-5:]
-    null = jnp.full((sum_ref.shape[0], 1), null_ref[0])
+    null = jnp.full((ROW_TILE, 1), null_ref[0])
     top = jnp.maximum(null, 0.0)
 
     def start():
@@ -132,19 +140,27 @@ def _forward_kernel(plan: Plan, live_ref, null_ref, *refs):
         mass_ref[...] = jnp.zeros_like(mass_ref)
 
     def add(i):
-        value = sources[0 if plan.stacked else i][...].astype(jnp.float32)
-        dot, inverse_rms = _dot_and_inverse_rms(plan, value, query_ref[...])
-        score = dot * inverse_rms * plan.options.score_scale + _lane(shift_ref[...], i)
-        e = jnp.exp(jnp.clip(score, -MAX_SCORE, MAX_SCORE) - top)
-        sum_ref[...] += e * value
-        _put(mass_ref, i, e)
+        source_ref = sources[0 if plan.stacked else i]
+
+        def tile(rows):
+            value = source_ref[rows, :].astype(jnp.float32)
+            dot, inverse_rms = _dot_and_inverse_rms(plan, value, _query(plan, query_ref, rows))
+            score = dot * inverse_rms * plan.options.score_scale + _lane(shift_ref[rows, :], i)
+            e = jnp.exp(jnp.clip(score, -MAX_SCORE, MAX_SCORE) - top)
+            sum_ref[rows, :] += e * value
+            _put(mass_ref, rows, i, e)
+
+        _tiles(plan, tile)
 
     def finish():
-        _put(mass_ref, plan.count, jnp.exp(null - top))
-        total = jnp.sum(mass_ref[...], axis=1, keepdims=True)
-        inverse = 1.0 / jnp.where(total == 0.0, 1.0, total)  # neither a live source nor a null
-        mass_ref[...] *= inverse
-        output_ref[...] = (sum_ref[...] * inverse).astype(output_ref.dtype)
+        def tile(rows):
+            _put(mass_ref, rows, plan.count, jnp.exp(null - top))
+            total = jnp.sum(mass_ref[rows, :], axis=1, keepdims=True)
+            inverse = 1.0 / jnp.where(total == 0.0, 1.0, total)  # neither a live source nor a null
+            mass_ref[rows, :] *= inverse
+            output_ref[rows, :] = (sum_ref[rows, :] * inverse).astype(output_ref.dtype)
+
+        _tiles(plan, tile)
 
     _over_sources(plan, live_ref, start, add, lambda i: None, finish)
 
@@ -153,52 +169,57 @@ def _backward_kernel(plan: Plan, live_ref, *refs):
     each = 1 if plan.stacked else plan.count
     sources, (query_ref, shift_ref, weights_ref, bonus_ref, d_output_ref) = refs[:each], refs[each : each + 5]
     d_sources, (d_query_ref, d_shift_ref, *scratch) = refs[each + 5 : 2 * each + 5], refs[2 * each + 5 :]
-    d_query_sum = d_query_ref if plan.per_token else scratch[0]
 
     def start():
-        d_query_sum[...] = jnp.zeros_like(d_query_sum)
         d_shift_ref[...] = jnp.zeros_like(d_shift_ref)
+        for ref in scratch or [d_query_ref]:
+            ref[...] = jnp.zeros_like(ref)
 
     def add(i):
         at = 0 if plan.stacked else i
-        value, d_output, query = sources[at][...].astype(jnp.float32), d_output_ref[...].astype(jnp.float32), query_ref[...]
-        dot, inverse_rms = _dot_and_inverse_rms(plan, value, query)
-        score = dot * inverse_rms * plan.options.score_scale + _lane(shift_ref[...], i)
-        weight = _lane(weights_ref[...], i)
-        d_score = weight * (jnp.sum(value * d_output, axis=1, keepdims=True) + _lane(bonus_ref[...], i))
-        d_score = jnp.where(jnp.abs(score) < MAX_SCORE, d_score, 0.0)
-        along_query = d_score * inverse_rms * plan.options.score_scale
-        d_value = weight * d_output + along_query * query
-        if plan.options.normalize:
-            d_value -= (along_query * dot * inverse_rms * inverse_rms / plan.width) * value
-        d_sources[at][...] = d_value.astype(d_sources[at].dtype)
-        _put(d_shift_ref, i, d_score)
-        if plan.per_token:
-            d_query_sum[...] += along_query * value
-        else:
-            d_query_sum[...] += _sum_of_tiles(plan, along_query * value)
+
+        def tile(rows):
+            value, d_output = sources[at][rows, :].astype(jnp.float32), d_output_ref[rows, :].astype(jnp.float32)
+            query, weight = _query(plan, query_ref, rows), _lane(weights_ref[rows, :], i)
+            dot, inverse_rms = _dot_and_inverse_rms(plan, value, query)
+            score = dot * inverse_rms * plan.options.score_scale + _lane(shift_ref[rows, :], i)
+            d_score = weight * (jnp.sum(value * d_output, axis=1, keepdims=True) + _lane(bonus_ref[rows, :], i))
+            d_score = jnp.where(jnp.abs(score) < MAX_SCORE, d_score, 0.0)
+            along_query = d_score * inverse_rms * plan.options.score_scale
+            d_value = weight * d_output + along_query * query
+            if plan.options.normalize:
+                d_value -= (along_query * dot * inverse_rms * inverse_rms / plan.width) * value
+            d_sources[at][rows, :] = d_value.astype(d_sources[at].dtype)
+            _put(d_shift_ref, rows, i, d_score)
+            if plan.per_token:
+                d_query_ref[rows, :] += along_query * value
+            else:
+                part = _before_the_end(plan, rows, along_query * value)
+                scratch[0][...] += part.reshape(-1, SUM_ROWS, plan.width).sum(0)
+
+        _tiles(plan, tile)
 
     def dead(i):
-        at = 0 if plan.stacked else i
-        d_sources[at][...] = jnp.zeros_like(d_sources[at])
+        ref = d_sources[0 if plan.stacked else i]
+        ref[...] = jnp.zeros_like(ref)
 
     def finish():
         if not plan.per_token:
-            d_query_ref[...] = jnp.sum(d_query_sum[...], axis=0, keepdims=True)
+            d_query_ref[...] = jnp.sum(scratch[0][...], axis=0, keepdims=True)
 
     _over_sources(plan, live_ref, start, add, dead, finish)
 
 
-def _sum_rows(plan: Plan) -> int:
-    return 8 if plan.rows % 8 == 0 else plan.rows
+def _query(plan: Plan, query_ref, rows):
+    return query_ref[rows, :] if plan.per_token else query_ref[...]
 
 
-def _sum_of_tiles(plan: Plan, x):
-    """The sum of [rows, D] over its tiles of 8 rows, [8, D], without the rows beyond the end."""
-    if plan.length % plan.rows:
-        row = lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0) + pl.program_id(1) * plan.rows
-        x = jnp.where(row < plan.length, x, 0.0)
-    return x.reshape(-1, _sum_rows(plan), plan.width).sum(0)
+def _before_the_end(plan: Plan, rows, x):
+    """A tile of a block, with zeros in the rows beyond the end."""
+    if plan.length % plan.rows == 0:
+        return x
+    row = lax.broadcasted_iota(jnp.int32, (ROW_TILE, 1), 0) + pl.program_id(1) * plan.rows + rows.start
+    return jnp.where(row < plan.length, x, 0.0)
 
 
 def _specs(plan: Plan):
@@ -225,6 +246,13 @@ def _specs(plan: Plan):
 
 def _call(plan: Plan, kernel, name, in_specs, out_specs, out_shapes, scratch, *arguments):
     vary = jax.typeof(arguments[-1]).manual_axis_type
+    elements = plan.count * plan.batch * plan.length * plan.width
+    cost = pl.CostEstimate(
+        flops=(14 if len(out_specs) > 2 else 6) * elements,
+        bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in arguments)
+        + sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in out_shapes),
+        transcendentals=2 * elements // plan.width,
+    )
     return pl.pallas_call(
         functools.partial(kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -234,6 +262,7 @@ def _call(plan: Plan, kernel, name, in_specs, out_specs, out_shapes, scratch, *a
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel") + (("arbitrary",) if plan.stacked else ()), vmem_limit_bytes=plan.vmem
         ),
+        cost_estimate=cost,
         interpret=pltpu.InterpretParams(detect_races=True) if interpreting() else False,
         name=name,
     )(*arguments)
@@ -282,7 +311,7 @@ def _backward(options, sources, query, shift, num_sources, weights, delta, d_out
         [*source_specs, query_spec, by_source, by_source, by_source, by_token],
         [*d_source_specs, d_query_spec, by_source],
         [*((x.shape, x.dtype) for x in flat), (d_query_shape, jnp.float32), (statistics, jnp.float32)],
-        [] if plan.per_token else [pltpu.VMEM((_sum_rows(plan), plan.width), jnp.float32)],
+        [] if plan.per_token else [pltpu.VMEM((SUM_ROWS, plan.width), jnp.float32)],
         live, *flat, flat_query, *(_lanes_last(plan, x) for x in (shift, weights, d_weights - delta)),
         d_output.reshape(plan.batch, plan.length, plan.width),
     )  # fmt: skip
@@ -302,6 +331,10 @@ def depth_route_mosaic_tpu(inputs: RouteInputs) -> DepthRoute:
     device = target_device()
     if device.platform != "tpu" and not interpreting():
         raise Unavailable(f"runs on TPUs only, the call is compiled for {device.platform}")
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [axis for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types) if size > 1 and kind != AxisType.Manual]
+    if axes:
+        raise Unavailable(f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them")
     if inputs.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise Unavailable(f"sources must be float32, bfloat16 or float16, got {inputs.dtype}")
     return _serve(inputs)
