@@ -8,13 +8,19 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, Sources
 from pallas_kernels.depth_route.mosaic_gpu import depth_route_mosaic_gpu
+from pallas_kernels.depth_route.mosaic_tpu import depth_route_mosaic_tpu
 from pallas_kernels.depth_route.reference import depth_route_reference
 from pallas_kernels.depth_route.xla import depth_route_xla
 from pallas_kernels.dispatch import dispatch, target_mesh
 from pallas_kernels.sharding import OperatorSharding
 
 # Fastest first. A backend takes RouteInputs and raises Unavailable where it cannot serve.
-IMPLEMENTATIONS = {"mosaic_gpu": depth_route_mosaic_gpu, "xla": depth_route_xla, "reference": depth_route_reference}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": depth_route_mosaic_gpu,
+    "mosaic_tpu": depth_route_mosaic_tpu,
+    "xla": depth_route_xla,
+    "reference": depth_route_reference,
+}
 
 
 def depth_route(

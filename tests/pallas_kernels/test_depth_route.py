@@ -14,7 +14,7 @@ from pallas_kernels import depth_route, explain, implementations
 from pallas_kernels.dispatch import interpret_kernels
 
 # The kernels of accelerators run in their interpreters here: implementation -> (a width its tiles take, the oldest jax that has it).
-INTERPRETED = {"mosaic_gpu": (128, (0, 11, 2))}
+INTERPRETED = {"mosaic_gpu": (128, (0, 11, 2)), "mosaic_tpu": (13, (0, 10, 2))}
 
 every_implementation = pytest.mark.parametrize("implementation", implementations("depth_route"), indirect=True)
 
@@ -29,6 +29,14 @@ def implementation(request):
         pytest.skip(f"{request.param} needs jax {'.'.join(map(str, oldest_jax))} or newer, this is {jax.__version__}")
     with interpret_kernels():
         yield request.param
+    assert request.param != "mosaic_tpu" or not races_found()
+
+
+def races_found() -> bool:
+    """Whether the TPU interpreter saw a kernel read what another part of it was writing."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    return interpret_pallas_call.races is not None and interpret_pallas_call.races.races_found
 
 
 def case(name, implementation):
