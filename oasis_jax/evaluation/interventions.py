@@ -69,8 +69,8 @@ class _ChangedRouter(nnx.Module):
         self.router, self.keep = router, nnx.data(keep)
         self.renormalize, self.evidence = nnx.data(changes.renormalize), nnx.data(changes.evidence)
 
-    def __call__(self, sources: Sequence[Array], evidence: Sequence[Array]) -> tuple[Array, RouterStatistics]:
-        output, statistics = self.router(sources, [psi * self.evidence for psi in evidence])
+    def __call__(self, sources: Sequence[Array], evidence: Sequence[Array], **options) -> tuple[Array, RouterStatistics]:
+        output, statistics = self.router(sources, [psi * self.evidence for psi in evidence], **options)
         kept = statistics.weights * self.keep
         left = kept.sum(-1) + statistics.null_mass
         scale = jnp.where(self.renormalize > 0, 1 / jnp.maximum(left, jnp.finfo(left.dtype).tiny), 1.0)
