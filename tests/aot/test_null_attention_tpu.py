@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import explain, null_attention
+from pallas_kernels import OperatorSharding, explain, null_attention
 
 pytestmark = pytest.mark.aot
 
@@ -88,3 +88,13 @@ def test_inside_shard_map_over_examples_and_heads():
     text = compiled(mesh, function, arrays)
     assert all(kernel in text for kernel in KERNELS)
     assert "all-gather" not in text
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_with_a_sharding_over_heads_and_a_ring_over_the_sequence(layout):
+    mesh = tpu_compiler.tpu_mesh("v5e:2x2", tensor=2, sequence=2)
+    sharding = OperatorSharding(mesh, heads="tensor", sequence="sequence", layout=layout)
+    arrays = arguments(mesh, (2, 2048, 2048, 8, 2, 128), spec=P(None, "sequence", "tensor"))
+    text = compiled(mesh, gradients(sharding=sharding), arrays)
+    assert all(kernel in text for kernel in KERNELS)
+    assert "collective-permute" in text and "all-gather" not in text

@@ -71,6 +71,6 @@ def test_what_it_refuses():
         with jax.enable_x64(True), pytest.raises(ValueError, match="float32, bfloat16 or float16, got float64"):
             depth_route(arrays[0].astype(jnp.float64), arrays[1], implementation="mosaic_tpu")
         with pytest.raises(
-            ValueError, match="129 sources of width 8192 float32 need .* MiB of VMEM, .* has 64; one array of sources needs less"
+            ValueError, match=r"129 sources of width 8192 float32 need .* MiB of VMEM, .* has 64; one array of sources needs less"
         ):
             depth_route([jax.ShapeDtypeStruct((1, 64, 8192), jnp.float32)] * 129, jnp.ones(8192), implementation="mosaic_tpu")
