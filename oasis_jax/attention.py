@@ -162,10 +162,13 @@ def attention(
     key, value = (constrain(y, ("batch", "length", "kv_heads", None)) for y in (key, value))
 
     null_logit = parameters["null_logit"] if "null_logit" in parameters else NULL_LOGITS.get(config.normalizer)
+    sharding = operator_sharding(constrain)
+    if numerics.materializes_attention and sharding and sharding.layout == "zigzag":
+        raise ValueError("attention: numerics that see scores and probabilities need the sequence in order, not layout='zigzag'")
     if config.normalizer in DENSE_NORMALIZERS or numerics.materializes_attention:
         statistics = _dense(query, key, value, null_logit, config, segment_ids, numerics)
     else:
-        statistics = _fused(query, key, value, null_logit, config, segment_ids, operator_sharding(constrain))
+        statistics = _fused(query, key, value, null_logit, config, segment_ids, sharding)
 
     heads = numerics.tap("context", statistics.head_output)
     if config.gate == "elementwise":

@@ -1,5 +1,8 @@
 """Quantization against numpy: the grids, the products, whole layers, and what a scheme leaves alone."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -342,3 +345,15 @@ def test_schemes_that_there_are_not(text, says):
 def test_no_calibration_batch():
     with pytest.raises(ValueError, match="batches is empty"):
         calibrate(build(), [])
+
+
+def test_a_sequence_out_of_order_is_refused():
+    config = AttentionConfig(width=24, num_heads=4)
+    parameters = {name: normal(*spec.shape) for name, spec in attention_parameters(config).items()}
+
+    def constrain(x, axes):
+        return x
+
+    constrain.operators = types.SimpleNamespace(layout="zigzag", ways=lambda axis: 1)
+    with pytest.raises(ValueError, match="zigzag"):
+        attention(parameters, dataclasses.replace(config, rope_theta=0.0), normal(2, 8, 24), constrain=constrain, numerics=Recorder())
