@@ -44,8 +44,9 @@ def imports_of(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
             else:
                 continue
             for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - HOUSE:
-                if top.startswith("_") or path.with_name(f"{top}.py").exists():  # a neighbour of a script or a test
-                    continue
+                tests = ROOT / "tests"
+                if top.startswith("_") or (path.is_relative_to(tests) and (path.with_name(f"{top}.py").exists() or (tests / top).is_dir())):
+                    continue  # a neighbour of a script or of a test
                 found[canonicalize_name(DISTRIBUTIONS.get(top, top))] = path.relative_to(ROOT)
     return found
 
