@@ -1,4 +1,4 @@
-# make demo | test | test-aot | test-faults | bench | lint | clean. Each makes .venv first and installs what it needs; only make and a Python 3.11 to 3.13 are assumed.
+# make demo | test | test-slow | test-aot | test-faults | bench | lint | clean. Each makes .venv first and installs what it needs; only make and a Python 3.11 to 3.13 are assumed.
 # Another interpreter: make PYTHON=python3.13 test
 
 VENV := .venv
@@ -11,7 +11,7 @@ ifeq ($(origin PYTHON), undefined)
 PYTHON := $(shell for p in $(RUN) python3 python3.13 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 endif
 
-.PHONY: demo test test-aot test-faults bench lint clean venv
+.PHONY: demo test test-slow test-aot test-faults bench lint clean venv
 .DELETE_ON_ERROR:
 
 # The same commands work by hand; a run that is already there is resumed, so a second `make demo` only evaluates.
@@ -27,7 +27,11 @@ demo: venv
 
 # Two workers; NPROC keeps each one's XLA thread pool to one core.
 test: venv
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} NPROC=$${NPROC:-1} $(RUN) -m pytest -n 2
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} NPROC=$${NPROC:-1} $(RUN) -m pytest -n 2 -m "not slow and not faults"
+
+# What takes longer than about 20 seconds a test.
+test-slow: venv
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} NPROC=$${NPROC:-1} $(RUN) -m pytest -n 2 -m "slow and not faults"
 
 # Kills and damages real runs and prints its counts; about a quarter of an hour. Mounting small disks needs root: skipped with the reason otherwise.
 test-faults: venv
