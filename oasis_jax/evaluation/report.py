@@ -58,7 +58,7 @@ figure { margin: 0; } .panels { display: grid; grid-template-columns: repeat(aut
 td small, td.small { font-size: .76rem; white-space: nowrap; } td.left, th.left { text-align: left; }
 summary { cursor: pointer; font-weight: 600; } dl { font-size: .9rem; margin: .8rem 0 0; } dt { font-weight: 600; margin-top: .6rem; font-family: ui-monospace, monospace; }
 dd { margin: 0; color: var(--muted); max-width: 95ch; }
-@media (max-width: 600px) { main { padding: 1.2rem .7rem 3rem; } section { padding: .95rem .85rem 1rem; } h1 { font-size: 1.4rem; } table { font-size: .82rem; }
+@media (max-width: 600px) { td small { white-space: normal; } main { padding: 1.2rem .7rem 3rem; } section { padding: .95rem .85rem 1rem; } h1 { font-size: 1.4rem; } table { font-size: .82rem; }
   th, td { padding-left: .6rem; } th:first-child, td:first-child { min-width: 6.6rem; padding-left: 1.1em; } thead small { font-size: .7rem; } }
 """
 

@@ -91,12 +91,13 @@ def quantized(runs: Runs) -> str:
             (
                 _text(name),
                 show(q["value"]),
-                show(q["float"]),
                 _with_interval(change_text(q["relative_change"]), interval_text(q["interval"], change_text)),
             )
             for name, q in run.quantization.items()
         ]
-        tables += _heading(runs, run) + _table(("scheme", kind, "in float", "change"), lines, left=1)
+        tables += _heading(runs, run) + _table(
+            ("scheme", f"{kind}, {show(next(iter(run.quantization.values()))['float'])} in float", "change"), lines, left=1
+        )
     lists = "".join(_rounded(name, having) for name in names)
     floats = f"<p class='note'>Always in float: {_text('; '.join(ALWAYS_FLOAT))}.</p>"
     return (

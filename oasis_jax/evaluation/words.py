@@ -102,7 +102,7 @@ def _chance(runs: Runs) -> list[str]:
     if found["interval"] is None:
         return ["One sequence was read, so no difference has an interval."]
     low, high = found["interval"]
-    said = "holds for other text of this kind" if low > 0 else "may be chance of the text that was read"
+    said = "is more than the choice of sequences explains" if low > 0 else "may be chance of the sequences that were read"
     title = name.replace("_", " ")
     between = f"{show(found['difference'])} between {order[1].label} and {order[0].label} (95\N{NO-BREAK SPACE}% interval {show(low)} to {show(high)})"
     return [f"Paired by sequence, the difference in {title} of {between} {said}."]
