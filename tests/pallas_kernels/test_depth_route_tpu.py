@@ -27,7 +27,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("as_list", [False, True], ids=["array", "list"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "more_than_128_sources" else name for name in CASES]
+)
 def test_blocks_of_sixteen_rows(monkeypatch, name, as_list):
     if name == "more_than_128_sources" and as_list:
         pytest.skip("the interpreter needs minutes for 258 references; the compilers' tests have 65")
