@@ -161,7 +161,9 @@ def attention(
     query = constrain(query, ("batch", "length", "heads", None))
     key, value = (constrain(y, ("batch", "length", "kv_heads", None)) for y in (key, value))
 
-    null_logit = parameters["null_logit"] if "null_logit" in parameters else NULL_LOGITS.get(config.normalizer)
+    null_logit = NULL_LOGITS.get(config.normalizer)
+    if null_logit is None:  # learned, or of no use to this normalizer
+        null_logit = parameters.get("null_logit")
     sharding = operator_sharding(constrain)
     if numerics.materializes_attention and sharding and sharding.layout == "zigzag":
         raise ValueError("attention: numerics that see scores and probabilities need the sequence in order, not layout='zigzag'")

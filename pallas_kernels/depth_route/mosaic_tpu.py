@@ -253,15 +253,15 @@ def _call(plan: Plan, kernel, name, in_specs, out_specs, out_shapes, scratch, *a
         + sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in out_shapes),
         transcendentals=2 * elements // plan.width,
     )
+    order = ("parallel", "parallel") + (("arbitrary",) if plan.stacked else ())
     return pl.pallas_call(
         functools.partial(kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1, grid=plan.grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
         ),
         out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=vary) for shape, dtype in out_shapes],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel") + (("arbitrary",) if plan.stacked else ()), vmem_limit_bytes=plan.vmem
-        ),
+        # The interpreter takes no order of the axes together with vmap.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=None if interpreting() else order, vmem_limit_bytes=plan.vmem),
         cost_estimate=cost,
         interpret=pltpu.InterpretParams(detect_races=True) if interpreting() else False,
         name=name,

@@ -75,4 +75,5 @@ def test_what_it_refuses():
         with pytest.raises(
             ValueError, match=r"129 sources of width 8192 float32 need .* MiB of VMEM, .* has 64; one array of sources needs less"
         ):
-            depth_route([jax.ShapeDtypeStruct((1, 64, 8192), jnp.float32)] * 129, jnp.ones(8192), implementation="mosaic_tpu")
+            many = [jax.ShapeDtypeStruct((1, 64, 8192), jnp.float32)] * 129
+            jax.eval_shape(lambda *sources: depth_route(sources, jnp.ones(8192), implementation="mosaic_tpu"), *many)
