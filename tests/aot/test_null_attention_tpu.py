@@ -78,16 +78,23 @@ def test_vmap_and_remat():
     assert all(kernel in text for kernel in KERNELS)
 
 
-def test_inside_shard_map_over_examples_and_heads():
-    mesh = tpu_compiler.tpu_mesh("v5e:2x2", data=2, tensor=2)
-    spec = P("data", None, "tensor")
+@pytest.mark.parametrize("topology", tpu_compiler.TOPOLOGIES)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map_over_examples_and_heads(topology, check_vma):
+    """The gradients of each device's part, and with JAX's check of what varies over devices also their sum outside."""
+    mesh = tpu_compiler.tpu_mesh(topology, data=2, tensor=2)
+    spec, statistics = P("data", None, "tensor"), P("data", "tensor")
+    specs = dict(mesh=mesh, in_specs=(spec, spec, spec, P("tensor")), check_vma=check_vma)
     arrays = arguments(mesh, (4, 1024, 1024, 8, 2, 128), spec=spec)
-    function = jax.shard_map(
-        gradients(), mesh=mesh, in_specs=(spec, spec, spec, P("tensor")), out_specs=(spec, spec, spec, P("tensor")), check_vma=False
-    )
-    text = compiled(mesh, function, arrays)
-    assert all(kernel in text for kernel in KERNELS)
-    assert "all-gather" not in text
+    texts = [compiled(mesh, jax.shard_map(gradients(), out_specs=(spec, spec, spec, P("tensor")), **specs), arrays)]
+    if check_vma:
+        attend = lambda q, k, v, b: tuple(null_attention(q, k, v, null_logit=b, implementation="mosaic_tpu"))  # noqa: E731
+        attend = jax.shard_map(attend, out_specs=(spec, statistics, statistics), **specs)
+        loss = lambda *x: sum((y.astype(jnp.float32) ** 2).sum() for y in attend(*x))  # noqa: E731
+        texts.append(compiled(mesh, jax.grad(loss, (0, 1, 2, 3)), arrays))
+    for text in texts:
+        assert all(kernel in text for kernel in KERNELS)
+        assert "all-gather" not in text
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])

@@ -80,6 +80,32 @@ def test_only_tiles_with_a_visible_key_are_computed(small_tiles, name):
     assert len(wanted) < shape.row_tiles * shape.key_tiles
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_tiles_without_a_mask_have_nothing_to_mask(small_tiles, name):
+    (_, length, keys, heads, key_heads, _), window = CASES[name]["shape"], CASES[name].get("window")
+    options = tiles.Options(causal=CASES[name].get("is_causal", True), window=window, softcap=None, scale=1.0)
+    shape = tiles.Shape.of(jnp.zeros((1, length, heads, 8)), jnp.zeros((1, keys, key_heads, 8)))
+    row, column = np.arange(shape.rows)[:, None], np.arange(shape.keys)
+    distance = (row % length if shape.folded else row) + keys - length - column
+    visible = (column < keys) & ((distance >= 0) | (not options.causal and window is None)) & (distance < (window or np.inf))
+    visible |= row >= (length * heads // key_heads if shape.folded else length)  # padded rows
+    seen = visible.reshape(shape.row_tiles, shape.row_tile, shape.key_tiles, shape.key_tile).all((1, 3))
+    pairs = [(i, j) for i in range(shape.row_tiles) for j in range(shape.key_tiles)]
+    unmasked = [pair for pair in pairs if tiles.wholly_visible(options, shape, *pair)]
+    assert all(seen[pair] for pair in unmasked)
+    if name in ("causal", "causal_aligned_at_the_end", "both_directions"):  # long enough to have some
+        assert unmasked
+
+
+def test_a_finite_null_logit_below_every_score_takes_rows_without_a_key():
+    query, lowest = jnp.ones((1, 5, 1, 8)), np.finfo(np.float32).min
+    with interpret_kernels():
+        result = null_attention(query, query[:, :3], query[:, :3], null_logit=lowest, implementation="mosaic_tpu")
+    np.testing.assert_array_equal(result.null_mass[0, 0], [1.0, 1.0, 0.0, 0.0, 0.0])
+    np.testing.assert_array_equal(result.lse[0, 0, :2], [lowest, lowest])
+    np.testing.assert_array_equal(result.output[0, :, 0, 0], [0.0, 0.0, 1.0, 1.0, 1.0])
+
+
 def test_what_cannot_be_served_says_why():
     arrays = [jax.ShapeDtypeStruct((1, 9, 2, size), jnp.float32) for size in (8, 8, 8)]
     assert "runs on TPUs, the call is compiled for cpu" in explain("null_attention", *arrays).reasons["mosaic_tpu"]

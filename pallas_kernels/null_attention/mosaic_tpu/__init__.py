@@ -7,7 +7,7 @@ query gradients write their results transposed, and read values or keys transpos
 
 The last axis of a grid runs over the tiles of the other side that a tile can reach. Its length is that of the longest such run, and a tile with
 a shorter one names the same tile again, which is not copied again, and skips the arithmetic: causal and windowed attention neither compute nor
-read what is masked. Decoding (few queries) folds the query heads of a group into one tile, so that they share one reading of the keys.
+read what is masked. Only tiles that the mask cuts apply it. Decoding (few queries) folds the query heads of a group into one tile, so that they share one reading of the keys.
 
 Everything is deterministic. Statistics and accumulators are float32; probabilities enter the products in the type of the inputs.
 """
@@ -48,11 +48,15 @@ def _how() -> dict:
 
 
 def _run(kernel: Callable, name: str, grid, inputs: dict, in_specs: dict, outputs: dict, out_specs: dict, scratch: dict) -> list[jax.Array]:
-    """Runs kernel(names, *refs), whose refs are the inputs, outputs and scratch buffers by these names."""
+    """Runs kernel(names, *refs), whose refs are the inputs, outputs and scratch buffers by these names.
+
+    Inside a caller's `jax.shard_map` the outputs vary over the devices as the inputs do, which vjp.py has made all vary alike.
+    """
     names = (*inputs, *outputs, *scratch)
+    varying = jax.typeof(inputs["query"]).manual_axis_type
     return pl.pallas_call(
         functools.partial(kernel, names),
-        out_shape=list(outputs.values()),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in outputs.values()],
         grid=grid,
         in_specs=[in_specs[name] for name in inputs],
         out_specs=[out_specs[name] for name in outputs],

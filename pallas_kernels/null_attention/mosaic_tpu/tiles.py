@@ -80,6 +80,15 @@ def row_range(options: Options, shape: Shape, key_tile):
     return first, last
 
 
+def wholly_visible(options: Options, shape: Shape, row_tile, key_tile):
+    """Whether every row of a tile may see every key of a tile, as far as positions tell. A bool where that is the same for all tiles."""
+    if not options.causal and options.window is None:
+        return True if shape.keys == shape.live_keys else key_tile < shape.key_tiles - 1
+    low, high = _positions(shape, row_tile)
+    visible = low >= (key_tile + 1) * shape.key_tile - 1
+    return visible if options.window is None else visible & (high - key_tile * shape.key_tile < options.window)
+
+
 def _positions(shape: Shape, row_tile):
     """(lowest, highest) position of a tile of rows, counted in keys."""
     if shape.folded:
