@@ -324,7 +324,7 @@ _serve = differentiable(_forward, _backward)
 
 
 def depth_route_mosaic_tpu(inputs: RouteInputs) -> DepthRoute:
-    """The contract of `depth_route`, for sources in float32, bfloat16 or float16; the kernels compute in float32.
+    """The contract of `depth_route`, for sources in float32 or bfloat16; the kernels compute in float32.
 
     A traced number of live sources saves the traffic of the dead ones. Raises Unavailable where the call is not compiled for a TPU.
     """
@@ -335,6 +335,6 @@ def depth_route_mosaic_tpu(inputs: RouteInputs) -> DepthRoute:
     axes = [axis for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types) if size > 1 and kind != AxisType.Manual]
     if axes:
         raise Unavailable(f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them")
-    if inputs.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise Unavailable(f"sources must be float32, bfloat16 or float16, got {inputs.dtype}")
+    if inputs.dtype not in (jnp.float32, jnp.bfloat16):
+        raise Unavailable(f"takes sources of float32 and bfloat16, got {inputs.dtype}")
     return _serve(inputs)

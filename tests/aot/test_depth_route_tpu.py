@@ -52,7 +52,8 @@ def results_and_gradients(*arrays):
 def compiled(mesh, function, arrays):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         executable = jax.jit(function).lower(*arrays).compile()
-    assert [f"%{kernel}" in executable.as_text() for kernel in KERNELS] == [True, True]
+    calls = re.findall(r'^.*custom_call_target="tpu_custom_call"', executable.as_text(), re.MULTILINE)
+    assert [sum(kernel in call.split(" = ")[0] for call in calls) for kernel in KERNELS] == [1, 1]
     return executable
 
 
@@ -71,9 +72,9 @@ def test_the_kernels_compile_and_copy_no_sources(topology, as_list, per_token, c
     one_source = size(arrays[0]) // count
     # at most a float32 query and its float32 gradient, and statistics of 128 lanes; a copied stack would be `count` sources
     assert executable.memory_analysis().temp_size_in_bytes < 5 * one_source
-    # what the program moves: the sources twice (forward, backward), their gradients once, and less than 8 sources besides
-    moved = executable.cost_analysis()["bytes accessed"]
-    assert 3 * size(arrays[0]) <= moved < 3 * size(arrays[0]) + (8 + 12 * per_token) * one_source
+    # The sources are read forward and backward and their gradients written. Some sources XLA reads ahead, into VMEM, which it counts
+    # twice; a copied stack would be read and written besides, at least 5 stacks in all.
+    assert 3 <= executable.cost_analysis()["bytes accessed"] / size(arrays[0]) < 4.5
 
 
 @every_topology
@@ -88,12 +89,17 @@ def test_inside_shard_map_over_examples_and_sequence(topology, as_list, per_toke
     function = jax.shard_map(results_and_gradients, mesh=mesh, in_specs=specs, out_specs=(tokens, specs))
     executable = compiled(mesh, function, arrays)
     assert "all-gather" not in executable.as_text()
-    assert ("all-reduce" in executable.as_text()) == (not per_token) or per_token  # the gradient of the gain is summed in either case
+    assert "all-reduce" in executable.as_text()  # the gradient of the gain, which all shards share
     assert executable.memory_analysis().temp_size_in_bytes < 6 * size(arrays[0]) // 7 // devices
 
 
+def test_more_sources_than_lanes():
+    mesh = tpu_compiler.tpu_mesh("v5e:2x2", data=1)
+    compiled(mesh, results_and_gradients, arguments(mesh, (130, 1, 512, 512)))
+
+
 @both_forms
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_odd_sizes_types_and_a_traced_number_of_sources(as_list, dtype):
     mesh = tpu_compiler.tpu_mesh("v5e:2x2", data=1)
     arrays = arguments(mesh, (5, 3, 1037, 1000), as_list=as_list, per_token=dtype == "float32", dtype=dtype)
@@ -123,6 +129,7 @@ def test_they_are_chosen_on_tpus_and_say_what_they_cannot_serve():
         assert (explanation.implementation == "mosaic_tpu") == (not reason)
         return reason
 
+    assert "float32 and bfloat16, got float16" in reason(dtype="float16")
     assert reason() == "" == reason(as_list=True) == reason("v4:2x2x1")
     assert "inside jax.shard_map" in reason(axes={"data": 2})
     assert re.fullmatch(r"129 sources of width 8192 float32 need \d+ MiB of VMEM, .* has 16; one array .*", reason(
