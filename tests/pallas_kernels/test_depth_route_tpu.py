@@ -26,9 +26,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("as_list", [False, True], ids=["array", "list"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "more_than_128_sources" else name for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_blocks_of_sixteen_rows(monkeypatch, name, as_list):
     monkeypatch.setattr(mosaic_tpu, "STACKED_BLOCK", 1)
     monkeypatch.setattr(mosaic_tpu, "TUPLE_STEP", 1)
