@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+import pallas_kernels
 from oasis_jax import PRESETS
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
@@ -23,4 +24,15 @@ def test_example(source, capsys):
 
 
 def test_every_preset_is_in_the_table():
-    assert re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE) == list(PRESETS)
+    assert table("Presets") == list(PRESETS)
+
+
+def test_every_backend_is_in_the_table():
+    names = {*pallas_kernels.implementations("null_attention"), *pallas_kernels.implementations("depth_route")}
+    assert sorted(table("Kernels")) == sorted(names)
+
+
+def table(section: str) -> list[str]:
+    """The first column of a section's table."""
+    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
