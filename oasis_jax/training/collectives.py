@@ -1,0 +1,66 @@
+"""What a compiled step sends between devices, read from the compiler's own text, loops counted as often as they run."""
+
+import math
+import re
+from typing import NamedTuple
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", re.MULTILINE)
+_OPERATION = re.compile(r"= (\(?[^=]*?\)?) (" + "|".join(_KINDS) + r")(?:-start)?\(")
+_SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
+_TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"')
+
+
+class Collective(NamedTuple):
+    """One kind of collective in a step: how often it runs, and the bytes of its results on one device."""
+
+    name: str
+    count: int
+    bytes: int
+
+
+def collectives(text: str) -> list[Collective]:
+    """Counts the collectives of a compiled program (`compiled.as_text()`), those with the most bytes first.
+
+    A while loop counts as often as the compiler knows it to run, else once.
+    """
+    bodies, entry = _computations(text)
+    found: dict[str, list[int]] = {}
+
+    def visit(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            match = _OPERATION.search(line)
+            if match:
+                totals = found.setdefault(match[2], [0, 0])
+                totals[0] += times
+                totals[1] += times * _size(match[1], started=f"{match[2]}-start(" in line)
+            trips = _TRIPS.search(line)
+            for called in _CALLED.findall(line):
+                for inner in called.replace("%", "").split(", "):
+                    visit(inner, times * (int(trips[1]) if trips and " while(" in line else 1))
+
+    visit(entry, 1)
+    return sorted((Collective(name, *totals) for name, totals in found.items()), key=lambda kind: -kind.bytes)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation by its name, and the name of the one that is run."""
+    bodies: dict[str, list[str]] = {}
+    name, entry = None, ""
+    for line in text.splitlines():
+        start = _COMPUTATION.match(line)
+        if start:
+            name = start[1]
+            bodies[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _size(shapes: str, *, started: bool) -> int:
+    """Bytes of a result; the start of an asynchronous collective gives (operands, results, ...), of which the largest is the result."""
+    sizes = [math.prod(int(n) for n in dims.split(",") if n) * _BYTES[kind] for kind, dims in _SHAPE.findall(shapes)]
+    return max(sizes, default=0) if started else sum(sizes)

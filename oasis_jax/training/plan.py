@@ -1,0 +1,183 @@
+"""Whether a run will fit: its training step compiled ahead of time for hardware that is not there, and what the compiler says of it."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from oasis_jax.config import Config
+from oasis_jax.errors import UserError, nearest
+from oasis_jax.training.collectives import Collective, collectives
+from oasis_jax.training.flops import peak_flops, training_flops
+from oasis_jax.training.sharding import batch_sharding, make_mesh
+from oasis_jax.training.state import abstract_state
+from oasis_jax.training.step import make_step
+
+# GiB of memory a device has for programs, by what precedes the colon of --plan; TPUs are named as their compiler names them.
+TPU_MEMORY = {"v4": 32.0, "v5e": 16.0, "v5p": 95.0, "v6e": 32.0, "tpu7x": 96.0}
+GPU_MEMORY = {"h100": 80.0, "h200": 141.0, "b200": 180.0}
+_GPU_NAMES = {"h100": "H100_80GB_HBM3", "h200": "H200", "b200": "B200"}
+_GIB = 2.0**30
+
+
+class Target(NamedTuple):
+    """Devices to compile for, and what each of them can hold."""
+
+    name: str
+    devices: Sequence[jax.Device]
+    memory_gib: float
+
+
+class Plan(NamedTuple):
+    """What a compiled training step needs, per device, in bytes."""
+
+    target: Target
+    mesh: Mesh
+    parameters: int
+    optimizer: int
+    batch: int
+    temporary: int
+    collectives: list[Collective]
+    flops_per_token: float
+    tokens_per_step: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.batch + self.temporary
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.target.memory_gib * _GIB
+
+
+def target(text: str) -> Target:
+    """The devices that --plan names: "v5p:4x4x4", "v5e:2x2", "h100:8".
+
+    Raises:
+      UserError: no such hardware, or its compiler is not installed.
+    """
+    name, _, shape = text.partition(":")
+    known = (*TPU_MEMORY, *GPU_MEMORY)
+    if name not in known or not re.fullmatch(r"\d+(x\d+)*", shape):
+        hint = "" if name in known else nearest(name, known)
+        raise UserError(f"--plan: expected HARDWARE:SHAPE such as v5p:4x4x4 or h100:8, got {text!r}{hint}; hardware: {', '.join(known)}")
+    try:
+        devices = _tpu_devices(text) if name in TPU_MEMORY else _gpu_devices(name, int(shape.split("x")[-1]))
+    except UserError:
+        raise
+    except Exception as error:  # the compilers' plugins have no one kind of error
+        raise UserError(f"--plan: {text}: the compiler refuses this topology: {' '.join(str(error).split())[:200]}") from None
+    return Target(text, devices, (TPU_MEMORY | GPU_MEMORY)[name])
+
+
+def _tpu_devices(text: str) -> Sequence[jax.Device]:
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UserError(f"--plan: {text} needs the TPU compiler: python -m pip install 'jax[tpu]' (no TPU is needed)") from None
+    # Without these the compiler looks for a TPU's metadata on the network.
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}.items():
+        os.environ.setdefault(name, value)
+    return topologies.get_topology_desc(text, platform="tpu").devices
+
+
+def _gpu_devices(name: str, count: int) -> Sequence[jax.Device]:
+    from oasis_jax.training.gpu_targets import target_config
+
+    config = target_config(_GPU_NAMES[name])
+    return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=config, topology=f"1x1x{count}").devices
+
+
+def make_plan(config: Config, hardware: Target) -> Plan:
+    """Compiles the training step of a config for these devices.
+
+    Raises:
+      UserError: the mesh, the batch or the model do not go with them.
+    """
+    mesh = make_mesh(config.mesh, hardware.devices)
+    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels are chosen for the device that the step is compiled for
+        compiled = make_step(config, mesh).lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    parameters, optimizer, examples = (_bytes_per_device(x) for x in (state.params, state.opt_state, batch))
+    arguments = parameters + optimizer + examples
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    return Plan(
+        hardware, mesh, parameters, optimizer, examples, max(used - arguments, 0), collectives(compiled.as_text()),
+        training_flops(config.model, config.data.sequence_length), config.data.batch_size * config.data.sequence_length,
+    )  # fmt: skip
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of tokens, as the data pipeline gives them."""
+    sharding, shape = batch_sharding(config, mesh), (config.data.batch_size, config.data.sequence_length)
+    kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in kinds.items()}
+
+
+def _bytes_per_device(tree: object) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def with_vocabulary(config: Config) -> Config:
+    """The config with the vocabulary that its tokenizer will have, without reading any data."""
+    if config.model.inputs != "tokens":
+        raise UserError(f"--plan: plans models of tokens, got model.inputs={config.model.inputs}")
+    size = config.model.vocab_size or (config.data.bpe_vocab_size if config.data.tokenizer == "bpe" else 258)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def describe(plan: Plan, config: Config) -> str:
+    """The plan in words and figures, as --plan prints it."""
+    gib = lambda count: f"{count / _GIB:9.2f} GiB"  # noqa: E731
+    axes = " x ".join(f"{name}={size}" for name, size in plan.mesh.shape.items())
+    room = plan.target.memory_gib
+    lines = [
+        f"{config.model.preset} on {plan.target.name}: {plan.mesh.size} devices ({axes}), {plan.tokens_per_step:,} tokens a step",
+        f"  parameters            {gib(plan.parameters)}   per device, float32",
+        f"  optimizer             {gib(plan.optimizer)}",
+        f"  batch                 {gib(plan.batch)}",
+        f"  gradients, activations{gib(plan.temporary)}   what the compiler needs beside them",
+        f"  together              {gib(plan.total)}   of {room:.0f} GiB: {'fits' if plan.fits else 'DOES NOT FIT'} ({100 * plan.total / _GIB / room:.0f} %)",
+        f"  {plan.flops_per_token:.3e} FLOPs per token, {plan.flops_per_token * plan.tokens_per_step / plan.mesh.size:.3e} per device and step"
+        + _bound(plan),
+    ]
+    for kind in plan.collectives:
+        lines.append(f"  {kind.name:22s}{kind.count:6d} a step {kind.bytes / 2**20:12.1f} MiB received per device")
+    if not plan.fits:
+        lines.append(f"  suggestion: {suggestion(plan, config)}")
+    return "\n".join(lines)
+
+
+def _bound(plan: Plan) -> str:
+    peak = peak_flops(plan.mesh.devices.flat[0].device_kind)
+    if not peak:
+        return ""
+    return f"; at the peak of {peak / 1e12:.0f} TFLOP/s a step takes {1e3 * plan.flops_per_token * plan.tokens_per_step / plan.mesh.size / peak:.0f} ms, in practice more"
+
+
+def suggestion(plan: Plan, config: Config) -> str:
+    """What to change first where a plan does not fit: what takes most of the memory decides."""
+    room = plan.target.memory_gib * _GIB
+    held = plan.parameters + plan.optimizer
+    if held > 0.7 * room:
+        ways = plan.mesh.shape["fsdp"] * math.ceil(held / (0.5 * room))
+        if ways <= plan.mesh.size // plan.mesh.shape["tensor"]:
+            return f"parameters and moments take {held / _GIB:.1f} GiB: --set mesh.fsdp={_next_divisor(plan.mesh.size, ways)} splits them further"
+        return f"parameters and moments take {held / _GIB:.1f} GiB, split over all that there is: take a larger topology"
+    if config.model.remat == "none":
+        return "activations take most: --set model.remat=layer recomputes them in the backward pass"
+    if config.data.batch_size // config.optimizer.accumulation_steps > plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]:
+        return f"activations take most: --set optimizer.accumulation_steps={2 * config.optimizer.accumulation_steps} halves what is held at once"
+    return "activations take most: a larger mesh.tensor or mesh.sequence, a shorter data.sequence_length, or more devices"
+
+
+def _next_divisor(number: int, least: int) -> int:
+    return next(i for i in range(least, number + 1) if number % i == 0)
