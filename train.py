@@ -6,9 +6,15 @@ from oasis_jax.command_line import parse_train, run_main
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, workdir, processes, profile = parse_train(argv)
+    config, workdir, processes, profile, plan = parse_train(argv)
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
+    if plan is not None:
+        from oasis_jax.training.plan import run_plan
+
+        if not run_plan(config, plan):
+            raise SystemExit(1)
+        return
     if processes is not None:
         from oasis_jax.training.distributed import Processes, start
 

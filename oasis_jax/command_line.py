@@ -233,7 +233,13 @@ def train_parser() -> Parser:
         epilog=f"fields of a config, for --set (number, true or false, or a name):\n\n{describe_fields()}",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config(), such as configs/demo.py")
-    parser.add_argument("--workdir", required=True, metavar="FOLDER", type=pathlib.Path, help="where checkpoints and metrics are written")
+    aim = parser.add_mutually_exclusive_group(required=True)
+    aim.add_argument("--workdir", metavar="FOLDER", type=pathlib.Path, help="where checkpoints and metrics are written")
+    aim.add_argument(
+        "--plan",
+        metavar="HARDWARE:SHAPE",
+        help="train nothing: compile the step for v5p:4x4x4, h100:8 ... and say whether it fits; exits with 1 where it does not",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="another value for a field of the config; repeatable"
     )
@@ -247,12 +253,16 @@ def train_parser() -> Parser:
 
 
 class TrainArguments(typing.NamedTuple):
-    """What train.py is asked for; processes: (coordinator, count, index), ("", 0, 0) as the scheduler says, None for one process."""
+    """What train.py is asked for; processes: (coordinator, count, index), ("", 0, 0) as the scheduler says, None for one process.
+
+    Of workdir and plan one is None.
+    """
 
     config: Config
-    workdir: pathlib.Path
+    workdir: pathlib.Path | None
     processes: tuple[str, int, int] | None
     profile: str | None
+    plan: str | None
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainArguments:
@@ -267,12 +277,16 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainArguments:
         )
     if 0 < len(missing) < 3:
         parser.error(f"{', '.join(flag for flag in by_hand if flag not in missing)}: needs {' and '.join(missing)} too")
+    if args.plan is not None and (args.distributed or len(missing) < 3 or args.profile is not None):
+        parser.error("--plan trains nothing, in one process: leave out --profile, --distributed, --coordinator, --processes and --process")
     processes = ("", 0, 0) if args.distributed else None if missing else tuple(by_hand.values())
-    return TrainArguments(apply_overrides(load_config(args.config), args.set), args.workdir, processes, args.profile)
+    return TrainArguments(apply_overrides(load_config(args.config), args.set), args.workdir, processes, args.profile, args.plan)
 
 
 def run_main(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Runs main(argv) and exits: 0, 2 with one line on stderr after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
+
+    A SystemExit of main's own passes: train.py ends with 1 where a plan does not fit.
 
     Any other exception is a bug and keeps its traceback.
     """

@@ -211,10 +211,10 @@ def test_described_fields_are_wrapped_aligned_and_complete():
 
 def test_parse_train_reads_a_config_and_its_overrides(tmp_path):
     path = str(ROOT / "configs" / "demo.py")
-    config, workdir, processes, profile = parse_train(
+    config, workdir, processes, profile, plan = parse_train(
         [f"--config={path}", "--workdir", str(tmp_path / "x"), "--set", "run.steps=3", "--set=model.preset=attnres"]
     )
-    assert workdir == tmp_path / "x" and processes is profile is None
+    assert workdir == tmp_path / "x" and processes is profile is plan is None
     assert config == apply_overrides(load_config(path), ["run.steps=3", "model.preset=attnres"])
 
 
@@ -229,14 +229,25 @@ def test_processes_are_named_by_flags_or_by_the_scheduler(capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_plan_needs_no_workdir_and_goes_with_nothing_of_a_run(capsys):
+    config = f"--config={ROOT}/configs/demo.py"
+    asked = parse_train([config, "--plan=v5p:4x4x4"])
+    assert (asked.workdir, asked.plan) == (None, "v5p:4x4x4")
+    for wrong in ("--distributed", "--profile=1:2"):
+        with pytest.raises(SystemExit, match="2"):
+            parse_train([config, "--plan=v5p:4x4x4", wrong])
+        assert "--plan trains nothing" in capsys.readouterr().err
+
+
 FLAGS = {
     (
         "--confg=a.py",
         "--workdir=b",
-    ): "train.py: error: unknown flag --confg (did you mean '--config'?); allowed: --help, --config, --workdir, --set",
+    ): "train.py: error: unknown flag --confg (did you mean '--config'?); allowed: --help, --config, --workdir, --plan, --set",
     ("--config=a.py", "--work=b"): "train.py: error: unknown flag --work (did you mean '--workdir'?)",
-    ("--config=a.py",): "train.py: error: the following arguments are required: --workdir",
+    ("--config=a.py",): "train.py: error: one of the arguments --workdir --plan is required",
     ("--config",): "train.py: error: argument --config: expected one argument",
+    ("--config=a.py", "--workdir=b", "--plan=h100:8"): "train.py: error: argument --plan: not allowed with argument --workdir",
     ("--config=a.py", "--workdir=b", "c"): "train.py: error: unrecognized arguments: c",
 }
 

@@ -8,6 +8,7 @@ _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collectiv
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", re.MULTILINE)
 _OPERATION = re.compile(r"= (\(?[^=]*?\)?) (" + "|".join(_KINDS) + r")(?:-start)?\(")
+_COMMENT = re.compile(r"/\*.*?\*/")  # the compiler numbers the elements of long tuples
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"')
@@ -31,11 +32,12 @@ def collectives(text: str) -> list[Collective]:
 
     def visit(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
+            line = _COMMENT.sub("", line)
             match = _OPERATION.search(line)
             if match:
                 totals = found.setdefault(match[2], [0, 0])
                 totals[0] += times
-                totals[1] += times * _size(match[1], started=f"{match[2]}-start(" in line)
+                totals[1] += times * _size(_result(match[1]) if f"{match[2]}-start(" in line and match[2] != "all-reduce" else match[1])
             trips = _TRIPS.search(line)
             for called in _CALLED.findall(line):
                 for inner in called.replace("%", "").split(", "):
@@ -60,7 +62,18 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _size(shapes: str, *, started: bool) -> int:
-    """Bytes of a result; the start of an asynchronous collective gives (operands, results, ...), of which the largest is the result."""
-    sizes = [math.prod(int(n) for n in dims.split(",") if n) * _BYTES[kind] for kind, dims in _SHAPE.findall(shapes)]
-    return max(sizes, default=0) if started else sum(sizes)
+def _result(shapes: str) -> str:
+    """The second of (operands, results, ...), which the start of an asynchronous collective gives; that of an all-reduce gives results only."""
+    depth, parts = 0, [""]
+    for character in shapes.strip()[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts[1] if len(parts) > 1 else shapes
+
+
+def _size(shapes: str) -> int:
+    """Bytes of one shape or of all the shapes in a tuple."""
+    return sum(math.prod(int(n) for n in dims.split(",") if n) * _BYTES[kind] for kind, dims in _SHAPE.findall(shapes))

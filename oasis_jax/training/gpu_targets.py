@@ -9,6 +9,8 @@ from oasis_jax.errors import UserError
 
 _PLUGINS = {"xla_cuda12": "cuda12", "xla_cuda13": "cuda13"}
 
+_UNPRINTABLE = re.compile(rb"[^\t\n\r -~]")
+
 
 def target_config(name: str) -> str:
     """The GpuTargetConfigProto, in text form, of the GPU whose description contains `name`, as the installed CUDA plugin carries it.
@@ -31,11 +33,15 @@ def target_config(name: str) -> str:
 
 
 def _configs(library: bytes) -> dict[str, str]:
-    """{description: text}: printable runs around every "gpu_device_info" in the plugin."""
-    printable = re.compile(rb"[\t\n\r\x20-\x7e]*gpu_device_info \{[\t\n\r\x20-\x7e]*")
+    """{description: text}: printable runs around every "gpu_device_info" in the plugin.
+
+    Ends of a run are looked for from the word outwards: one pattern for the whole run takes minutes in a library of this size.
+    """
     found = {}
-    for match in printable.finditer(library):
-        text = match[0].decode()
+    for match in re.finditer(rb"gpu_device_info \{", library):
+        before = _UNPRINTABLE.split(library[max(0, match.start() - 4096) : match.start()])[-1]
+        end = _UNPRINTABLE.search(library, match.end())
+        text = (before + library[match.start() : end.start() if end else len(library)]).decode()
         description = re.search(r'device_description_str:\s*"([^"]+)"', text)
         if description:
             found[description[1].replace(" ", "_")] = text

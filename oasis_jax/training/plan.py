@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     optimizer: int
     batch: int
     temporary: int
-    collectives: list[Collective]
+    collectives: list[Collective] | None  # None: the compiler refused to make a program of this size
     flops_per_token: float
     tokens_per_step: int
 
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return self.total <= self.target.memory_gib * _GIB
+        return self.collectives is not None and self.total <= self.target.memory_gib * _GIB
 
 
 def target(text: str) -> Target:
@@ -68,8 +68,12 @@ def target(text: str) -> Target:
     if name not in known or not re.fullmatch(r"\d+(x\d+)*", shape):
         hint = "" if name in known else nearest(name, known)
         raise UserError(f"--plan: expected HARDWARE:SHAPE such as v5p:4x4x4 or h100:8, got {text!r}{hint}; hardware: {', '.join(known)}")
+    if name in GPU_MEMORY and "x" in shape:
+        raise UserError(f"--plan: GPUs are planned as one box: expected {name}:COUNT such as {name}:8, got {text!r}")
+    if 0 in map(int, shape.split("x")):
+        raise UserError(f"--plan: needs at least one device, got {text!r}")
     try:
-        devices = _tpu_devices(text) if name in TPU_MEMORY else _gpu_devices(name, int(shape.split("x")[-1]))
+        devices = _tpu_devices(text) if name in TPU_MEMORY else _gpu_devices(name, int(shape))
     except UserError:
         raise
     except Exception as error:  # the compilers' plugins have no one kind of error
@@ -104,15 +108,45 @@ def make_plan(config: Config, hardware: Target) -> Plan:
     mesh = make_mesh(config.mesh, hardware.devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels are chosen for the device that the step is compiled for
-        compiled = make_step(config, mesh).lower(state, batch).compile()
-    memory = compiled.memory_analysis()
+        lowered = make_step(config, mesh).lower(state, batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:  # the TPU compiler makes no program that does not fit
+            used, compiled = refused_bytes(str(error)), None
+            if used is None:
+                raise
+        else:
+            used = _used_bytes(compiled)
     parameters, optimizer, examples = (_bytes_per_device(x) for x in (state.params, state.opt_state, batch))
     arguments = parameters + optimizer + examples
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     return Plan(
-        hardware, mesh, parameters, optimizer, examples, max(used - arguments, 0), collectives(compiled.as_text()),
+        hardware, mesh, parameters, optimizer, examples, max(used - arguments, 0), collectives(compiled.as_text()) if compiled else None,
         training_flops(config.model, config.data.sequence_length), config.data.batch_size * config.data.sequence_length,
     )  # fmt: skip
+
+
+def run_plan(config: Config, text: str) -> bool:
+    """Prints the plan of a config for the hardware that `text` names, and returns whether it fits.
+
+    Raises:
+      UserError: see `target` and `make_plan`.
+    """
+    jax.config.update("jax_platforms", "cpu")  # no device is needed: one that is there, or a library of one that is not, stays untouched
+    config = with_vocabulary(config)
+    plan = make_plan(config, target(text))
+    print(describe(plan, config))
+    return plan.fits
+
+
+def _used_bytes(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+
+def refused_bytes(message: str) -> int | None:
+    """The bytes that a program would have used, from the TPU compiler's refusal to make it; None for another error."""
+    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1)) if match else None
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -149,7 +183,7 @@ def describe(plan: Plan, config: Config) -> str:
         f"  {plan.flops_per_token:.3e} FLOPs per token, {plan.flops_per_token * plan.tokens_per_step / plan.mesh.size:.3e} per device and step"
         + _bound(plan),
     ]
-    for kind in plan.collectives:
+    for kind in plan.collectives or ():
         lines.append(f"  {kind.name:22s}{kind.count:6d} a step {kind.bytes / 2**20:12.1f} MiB received per device")
     if not plan.fits:
         lines.append(f"  suggestion: {suggestion(plan, config)}")

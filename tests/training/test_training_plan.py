@@ -1,0 +1,97 @@
+"""What a plan says, and what it makes of a wrong --plan, without a compiler. Those that compile are in tests/aot/test_plan.py."""
+
+import types
+
+import pytest
+
+from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from oasis_jax.errors import UserError
+from oasis_jax.training import plan as planning
+from oasis_jax.training.collectives import Collective
+from oasis_jax.training.plan import Plan, Target, describe, refused_bytes, suggestion, target, with_vocabulary
+
+GIB = 2**30
+
+
+def plan(parameters=1, optimizer=2, temporary=3, *, found=(), kind="cpu", **axes) -> Plan:
+    """A plan of so many GiB for devices of 16 GiB."""
+    shape = dict(data=1, fsdp=1, sequence=1, tensor=1) | axes
+    size = shape["data"] * shape["fsdp"] * shape["sequence"] * shape["tensor"]
+    device = types.SimpleNamespace(device_kind=kind)
+    mesh = types.SimpleNamespace(shape=shape, size=size, devices=types.SimpleNamespace(flat=[device]))
+    hardware = Target("v5e:2x4", [device] * 8, 16.0)
+    return Plan(hardware, mesh, parameters * GIB, optimizer * GIB, 0, int(temporary * GIB), found, 1e9, 4096)
+
+
+WRONG = {
+    "v5q:2x2": "(did you mean 'v5",
+    "h10:8": "(did you mean 'h100'?)",
+    "v5p": "got 'v5p'; hardware: v4, v5e, v5p",
+    "v5p:4*4": "expected HARDWARE:SHAPE such as v5p:4x4x4 or h100:8, got 'v5p:4*4'",
+    "h100:2x8": "expected h100:COUNT such as h100:8, got 'h100:2x8'",
+    "h100:0": "at least one device",
+    "": "got ''",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_target_is_told_in_one_line(text):
+    with pytest.raises(UserError) as caught:
+        target(text)
+    message = str(caught.value)
+    assert message.startswith("--plan: ") and WRONG[text] in message and "\n" not in message
+
+
+def test_a_compiler_that_is_missing_is_named_with_its_package(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
+    with pytest.raises(UserError, match=r"v5p:2x2x1 needs the TPU compiler: python -m pip install 'jax\[tpu\]'"):
+        target("v5p:2x2x1")
+
+
+def test_a_plan_adds_up_and_fits_up_to_the_last_byte():
+    fits = plan(4, 8, 4)
+    assert fits.total == 16 * GIB and fits.fits
+    assert not fits._replace(batch=1).fits
+    assert not plan(found=None).fits  # refused by the compiler, however little it seems to need
+
+
+def test_a_description_gives_every_figure():
+    text = describe(plan(found=[Collective("all-gather", 12, 3 * 2**20)], kind="TPU v5 lite", fsdp=8), Config())
+    for expected in ("8 devices (data=1 x fsdp=8", "together                   6.00 GiB   of 16 GiB: fits (38 %)", "1.000e+09 FLOPs per token",
+                     "5.120e+11 per device and step", "197 TFLOP/s a step takes 3 ms", "all-gather                12 a step          3.0 MiB"):  # fmt: skip
+        assert expected in text
+    assert "suggestion" not in text and "peak" not in describe(plan(), Config())
+    assert "DOES NOT FIT" in describe(plan(temporary=14), Config()) and "suggestion: " in describe(plan(temporary=14), Config())
+
+
+@pytest.mark.parametrize(
+    ("made", "config", "expected"),
+    [
+        (plan(6, 12, data=8), Config(), "mesh.fsdp=4 "),
+        (plan(6, 12, fsdp=8), Config(), "take a larger topology"),
+        (plan(6, 12, data=2, tensor=4), Config(), "take a larger topology"),
+        (plan(temporary=20), Config(model=ModelConfig(remat="none")), "model.remat=layer"),
+        (plan(temporary=20, fsdp=8), Config(ModelConfig(remat="layer"), DataConfig(batch_size=32), OptimizerConfig(accumulation_steps=2)), "accumulation_steps=4 "),
+        (plan(temporary=20, fsdp=8), Config(ModelConfig(remat="layer"), DataConfig(batch_size=8)), "a larger mesh.tensor or mesh.sequence"),
+    ],
+)  # fmt: skip
+def test_the_suggestion_follows_what_takes_the_memory(made, config, expected):
+    assert expected in suggestion(made, config)
+
+
+def test_a_refusal_of_the_compiler_is_read_as_bytes():
+    assert refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded") == int(20.5 * GIB)
+    assert refused_bytes("INTERNAL: a bug") is None
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer():
+    from oasis_jax.data.tokenizers import TOKENIZERS
+
+    assert with_vocabulary(Config()).model.vocab_size == TOKENIZERS["bytes"].train([b"a"], 0).vocab_size
+    assert with_vocabulary(Config(data=DataConfig(tokenizer="bpe", bpe_vocab_size=777))).model.vocab_size == 777
+    assert with_vocabulary(Config(model=ModelConfig(vocab_size=99))).model.vocab_size == 99
+
+
+def test_every_gpu_has_a_name_and_every_target_a_memory():
+    assert planning._GPU_NAMES.keys() == planning.GPU_MEMORY.keys()
+    assert not planning.TPU_MEMORY.keys() & planning.GPU_MEMORY.keys()
