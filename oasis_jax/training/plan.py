@@ -16,14 +16,15 @@ from oasis_jax.config import Config
 from oasis_jax.errors import UserError, nearest
 from oasis_jax.training.collectives import Collective, collectives
 from oasis_jax.training.flops import peak_flops, training_flops
+from oasis_jax.training.gpu_targets import gpu_descriptions, memory_bytes
 from oasis_jax.training.sharding import batch_sharding, make_mesh
 from oasis_jax.training.state import abstract_state
 from oasis_jax.training.step import make_step
 
 # GiB of memory a device has for programs, by what precedes the colon of --plan; TPUs are named as their compiler names them.
 TPU_MEMORY = {"v4": 32.0, "v5e": 16.0, "v5p": 95.0, "v6e": 32.0, "tpu7x": 96.0}
-GPU_MEMORY = {"h100": 80.0, "h200": 141.0, "b200": 180.0}
-_GPU_NAMES = {"h100": "H100_80GB_HBM3", "h200": "H200", "b200": "B200"}
+GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200 141GB HBM3e", "b200": "NVIDIA B200"}
+GPU_FRACTION = 0.92  # JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more; CUDA and NCCL need the rest
 _GIB = 2.0**30
 
 
@@ -53,6 +54,11 @@ class Plan(NamedTuple):
         return self.parameters + self.optimizer + self.batch + self.temporary
 
     @property
+    def step_flops(self) -> float:
+        """Of one device."""
+        return self.flops_per_token * self.tokens_per_step / self.mesh.size
+
+    @property
     def fits(self) -> bool:
         return self.collectives is not None and self.total <= self.target.memory_gib * _GIB
 
@@ -64,39 +70,46 @@ def target(text: str) -> Target:
       UserError: no such hardware, or its compiler is not installed.
     """
     name, _, shape = text.partition(":")
-    known = (*TPU_MEMORY, *GPU_MEMORY)
+    known = (*TPU_MEMORY, *GPUS)
     if name not in known or not re.fullmatch(r"\d+(x\d+)*", shape):
         hint = "" if name in known else nearest(name, known)
         raise UserError(f"--plan: expected HARDWARE:SHAPE such as v5p:4x4x4 or h100:8, got {text!r}{hint}; hardware: {', '.join(known)}")
-    if name in GPU_MEMORY and "x" in shape:
+    if name in GPUS and "x" in shape:
         raise UserError(f"--plan: GPUs are planned as one box: expected {name}:COUNT such as {name}:8, got {text!r}")
     if 0 in map(int, shape.split("x")):
         raise UserError(f"--plan: needs at least one device, got {text!r}")
     try:
-        devices = _tpu_devices(text) if name in TPU_MEMORY else _gpu_devices(name, int(shape))
-    except UserError:
-        raise
+        return Target(text, _tpu_devices(text), TPU_MEMORY[name]) if name in TPU_MEMORY else _gpu_target(name, int(shape))
+    except UserError as error:
+        raise UserError(f"--plan: {text}: {error}") from None
     except Exception as error:  # the compilers' plugins have no one kind of error
         raise UserError(f"--plan: {text}: the compiler refuses this topology: {' '.join(str(error).split())[:200]}") from None
-    return Target(text, devices, (TPU_MEMORY | GPU_MEMORY)[name])
 
 
 def _tpu_devices(text: str) -> Sequence[jax.Device]:
     try:
         import libtpu  # noqa: F401
     except ImportError:
-        raise UserError(f"--plan: {text} needs the TPU compiler: python -m pip install 'jax[tpu]' (no TPU is needed)") from None
-    # Without these the compiler looks for a TPU's metadata on the network.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}.items():
+        raise UserError("no TPU compiler: python -m pip install 'jax[tpu]' (no TPU is needed)") from None
+    # Without these the compiler looks for a TPU's metadata on the network, and refuses to be loaded twice on one machine.
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     return topologies.get_topology_desc(text, platform="tpu").devices
 
 
-def _gpu_devices(name: str, count: int) -> Sequence[jax.Device]:
-    from oasis_jax.training.gpu_targets import target_config
-
-    config = target_config(_GPU_NAMES[name])
-    return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=config, topology=f"1x1x{count}").devices
+def _gpu_target(name: str, count: int) -> Target:
+    descriptions = gpu_descriptions()
+    if GPUS[name] not in descriptions:
+        raise UserError(f"the installed CUDA plugin does not know {GPUS[name]}; it knows {', '.join(sorted(descriptions))}")
+    description = descriptions[GPUS[name]]
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=description, topology=f"1x1x{count}")
+    return Target(f"{name}:{count}", topology.devices, GPU_FRACTION * memory_bytes(description) / _GIB)
 
 
 def make_plan(config: Config, hardware: Target) -> Plan:
@@ -170,31 +183,35 @@ def with_vocabulary(config: Config) -> Config:
 
 def describe(plan: Plan, config: Config) -> str:
     """The plan in words and figures, as --plan prints it."""
-    gib = lambda count: f"{count / _GIB:9.2f} GiB"  # noqa: E731
     axes = " x ".join(f"{name}={size}" for name, size in plan.mesh.shape.items())
-    room = plan.target.memory_gib
+    room = plan.target.memory_gib * _GIB
+    verdict = f"{'fits' if plan.fits else 'DOES NOT FIT'} in {_size(room)} ({100 * plan.total / room:.0f} %)"
     lines = [
-        f"{config.model.preset} on {plan.target.name}: {plan.mesh.size} devices ({axes}), {plan.tokens_per_step:,} tokens a step",
-        f"  parameters            {gib(plan.parameters)}   per device, float32",
-        f"  optimizer             {gib(plan.optimizer)}",
-        f"  batch                 {gib(plan.batch)}",
-        f"  gradients, activations{gib(plan.temporary)}   what the compiler needs beside them",
-        f"  together              {gib(plan.total)}   of {room:.0f} GiB: {'fits' if plan.fits else 'DOES NOT FIT'} ({100 * plan.total / _GIB / room:.0f} %)",
-        f"  {plan.flops_per_token:.3e} FLOPs per token, {plan.flops_per_token * plan.tokens_per_step / plan.mesh.size:.3e} per device and step"
-        + _bound(plan),
+        f"{config.model.preset} on {plan.target.name}: {plan.mesh.size} devices ({axes}), {plan.tokens_per_step:,} tokens a step; on each device:",
+        f"  parameters             {_size(plan.parameters):>11}   float32",
+        f"  optimizer              {_size(plan.optimizer):>11}",
+        f"  batch                  {_size(plan.batch):>11}",
+        f"  gradients, activations {_size(plan.temporary):>11}   what the compiler needs beside them",
+        f"  together               {_size(plan.total):>11}   {verdict}",
+        f"  FLOPs                  {plan.step_flops:11.3e}   a step; {plan.flops_per_token:.3e} a token{_bound(plan)}",
     ]
     for kind in plan.collectives or ():
-        lines.append(f"  {kind.name:22s}{kind.count:6d} a step {kind.bytes / 2**20:12.1f} MiB received per device")
+        lines.append(f"  {kind.name:22} {_size(kind.bytes):>11}   a step, {kind.count} times")
+    if plan.target.name.partition(":")[0] in GPUS:
+        lines.append(f"  counted are {GPU_FRACTION:.0%} of a GPU: start the run with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_FRACTION}")
     if not plan.fits:
         lines.append(f"  suggestion: {suggestion(plan, config)}")
     return "\n".join(lines)
 
 
+def _size(count: float) -> str:
+    """Bytes in GiB, or in MiB where they are few."""
+    return f"{count / _GIB:.2f} GiB" if count >= 0.1 * _GIB else f"{count / 2**20:.2f} MiB"
+
+
 def _bound(plan: Plan) -> str:
     peak = peak_flops(plan.mesh.devices.flat[0].device_kind)
-    if not peak:
-        return ""
-    return f"; at the peak of {peak / 1e12:.0f} TFLOP/s a step takes {1e3 * plan.flops_per_token * plan.tokens_per_step / plan.mesh.size / peak:.0f} ms, in practice more"
+    return f"; at the peak of {peak / 1e12:.0f} TFLOP/s {1e3 * plan.step_flops / peak:.1f} ms a step, in practice more" if peak else ""
 
 
 def suggestion(plan: Plan, config: Config) -> str:

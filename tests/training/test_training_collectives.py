@@ -59,10 +59,10 @@ def test_loops_tuples_and_asynchronous_starts_count_as_often_as_they_run():
 
 COMPILED = """
 import json, jax, jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 from oasis_jax.training.collectives import collectives
 
-mesh = jax.make_mesh((8,), ("x",))
+mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 
 def body(x, w):
     def layer(x, w):

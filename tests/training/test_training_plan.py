@@ -2,13 +2,16 @@
 
 import types
 
+import jax
 import pytest
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from oasis_jax.data import TOKENIZERS, load_corpus, train_batches
 from oasis_jax.errors import UserError
 from oasis_jax.training import plan as planning
 from oasis_jax.training.collectives import Collective
 from oasis_jax.training.plan import Plan, Target, describe, refused_bytes, suggestion, target, with_vocabulary
+from oasis_jax.training.sharding import make_mesh
 
 GIB = 2**30
 
@@ -44,7 +47,7 @@ def test_a_wrong_target_is_told_in_one_line(text):
 
 def test_a_compiler_that_is_missing_is_named_with_its_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
-    with pytest.raises(UserError, match=r"v5p:2x2x1 needs the TPU compiler: python -m pip install 'jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"v5p:2x2x1: no TPU compiler: python -m pip install 'jax\[tpu\]'"):
         target("v5p:2x2x1")
 
 
@@ -57,8 +60,8 @@ def test_a_plan_adds_up_and_fits_up_to_the_last_byte():
 
 def test_a_description_gives_every_figure():
     text = describe(plan(found=[Collective("all-gather", 12, 3 * 2**20)], kind="TPU v5 lite", fsdp=8), Config())
-    for expected in ("8 devices (data=1 x fsdp=8", "together                   6.00 GiB   of 16 GiB: fits (38 %)", "1.000e+09 FLOPs per token",
-                     "5.120e+11 per device and step", "197 TFLOP/s a step takes 3 ms", "all-gather                12 a step          3.0 MiB"):  # fmt: skip
+    for expected in ("8 devices (data=1 x fsdp=8", "together                  6.00 GiB   fits in 16.00 GiB (38 %)", "5.120e+11   a step; 1.000e+09 a token",
+                     "197 TFLOP/s 2.6 ms a step", "all-gather                3.00 MiB   a step, 12 times"):  # fmt: skip
         assert expected in text
     assert "suggestion" not in text and "peak" not in describe(plan(), Config())
     assert "DOES NOT FIT" in describe(plan(temporary=14), Config()) and "suggestion: " in describe(plan(temporary=14), Config())
@@ -71,8 +74,8 @@ def test_a_description_gives_every_figure():
         (plan(6, 12, fsdp=8), Config(), "take a larger topology"),
         (plan(6, 12, data=2, tensor=4), Config(), "take a larger topology"),
         (plan(temporary=20), Config(model=ModelConfig(remat="none")), "model.remat=layer"),
-        (plan(temporary=20, fsdp=8), Config(ModelConfig(remat="layer"), DataConfig(batch_size=32), OptimizerConfig(accumulation_steps=2)), "accumulation_steps=4 "),
-        (plan(temporary=20, fsdp=8), Config(ModelConfig(remat="layer"), DataConfig(batch_size=8)), "a larger mesh.tensor or mesh.sequence"),
+        (plan(temporary=20, fsdp=8), Config(model=ModelConfig(remat="layer"), data=DataConfig(batch_size=32), optimizer=OptimizerConfig(accumulation_steps=2)), "accumulation_steps=4 "),
+        (plan(temporary=20, fsdp=8), Config(model=ModelConfig(remat="layer"), data=DataConfig(batch_size=8)), "a larger mesh.tensor or mesh.sequence"),
     ],
 )  # fmt: skip
 def test_the_suggestion_follows_what_takes_the_memory(made, config, expected):
@@ -80,18 +83,33 @@ def test_the_suggestion_follows_what_takes_the_memory(made, config, expected):
 
 
 def test_a_refusal_of_the_compiler_is_read_as_bytes():
-    assert refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded") == int(20.5 * GIB)
+    assert refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded") == int(
+        20.5 * GIB
+    )
     assert refused_bytes("INTERNAL: a bug") is None
 
 
 def test_the_vocabulary_is_that_of_the_tokenizer():
-    from oasis_jax.data.tokenizers import TOKENIZERS
-
     assert with_vocabulary(Config()).model.vocab_size == TOKENIZERS["bytes"].train([b"a"], 0).vocab_size
     assert with_vocabulary(Config(data=DataConfig(tokenizer="bpe", bpe_vocab_size=777))).model.vocab_size == 777
     assert with_vocabulary(Config(model=ModelConfig(vocab_size=99))).model.vocab_size == 99
 
 
-def test_every_gpu_has_a_name_and_every_target_a_memory():
-    assert planning._GPU_NAMES.keys() == planning.GPU_MEMORY.keys()
-    assert not planning.TPU_MEMORY.keys() & planning.GPU_MEMORY.keys()
+def test_a_gpu_says_what_share_of_it_is_counted():
+    hardware = Target("h100:8", plan().target.devices, 73.0)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in describe(plan(fsdp=8)._replace(target=hardware), Config())
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(tokenizer="bpe", begin_token=False)])
+def test_the_abstract_batch_is_that_of_the_data(fields):
+    data = DataConfig(sequence_length=16, batch_size=2, **fields)
+    config = Config(data=data)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    real = next(train_batches(load_corpus(data, seed=0, tokenizer=TOKENIZERS["bytes"].train([b"a"], 0)).train, data, seed=0))
+    assert {name: (x.shape, x.dtype) for name, x in real.items()} == {
+        name: (x.shape, x.dtype) for name, x in planning.abstract_batch(config, mesh).items()
+    }
+
+
+def test_targets_and_memories_do_not_clash():
+    assert not planning.TPU_MEMORY.keys() & planning.GPUS.keys()
