@@ -120,18 +120,18 @@ def make_plan(config: Config, hardware: Target) -> Plan:
     """
     mesh = make_mesh(config.mesh, hardware.devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    parameters, optimizer, examples = (_bytes_per_device(x) for x in (state.params, state.opt_state, batch))
+    arguments = parameters + optimizer + examples
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels are chosen for the device that the step is compiled for
         lowered = make_step(config, mesh).lower(state, batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:  # the TPU compiler makes no program that does not fit
-            used, compiled = refused_bytes(str(error)), None
+            used, compiled = refused_bytes(str(error), arguments), None
             if used is None:
                 raise
         else:
             used = _used_bytes(compiled)
-    parameters, optimizer, examples = (_bytes_per_device(x) for x in (state.params, state.opt_state, batch))
-    arguments = parameters + optimizer + examples
     return Plan(
         hardware, mesh, parameters, optimizer, examples, max(used - arguments, 0), collectives(compiled.as_text()) if compiled else None,
         training_flops(config.model, config.data.sequence_length), config.data.batch_size * config.data.sequence_length,
@@ -156,10 +156,15 @@ def _used_bytes(compiled: jax.stages.Compiled) -> int:
     return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
-def refused_bytes(message: str) -> int | None:
-    """The bytes that a program would have used, from the TPU compiler's refusal to make it; None for another error."""
-    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1)) if match else None
+def refused_bytes(message: str, arguments: int) -> int | None:
+    """The bytes that a program would have used, from the TPU compiler's refusal to make it; None for another error.
+
+    It tells of all that the program uses or, where that is too much already, of what it uses beside its arguments.
+    """
+    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    beside = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", message)
+    match = used or beside
+    return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1)) + (0 if used else arguments) if match else None
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -211,7 +216,7 @@ def _size(count: float) -> str:
 
 def _bound(plan: Plan) -> str:
     peak = peak_flops(plan.mesh.devices.flat[0].device_kind)
-    return f"; at the peak of {peak / 1e12:.0f} TFLOP/s {1e3 * plan.step_flops / peak:.1f} ms a step, in practice more" if peak else ""
+    return f"; at the peak of {peak / 1e12:.0f} TFLOP/s {1e3 * plan.step_flops / peak:.3g} ms a step, in practice more" if peak else ""
 
 
 def suggestion(plan: Plan, config: Config) -> str:

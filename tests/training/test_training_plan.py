@@ -83,10 +83,11 @@ def test_the_suggestion_follows_what_takes_the_memory(made, config, expected):
 
 
 def test_a_refusal_of_the_compiler_is_read_as_bytes():
-    assert refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded") == int(
-        20.5 * GIB
-    )
-    assert refused_bytes("INTERNAL: a bug") is None
+    used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
+    beside = "E1000: Ran out of memory on HBM, the total memory required for HLO temporaries (74.00G) exceeds available HBM (15.75G)."
+    assert refused_bytes(used, 3 * GIB) == int(20.5 * GIB)
+    assert refused_bytes(beside, 3 * GIB) == 77 * GIB
+    assert refused_bytes("INTERNAL: a bug", 0) is None
 
 
 def test_the_vocabulary_is_that_of_the_tokenizer():
