@@ -207,6 +207,13 @@ class Decoder(nnx.Module):
         )
 
 
+def with_parameters(config: ModelConfig, params: dict) -> Decoder:
+    """The decoder with these parameters, nested as `nnx.to_pure_dict(nnx.state(Decoder(...)))` nests them."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
 def parameter_axes(config: ModelConfig) -> dict:
     """The logical axes of every parameter, in the nested-dict structure of `nnx.to_pure_dict(nnx.state(model))`."""
     state = nnx.eval_shape(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))

@@ -1,7 +1,7 @@
 """The stack of layers as loops, for training: memory linear in depth and a program whose size does not grow with it.
 
-The same functions and parameters as `oasis_jax.decoder.Decoder`, without its Statistics. Parameters are stored layer by layer and stacked when
-the step is traced: modules, checkpoints, Linen and evaluation keep one layout, for one more copy of the parameters during a step.
+The same functions and parameters as `oasis_jax.decoder.Decoder`, without its Statistics. Parameters are stacked, as a training state holds them:
+see `oasis_jax.stacked`.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def final_stream(
     """What the final norm reads; equals that of `Decoder`.
 
     Args:
-      params: as `nnx.to_pure_dict(nnx.state(Decoder(...)))` nests them.
+      params: stacked; see `oasis_jax.stacked`.
       config: a model that `can_scan`.
       inputs, segment_ids, constrain: see `Decoder.__call__`.
     """
@@ -85,10 +85,6 @@ def clip_delta(config: ModelConfig, output: Stream) -> Stream:
 SUBLAYERS = (attend, feed)
 
 
-def _stacked(trees: dict[int, dict]) -> dict:
-    return jax.tree.map(lambda *x: jnp.stack(x), *(trees[i] for i in range(len(trees))))
-
-
 def _parts(layers: dict) -> tuple[dict, dict]:
     """The parameters of the attention and of the MLP sublayer."""
     names = (("attention_norm", "attention"), ("mlp_norm", "mlp"))
@@ -102,12 +98,12 @@ def _residual(params, config, embedding, segment_ids, constrain):
             stream = clip(config, stream + sublayer(config, constrain, part, segment_ids, stream, psi)[0])
         return stream, None
 
-    return jax.lax.scan(rematerialized(layer, config.remat), embedding, _stacked(params["layers"]))[0]
+    return jax.lax.scan(rematerialized(layer, config.remat), embedding, params["layers"])[0]
 
 
 def _queries(params, config, wide) -> tuple[Array, Array | None]:
     """Of every router: the query with the key norm's gain, and beta; None without coupling."""
-    routers = _stacked(params["routers"])
+    routers = params["routers"]
     beta = coupling_strength(routers["beta_raw"]) if config.coupling else None
     return routers["query"].astype(wide) * routers["key_norm"].astype(wide), beta
 
@@ -115,7 +111,7 @@ def _queries(params, config, wide) -> tuple[Array, Array | None]:
 def _full(params, config, embedding, segment_ids, constrain):
     queries, betas = _queries(params, config, jnp.promote_types(embedding.dtype, jnp.float32))
     sublayers = [partial(sublayer, config, constrain) for sublayer in SUBLAYERS]
-    parts = _parts(_stacked(params["layers"]))
+    parts = _parts(params["layers"])
     null_logit = DEPTH_NULL_LOGITS[config.depth_normalizer]
     return routed_stack(sublayers, parts, segment_ids, embedding, queries, betas, null_logit=null_logit)
 
@@ -123,7 +119,7 @@ def _full(params, config, embedding, segment_ids, constrain):
 def _blocks(params, config, embedding, segment_ids, constrain):
     """Blocks one after the other; inside a block the whole layers are a loop, halves of layers at its ends stand alone."""
     wide = jnp.promote_types(embedding.dtype, jnp.float32)
-    layers, routers = _stacked(params["layers"]), _stacked(params["routers"])
+    layers, routers = params["layers"], params["routers"]
     count = 2 * config.num_layers
     starts = [block * (count // config.blocks) for block in range(config.blocks)]
     sources, evidence = [embedding], [jnp.zeros(embedding.shape[:2], wide)]

@@ -9,7 +9,9 @@ from flax import nnx
 from oasis_jax import Decoder, ModelConfig, UserError
 from oasis_jax.attention import unconstrained
 from oasis_jax.scanned import uses_scan
+from oasis_jax.stacked import stack_layers
 from oasis_jax.training.loss import loss_chunks
+from oasis_jax.training.sharding import parameter_shapes
 from oasis_jax.training.step import training_loss
 
 B, T, V = 2, 6, 83
@@ -50,7 +52,7 @@ def test_loss_and_gradients_equal_those_of_the_decoder(options):
 
         @jax.jit
         def both(params):
-            loss = lambda params, scan: training_loss(params, batch, config, unconstrained, scan=scan)  # noqa: E731
+            loss = lambda params, scan: training_loss(stack_layers(params) if scan else params, batch, config, unconstrained, scan=scan)  # noqa: E731
             return [jax.value_and_grad(loss)(params, scan) for scan in (True, False)]
 
         (value, gradients), (wanted, wanted_gradients) = both(params)
@@ -61,7 +63,7 @@ def test_loss_and_gradients_equal_those_of_the_decoder(options):
 
 def temporary_bytes(layers, **options):
     config = ModelConfig(num_layers=layers, width=16, num_heads=2, mlp_dim=16, vocab_size=8, remat="layer", **options)
-    shapes = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0)))))
+    shapes = parameter_shapes(config)
     batch = {
         name: jax.ShapeDtypeStruct((4, 128), kind) for name, kind in (("inputs", "int32"), ("targets", "int32"), ("weights", "float32"))
     }

@@ -30,7 +30,7 @@ _PACKAGES = ("oasis_jax", "jax", "flax", "optax", "orbax-checkpoint")
 # What may be another when a run is resumed: how it computes and what it shows, never what it computes. The files of a pattern
 # are compared by content. run.steps shapes the schedule, so it joins them only where the schedule is constant.
 _MAY_DIFFER = {
-    *("model.remat", "model.attention_implementation", "model.depth_implementation"),
+    *("model.remat", "model.stack", "model.attention_implementation", "model.depth_implementation"),
     *("data.pattern", "optimizer.accumulation_steps"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.rules"),
     *("run.log_interval", "run.telemetry_interval", "run.eval_interval", "run.eval_batches"),
@@ -41,6 +41,7 @@ _MAY_DIFFER = {
 _FROM_DATA = ("vocab_size", "vector_dim")
 
 _FILE_LIST = "files.json"
+_LAYOUT = "stacked"  # of the parameters, see oasis_jax.stacked
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ def versions() -> dict[str, str]:
 def describe(config: Config, corpus: Corpus) -> dict:
     """What every checkpoint of a run says about itself, JSON-able."""
     tokenizer = corpus.tokenizer and {"identity": corpus.tokenizer.identity, "json": corpus.tokenizer.to_json()}
-    return {"config": to_dict(config), "corpus": corpus.identity, "tokenizer": tokenizer, "versions": versions()}
+    return {"config": to_dict(config), "corpus": corpus.identity, "tokenizer": tokenizer, "versions": versions(), "layout": _LAYOUT}
 
 
 def differing_fields(asked: Config, stored: Config) -> list[str]:
@@ -275,6 +276,11 @@ class Checkpoints:
         if missing:
             raise UserError(
                 f"{self.folder}: checkpoint {step} does not say its {', '.join(missing)}; without that its model cannot be built and measured"
+            )
+        if found.get("layout") != _LAYOUT:
+            raise UserError(
+                f"{self.folder}: checkpoint {step} holds its parameters layer by layer, this version reads them stacked; "
+                f"use the oasis_jax that wrote it ({found['versions'].get('oasis_jax')}), or take another workdir"
             )
         return found
 

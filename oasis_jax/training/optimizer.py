@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from oasis_jax.config import OptimizerConfig
+from oasis_jax.stacked import STACKS
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -27,8 +28,16 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params: dict) -> dict:
-    """Which parameters weight decay pulls to zero: matrices, not norms, biases, scalars, sinks and static router queries."""
-    return jax.tree.map(lambda x: x.ndim >= 2, params)
+    """Which parameters weight decay pulls to zero: matrices, not norms, biases, scalars, sinks and static router queries.
+
+    Args:
+      params: stacked, see `oasis_jax.stacked`; a layer's own rank decides.
+    """
+
+    def is_matrix(path, x):
+        return x.ndim - (path[0].key in STACKS) >= 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

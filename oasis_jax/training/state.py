@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from oasis_jax.config import Config, ModelConfig
-from oasis_jax.decoder import Decoder
+from oasis_jax.decoder import Decoder, with_parameters
+from oasis_jax.stacked import stack_layers, unstack_layers
 from oasis_jax.training.optimizer import make_optimizer
 from oasis_jax.training.sharding import parameter_shardings, replicated
 
@@ -20,21 +21,22 @@ class TrainState(NamedTuple):
     """Everything that training changes, and the key that whatever is random in step k folds k into."""
 
     step: Int[Array, ""]  # updates made
-    params: dict  # nested, in the structure of oasis_jax.decoder.parameter_axes; float32
+    params: dict  # stacked, see oasis_jax.stacked; float32
     opt_state: optax.OptState
     rng: Array  # a jax.random.key
 
 
 def build_model(config: ModelConfig, params: dict) -> Decoder:
-    """The decoder with these parameters."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)
+    """The decoder with the parameters of a training state, of which it makes its own copy."""
+    return with_parameters(config, _unstack(params))
+
+
+_unstack = jax.jit(unstack_layers)  # one program, where slice after slice would be a thousand
 
 
 def _initial(config: Config) -> TrainState:
     parameter_key, rng = jax.random.split(jax.random.key(config.run.seed))
-    params = nnx.to_pure_dict(nnx.state(Decoder(config.model, rngs=nnx.Rngs(params=parameter_key))))
+    params = stack_layers(nnx.to_pure_dict(nnx.state(Decoder(config.model, rngs=nnx.Rngs(params=parameter_key)))))
     opt_state = make_optimizer(config.optimizer, config.run.steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rng)
 

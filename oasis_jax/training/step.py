@@ -11,8 +11,10 @@ from jaxtyping import Array
 
 from oasis_jax import statistics
 from oasis_jax.config import Config, ModelConfig
+from oasis_jax.decoder import with_parameters
 from oasis_jax.norms import norm
 from oasis_jax.scanned import final_stream, uses_scan
+from oasis_jax.stacked import stack_layers, unstack_layers
 from oasis_jax.training.loss import chunked_mean_loss, total_weight
 from oasis_jax.training.optimizer import learning_rate, make_optimizer
 from oasis_jax.training.sharding import Placement, batch_sharding, placement, replicated
@@ -88,7 +90,7 @@ def training_loss(params: dict, batch: Batch, config: ModelConfig, pin: Placemen
     """The mean loss of a batch, with the layers as loops (`scan`) or one by one; equal values and gradients.
 
     Args:
-      params: as `nnx.to_pure_dict(nnx.state(Decoder(...)))` nests them.
+      params: stacked for loops, otherwise layer by layer; see `oasis_jax.stacked`.
       total: see `mean_loss`.
     """
     segment_ids = batch.get("segment_ids")
@@ -96,14 +98,20 @@ def training_loss(params: dict, batch: Batch, config: ModelConfig, pin: Placemen
         stream = final_stream(params, config, batch["inputs"], segment_ids=segment_ids, constrain=pin)
         final = norm(params.get("final_norm", {}), config, stream)
     else:
-        final = build_model(config, params)(batch["inputs"], segment_ids=segment_ids, constrain=pin)[1].taps["final_norm"][0]
+        final = with_parameters(config, params)(batch["inputs"], segment_ids=segment_ids, constrain=pin)[1].taps["final_norm"][0]
     return chunked_mean_loss(params["ends"], final, batch, config, pin, total)
 
 
 def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Placement, scan: bool) -> tuple[Array, dict]:
-    """Those of the whole batch, one micro-batch after the other: each gives its part of the whole, and parts add up."""
+    """Those of the whole batch, one micro-batch after the other: each gives its part of the whole, and parts add up.
+
+    Parameters and gradients are stacked. One by one, layers have gradients of their own, stacked once at the end: that of a slice would be as large
+    as all layers', for each of them.
+    """
     batch = pin.ordered(batch)
     total = total_weight(batch)
+    params = params if scan else unstack_layers(params)
+    stacked = (lambda gradients: gradients) if scan else stack_layers
 
     def loss(params, micro_batch):
         return training_loss(params, micro_batch, config.model, pin, total, scan=scan)
@@ -112,9 +120,11 @@ def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Placeme
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, micro_batch)), None
 
     if config.optimizer.accumulation_steps == 1:
-        return jax.value_and_grad(loss)(params, batch)
+        value, gradients = jax.value_and_grad(loss)(params, batch)
+        return value, stacked(gradients)
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add, zeros, _micro_batches(batch, config, pin))[0]
+    value, gradients = jax.lax.scan(add, zeros, _micro_batches(batch, config, pin))[0]
+    return value, stacked(gradients)
 
 
 def _telemetry(params: dict, batch: Batch, *, config: Config, pin: Placement) -> Metrics:

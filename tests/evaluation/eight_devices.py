@@ -11,7 +11,9 @@ from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from oasis_jax.decoder import Decoder
 from oasis_jax.evaluation import EVALUATORS, measure_model
 from oasis_jax.evaluation.evaluator import _read, of_model
+from oasis_jax.stacked import stack_layers
 from oasis_jax.training.sharding import batch_sharding, make_mesh, parameter_shardings, put_batch
+from oasis_jax.training.state import build_model
 
 BATCH, LENGTH, VOCAB = 4, 300, 24
 
@@ -30,10 +32,8 @@ def main() -> None:
     alone = measure_model(model, [batch], EVALUATORS)
 
     mesh = make_mesh(config.mesh)
-    graphdef, state = nnx.split(model)
-    placed = jax.device_put(nnx.to_pure_dict(state), parameter_shardings(model_config, mesh, config.mesh.rules))
-    nnx.replace_by_pure_dict(state, placed)
-    sharded = nnx.merge(graphdef, state)
+    placed = jax.device_put(stack_layers(nnx.to_pure_dict(nnx.state(model))), parameter_shardings(model_config, mesh, config.mesh.rules))
+    sharded = build_model(model_config, placed)
     batch = put_batch(batch, batch_sharding(config, mesh))
     found = measure_model(sharded, [batch], EVALUATORS)
     read_model, state, _ = of_model(sharded)

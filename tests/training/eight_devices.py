@@ -62,7 +62,7 @@ def main(preset: str, meshes: dict[str, dict]) -> None:
         report[name] = {
             "losses": losses,
             "initial_difference": max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), first, alone))),
-            "query_shard": shard(last.params["layers"][0]["attention"]["query"]),
+            "query_shard": shard(last.params["layers"]["attention"]["query"]),
             "moment_shard": shard(moments[0]),
         }
     print(json.dumps(report))

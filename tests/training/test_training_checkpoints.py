@@ -14,6 +14,7 @@ import pytest
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, from_dict, to_dict
 from oasis_jax.data import load_corpus
 from oasis_jax.errors import UserError
+from oasis_jax.stacked import unstack_layers
 from oasis_jax.training.checkpoints import Checkpoints, Keep, check_corpus, describe, differing_fields, load_run
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.sharding import make_mesh
@@ -101,6 +102,7 @@ def test_everything_comes_back(run, workdir, said):
     with Checkpoints(workdir, keep=None, say=said.append) as checkpoints:
         metadata = checkpoints.metadata(9)
     assert from_dict(metadata["config"]) == config
+    assert metadata["layout"] == "stacked"
     assert {"python", "oasis_jax", "jax", "flax", "optax", "orbax-checkpoint"} == set(metadata["versions"])
     assert metadata["versions"]["jax"] == jax.__version__
 
@@ -213,6 +215,7 @@ def test_what_may_differ(run, workdir, said):
     asked = changed(
         run[0],
         model__remat="layer",
+        model__stack="scan",
         model__attention_implementation="reference",
         optimizer__accumulation_steps=2,
         mesh__data=1,
@@ -235,7 +238,8 @@ def test_every_other_field_is_compared():
     compared = [line.split()[0] for line in differing_fields(_Everything(other), config)]
     free = [name for name in fields if name not in compared]
     assert set(free) == {
-        *("model.remat", "model.attention_implementation", "model.depth_implementation", "data.pattern", "optimizer.accumulation_steps"),
+        *("model.remat", "model.stack", "model.attention_implementation", "model.depth_implementation"),
+        *("data.pattern", "optimizer.accumulation_steps"),
         *(
             "mesh.data",
             "mesh.fsdp",
@@ -287,6 +291,19 @@ def test_another_corpus_is_refused_by_name(run, text, tmp_path):
     ) as error:
         check_corpus(load_corpus(elsewhere, seed=0, tokenizer=corpus.tokenizer), corpus.identity)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_layout_is_refused(run, tmp_path, said):
+    asked, config, corpus, states = run
+    description = describe(config, corpus)
+    del description["layout"]
+    with Checkpoints(tmp_path, keep=Keep(2), say=said.append) as checkpoints:
+        layers = unstack_layers(states[9].params)
+        checkpoints.save(states[9]._replace(params=layers), step=9, data_state={}, description=description)
+    for attempt in (lambda: resume(asked, tmp_path, said), lambda: load_run(tmp_path)):
+        with pytest.raises(UserError, match="checkpoint 9 holds its parameters layer by layer, this version reads them stacked; ") as error:
+            attempt()
+        assert "\n" not in str(error.value)
 
 
 def test_changed_versions_are_said(run, workdir, said, monkeypatch):

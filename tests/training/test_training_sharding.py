@@ -62,11 +62,11 @@ def test_a_parameter_that_its_axes_do_not_divide():
     shardings = parameter_shardings(
         model, abstract(fsdp=4, tensor=3), tuple(rule for rule in DEFAULT_RULES if rule[0] in ("embed", "heads"))
     )
-    assert shardings["layers"][0]["attention"]["query"].spec == PartitionSpec("fsdp", "tensor", None)
+    assert shardings["layers"]["attention"]["query"].spec == PartitionSpec(None, "fsdp", "tensor", None)
     with pytest.raises(UserError) as error:
         parameter_shardings(model, abstract(tensor=2), DEFAULT_RULES)
     assert str(error.value).startswith(
-        "mesh: dimension 1 (kv_heads) of parameter layers.0.attention.key has size 3, not divisible by tensor=2; "
+        "mesh: dimension 2 (kv_heads) of parameter layers.attention.key has size 3, not divisible by tensor=2; "
     )
 
 

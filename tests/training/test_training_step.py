@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from oasis_jax.decoder import Decoder
+from oasis_jax.stacked import unstack_layers
 from oasis_jax.statistics import telemetry
 from oasis_jax.training.loss import mean_loss
 from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
@@ -164,5 +165,6 @@ def test_the_seed_decides_the_parameters():
     assert jax.tree.all(jax.tree.map(np.array_equal, first.params, second.params))
     assert not np.array_equal(first.params["ends"]["embedding"], other.params["ends"]["embedding"])
     assert not np.array_equal(jax.random.key_data(first.rng), jax.random.key_data(other.rng))
-    shapes = jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(Decoder(config.model, rngs=nnx.Rngs(0))))))
-    assert jax.tree.map(lambda x: x.shape, first.params) == shapes
+    parameter_key, _ = jax.random.split(jax.random.key(config.run.seed))
+    decoder = jax.jit(lambda: nnx.to_pure_dict(nnx.state(Decoder(config.model, rngs=nnx.Rngs(params=parameter_key)))))()
+    jax.tree.map(np.testing.assert_array_equal, unstack_layers(first.params), decoder)
