@@ -1,8 +1,9 @@
-"""Temporary memory and compile time of a training step's loss and gradients against depth, by the compilers alone: nothing is run.
+"""Temporary memory and compile time of a whole training step (loss, gradients, AdamW) against depth, by the compilers alone: nothing is run.
 
 JAX_PLATFORMS=cpu python benchmarks/stack_memory.py [--target cpu|v5e] [--depths 8,16,32,64] [--write]
 
 v5e compiles for one TPU v5e chip and needs libtpu (`pip install "jax[tpu]"`), but no TPU. A unit is one activation [B, T, D] in bfloat16.
+Seconds: to trace and lower the step + to compile it.
 --write replaces this target's table in docs/memory.md.
 """
 
@@ -24,35 +25,34 @@ CASES = {
 }
 
 
-def compiled(options: dict, layers: int, sharding):
-    """(temporary units, seconds to compile) of loss and gradients with remat=layer."""
+def compiled(options: dict, layers: int, device) -> tuple[float, float, float]:
+    """(temporary units, seconds to trace and lower, seconds to compile) of the step with remat=layer."""
     import jax
-    from flax import nnx
 
-    from oasis_jax import Decoder, ModelConfig
-    from oasis_jax.attention import unconstrained
-    from oasis_jax.training.step import training_loss
+    from oasis_jax.config import Config, DataConfig, ModelConfig
+    from oasis_jax.training.sharding import batch_sharding, make_mesh
+    from oasis_jax.training.state import abstract_state
+    from oasis_jax.training.step import make_step
 
-    config = ModelConfig(num_layers=layers, width=WIDTH, num_heads=4, vocab_size=8192, dtype="bfloat16", remat="layer", **options)
-    place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
-    shapes = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0)))))
-    params = jax.tree.map(lambda x: place(x.shape, x.dtype), shapes)
-    batch = {name: place((BATCH, LENGTH), kind) for name, kind in (("inputs", "int32"), ("targets", "int32"), ("weights", "float32"))}
-    function = lambda params, batch: training_loss(params, batch, config, unconstrained, scan=config.stack == "scan")  # noqa: E731
-    lowered = jax.jit(jax.grad(function)).lower(params, batch)
+    model = ModelConfig(num_layers=layers, width=WIDTH, num_heads=4, vocab_size=8192, dtype="bfloat16", remat="layer", **options)
+    config = Config(model=model, data=DataConfig(batch_size=BATCH, sequence_length=LENGTH))
+    mesh = make_mesh(config.mesh, [device])
+    place, kinds = batch_sharding(config, mesh), {"inputs": "int32", "targets": "int32", "weights": "float32"}
+    batch = {name: jax.ShapeDtypeStruct((BATCH, LENGTH), kind, sharding=place) for name, kind in kinds.items()}
+    jax.clear_caches()  # of what another depth has traced
     start = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = make_step(config, mesh).lower(abstract_state(config, mesh), batch)
+    between = time.perf_counter()
     memory = lowered.compile().memory_analysis()
-    return memory.temp_size_in_bytes / (2 * BATCH * LENGTH * WIDTH), time.perf_counter() - start
+    return memory.temp_size_in_bytes / (2 * BATCH * LENGTH * WIDTH), between - start, time.perf_counter() - between
 
 
-def target_sharding(target: str):
+def target_device(target: str):
     import jax
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
 
-    if target == "cpu":
-        return SingleDeviceSharding(jax.devices("cpu")[0])
-    return SingleDeviceSharding(topologies.get_topology_desc(f"{target}:2x2", platform="tpu").devices[0])
+    return jax.devices("cpu")[0] if target == "cpu" else topologies.get_topology_desc(f"{target}:2x2", platform="tpu").devices[0]
 
 
 def write(target: str, table: str) -> None:
@@ -72,7 +72,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.target != "cpu":
         os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
-    sharding, depths = target_sharding(arguments.target), [int(depth) for depth in arguments.depths.split(",")]
+    device, depths = target_device(arguments.target), [int(depth) for depth in arguments.depths.split(",")]
     lines = [f"| {arguments.target} | " + " | ".join(f"L={depth}" for depth in depths) + " |", "|---" * (len(depths) + 1) + "|"]
     print("\n".join(lines), flush=True)
     for name, options in CASES.items():
@@ -80,8 +80,8 @@ def main():
             print(f"| {name} |", end="", flush=True)
             lines.append(f"| {name} |")
             for depth in depths:
-                units, seconds = compiled(options, depth, sharding)
-                cell = f" {units:.0f} units, {seconds:.1f} s |"
+                units, traced, seconds = compiled(options, depth, device)
+                cell = f" {units:.0f} units, {traced:.1f} + {seconds:.1f} s |"
                 print(cell, end="", flush=True)
                 lines[-1] += cell
             print(flush=True)

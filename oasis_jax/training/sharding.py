@@ -8,15 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from oasis_jax.config import Config, MeshConfig, ModelConfig
-from oasis_jax.decoder import Decoder, parameter_axes
 from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.normalizers import DENSE_NORMALIZERS
-from oasis_jax.stacked import stack_axes, stack_layers
+from oasis_jax.stacked import initial_params, stacked_axes
 from pallas_kernels import OperatorSharding, zigzag
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")  # neighbours last
@@ -134,7 +132,7 @@ def placement(config: Config, mesh: Mesh) -> Placement:
 
 def parameter_shapes(config: ModelConfig) -> dict:
     """Shape and type of every parameter of a training state: stacked, see `oasis_jax.stacked`."""
-    return jax.eval_shape(lambda: stack_layers(nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0))))))
+    return jax.eval_shape(lambda: initial_params(config, jax.random.key(0)))
 
 
 def parameter_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> dict:
@@ -149,7 +147,7 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> dict:
         _check_divisible(".".join(str(key.key) for key in path), shape.shape, logical, spec, mesh)
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, parameter_shapes(config), stack_axes(parameter_axes(config)))
+    return jax.tree_util.tree_map_with_path(place, parameter_shapes(config), stacked_axes(config))
 
 
 def _check_divisible(name: str, shape: tuple[int, ...], logical: LogicalAxes, spec: PartitionSpec, mesh: Mesh) -> None:

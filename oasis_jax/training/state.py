@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from oasis_jax.config import Config, ModelConfig
 from oasis_jax.decoder import Decoder, with_parameters
-from oasis_jax.stacked import stack_layers, unstack_layers
+from oasis_jax.stacked import initial_params, unstack_layers
 from oasis_jax.training.optimizer import make_optimizer
 from oasis_jax.training.sharding import parameter_shardings, replicated
 
@@ -36,7 +35,7 @@ _unstack = jax.jit(unstack_layers)  # one program, where slice after slice would
 
 def _initial(config: Config) -> TrainState:
     parameter_key, rng = jax.random.split(jax.random.key(config.run.seed))
-    params = stack_layers(nnx.to_pure_dict(nnx.state(Decoder(config.model, rngs=nnx.Rngs(params=parameter_key)))))
+    params = initial_params(config.model, parameter_key)
     opt_state = make_optimizer(config.optimizer, config.run.steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rng)
 
