@@ -41,6 +41,14 @@ def arrays(config, seed=0):
         dict(preset="oasis_blocks", blocks=0, norm="gatednorm"),
         dict(preset="oasis_blocks", blocks=2, remat="dots"),  # blocks of one layer and a half
         dict(preset="oasis_blocks", blocks=4, remat="layer", tied_head=False),  # halves of layers, and a remainder
+        dict(preset="oasis", residual_clip=0.9),
+        dict(preset="attnres_cumulative", remat="layer", norm="none"),
+        dict(preset="oasis", router="static"),
+        dict(preset="oasis", depth_implementation="reference"),
+        dict(preset="oasis", wiring="delta", residual_clip=0.9),
+        dict(preset="attnres", router="projected", depth_normalizer="softmax1"),
+        dict(preset="oasis_blocks", blocks=2, router="projected"),
+        dict(preset="oasis_blocks", blocks=4, router="projected", residual_clip=0.9),
     ],
     ids=lambda o: "-".join(str(v) for v in o.values()),
 )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, score_shift
 from pallas_kernels.sharding import OperatorSharding, varying_alike
@@ -27,6 +28,10 @@ class RouteOptions(NamedTuple):
     normalize: bool
     score_scale: float
     sharding: OperatorSharding | None = None
+
+    @classmethod
+    def of(cls, inputs: RouteInputs) -> "RouteOptions":
+        return cls(inputs.key_norm_scale is not None, inputs.score_scale, inputs.sharding)
 
 
 def differentiable(forward: Callable, backward: Callable) -> Callable:
@@ -70,16 +75,24 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     def serve(inputs: RouteInputs) -> DepthRoute:
         if isinstance(inputs.sources, tuple):
             inputs = inputs.trimmed()
-        query, normalize = inputs.query.astype(inputs.wide), inputs.key_norm_scale is not None
-        if normalize:
-            query = query * inputs.key_norm_scale.astype(inputs.wide)
-        shift = jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
-        num_sources = None if inputs.num_sources is None else jnp.asarray(inputs.num_sources, jnp.int32)
-        options = RouteOptions(normalize, inputs.score_scale, inputs.sharding)
-        arrays = inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), num_sources
-        return route(options, *varying_alike(arrays, arrays))
+        query, shift = query_and_shift(inputs)
+        arrays = inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), live_number(inputs)
+        return route(RouteOptions.of(inputs), *varying_alike(arrays, arrays))
 
     return serve
+
+
+def query_and_shift(inputs: RouteInputs) -> tuple[Array, Array]:
+    """The query with the keys' gain in it and what is added to the scores [L, B, T], as kernels take them."""
+    query = inputs.query.astype(inputs.wide)
+    if inputs.key_norm_scale is not None:
+        query = query * inputs.key_norm_scale.astype(inputs.wide)
+    return query, jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
+
+
+def live_number(inputs: RouteInputs) -> Array | None:
+    """The number of live sources as kernels take it: None for all."""
+    return None if inputs.num_sources is None else jnp.asarray(inputs.num_sources, jnp.int32)
 
 
 def _specs(options: RouteOptions, sources, query, num_sources):
