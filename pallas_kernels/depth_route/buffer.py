@@ -36,8 +36,9 @@ def forward(options: RouteOptions, sources, query, shift, null_logit, num_source
     return jnp.sum(weights[..., None] * values, axis=0).astype(sources.dtype), weights, null / total
 
 
-def add_gradients(options: RouteOptions, into, sources, query, shift, num_sources, weights, delta, d_output, d_weights=0.0):
-    """As the backward function of `vjp.differentiable`, with the sources' gradients added to `into`, an array like sources."""
+def backward(options: RouteOptions, sources, query, shift, num_sources, weights, delta, d_output, d_weights, into=None):
+    """See `vjp.sharded_backward`."""
+    into = jnp.zeros_like(sources) if into is None else into
     live = _live(num_sources, len(sources))
     values, dots, inverse_rms, raw = _scores(options, sources, query, shift, live)
     d_output = d_output.astype(shift.dtype)
@@ -51,8 +52,4 @@ def add_gradients(options: RouteOptions, into, sources, query, shift, num_source
     return (into.astype(shift.dtype) + d_values).astype(into.dtype), d_query, d_scores
 
 
-def _backward(options, sources, *arguments):
-    return add_gradients(options, jnp.zeros_like(sources), sources, *arguments)
-
-
-route_buffer = differentiable(forward, _backward)
+route_buffer = differentiable(forward, backward)

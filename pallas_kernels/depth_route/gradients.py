@@ -4,19 +4,22 @@ Differentiated by JAX, every route of a stack returns an array of gradients as l
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.depth_route import buffer
 from pallas_kernels.depth_route.api import route_inputs
 from pallas_kernels.depth_route.base import DepthRoute, RouteInputs
-from pallas_kernels.depth_route.buffer import add_gradients
 from pallas_kernels.depth_route.mosaic_gpu import check_mosaic_gpu
+from pallas_kernels.depth_route.mosaic_tpu import backward_mosaic_tpu
 from pallas_kernels.depth_route.reference import depth_route_reference
 from pallas_kernels.depth_route.vjp import RouteOptions, live_number, query_and_shift
 from pallas_kernels.dispatch import dispatch, target_mesh
+from pallas_kernels.sharding import varying_alike
 
 
 class RouteGradients(NamedTuple):
@@ -52,25 +55,31 @@ def _with(inputs: RouteInputs, arguments: dict[str, Array]) -> RouteInputs:
     return inputs._replace(**{_DIFFERENTIABLE[name]: x for name, x in arguments.items()})
 
 
-def _by_kernel(add, inputs: RouteInputs, into, result: DepthRoute, d_output):
-    """By a function like `buffer.add_gradients`."""
-    (query, shift), pull = jax.vjp(lambda arguments: query_and_shift(_with(inputs, arguments)), _arguments(inputs))
-    delta = jnp.sum(result.output.astype(inputs.wide) * d_output.astype(inputs.wide), axis=-1)
-    weights = jnp.moveaxis(result.weights, -1, 0)
-    into, d_query, d_shift = add(
-        RouteOptions.of(inputs), into, inputs.sources, query, shift, live_number(inputs), weights, delta, d_output
-    )  # fmt: skip
+def _by(backward: Callable, inputs: RouteInputs, into, result: DepthRoute, d_output):
+    """By a backward function of `vjp.sharded_backward`."""
+
+    def prepared(arguments):
+        return varying_alike(query_and_shift(_with(inputs, arguments)), (inputs.sources, d_output))
+
+    (query, shift), pull = jax.vjp(prepared, _arguments(inputs))
+    delta, weights = jnp.sum(result.output.astype(inputs.wide) * d_output.astype(inputs.wide), axis=-1), jnp.moveaxis(result.weights, -1, 0)
+    arrays = inputs.sources, query, shift, live_number(inputs), weights, delta, d_output, jnp.zeros_like(weights), into
+    into, d_query, d_shift = backward(RouteOptions.of(inputs), *varying_alike(arrays, arrays))
     return into, pull((d_query, d_shift))[0]
 
 
-def _xla(inputs: RouteInputs, into, result, d_output):
-    return _by_kernel(add_gradients, inputs._replace(sharding=None), into, result, d_output)
+def _xla(inputs: RouteInputs, *arrays):
+    return _by(buffer.backward, inputs, *arrays)
 
 
-def _mosaic_gpu(inputs: RouteInputs, into, result, d_output):
-    """Serves what the kernels forward serve; the addition is left to XLA, which does it in place. The kernel backward would need a second array."""
+def _mosaic_tpu(inputs: RouteInputs, *arrays):
+    return _by(backward_mosaic_tpu(inputs), inputs, *arrays)
+
+
+def _mosaic_gpu(inputs: RouteInputs, *arrays):
+    """Serves what the kernel forward serves. XLA adds in place; the kernel backward would need one more array for what is to be added."""
     check_mosaic_gpu(inputs)
-    return _xla(inputs, into, result, d_output)
+    return _xla(inputs, *arrays)
 
 
 def _reference(inputs: RouteInputs, into, result, d_output):
@@ -83,7 +92,7 @@ def _reference(inputs: RouteInputs, into, result, d_output):
     return into + d_sources, d_arguments
 
 
-_IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "xla": _xla, "reference": _reference}
+_IMPLEMENTATIONS = {"mosaic_gpu": _mosaic_gpu, "mosaic_tpu": _mosaic_tpu, "xla": _xla, "reference": _reference}
 
 
 def add_route_gradients(

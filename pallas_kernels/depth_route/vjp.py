@@ -47,7 +47,7 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     Returns:
       serve(inputs: RouteInputs) -> DepthRoute.
     """
-    forward, backward = _sharded_forward(forward), _sharded_backward(backward)
+    forward, backward = _sharded_forward(forward), sharded_backward(backward)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def route(options, sources, query, shift, null_logit, num_sources):
@@ -120,13 +120,16 @@ def _sharded_forward(forward: Callable) -> Callable:
     return run
 
 
-def _sharded_backward(backward: Callable) -> Callable:
-    """`backward` over the mesh of `options.sharding`; the gradient of a query that all tokens share is summed over the devices."""
+def sharded_backward(backward: Callable) -> Callable:
+    """`backward` over the mesh of `options.sharding`; the gradient of a query that all tokens share is summed over the devices.
 
-    def run(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights):
-        sharding = options.sharding
+    A backward function may take one more array, `into`, to which it adds the sources' gradients.
+    """
+
+    def run(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights, *into):
+        arrays, sharding = (sources, query, shift, num_sources, weights, delta, d_output, d_weights, *into), options.sharding
         if sharding is None:
-            return backward(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights)
+            return backward(options, *arrays)
         placed, along, number, stream, scores, rows = _specs(options, sources, query, num_sources)
 
         def local(*arrays):
@@ -134,8 +137,8 @@ def _sharded_backward(backward: Callable) -> Callable:
             axes = sharding.axes("batch", "sequence")
             return d_sources, lax.psum(d_query, axes) if query.ndim == 1 and axes else d_query, d_shift
 
-        mapped = sharding.mapped(local, (placed, along, scores, number, scores, rows, stream, scores), (placed, along, scores))
-        return mapped(sources, query, shift, num_sources, weights, delta, d_output, d_weights)
+        given = (placed, along, scores, number, scores, rows, stream, scores, *[placed for _ in into])
+        return sharding.mapped(local, given, (placed, along, scores))(*arrays)
 
     return run
 
