@@ -21,6 +21,7 @@ CASES = {
     "full delta routing (attnres), one by one": dict(preset="attnres", stack="unroll"),
     "blocks (oasis_blocks, 8), loops": dict(preset="oasis_blocks", stack="scan"),
     "blocks (oasis_blocks, 8), one by one": dict(preset="oasis_blocks", stack="unroll"),
+    "cumulative (oasis), loops": dict(preset="oasis", stack="scan"),
     "cumulative (oasis), one by one": dict(preset="oasis", stack="unroll"),
 }
 

@@ -1,11 +1,12 @@
 """Depth routing: which earlier layers a sublayer reads, token by token, steered by the null mass of their attention."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from oasis_jax.attention import Constrain, backend, operator_sharding, unconstrained
 from oasis_jax.config import RouterConfig
@@ -22,14 +23,19 @@ MAX_BETA = 10.0
 _BETA_RAW_START = -5.0
 
 
+def key_width(config: RouterConfig) -> int:
+    """The size of the projected router's queries and keys."""
+    return max(config.width // 4, 64)
+
+
 def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
     """The parameters of one router: of `projected` two projections and a recency bias, of `static` a query and a key norm."""
     width = config.width
-    key_width = max(width // 4, 64)
+    projection = matrix((width, key_width(config)), ("embed", None), width)
     specs = {
         "projected": {
-            "query": matrix((width, key_width), ("embed", None), width),
-            "key": matrix((width, key_width), ("embed", None), width),
+            "query": projection,
+            "key": projection,
             "recency_bias": constant((), 0.0),
         },
         "static": {"query": constant((width,), 0.0), "key_norm": constant((width,), 1.0)},
@@ -73,19 +79,44 @@ def route(
       [B, T, D] and the RouterStatistics.
     """
     beta = coupling_strength(parameters["beta_raw"]) if config.coupling else None
-    if config.router == "projected":
-        query = projected_query(parameters["query"], parameters["key"], sources[-1], numerics)
-        recency = jnp.arange(len(sources), dtype=jnp.promote_types(query.dtype, jnp.float32)) / max(len(sources) - 1, 1)
-        options = dict(score_scale=parameters["key"].shape[1] ** -0.5, bias=parameters["recency_bias"] * recency)
-    else:
-        query, options = parameters["query"], dict(key_norm_scale=parameters["key_norm"])
+    arguments = query_arguments(parameters, config, sources[-1], len(sources), numerics=numerics)
     if config.coupling:
-        options |= dict(null_evidence=evidence, coupling=beta)
-    output, weights, null_mass = depth_route(
-        sources, query, null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer], sharding=operator_sharding(constrain),
-        implementation=backend("depth_route", config.depth_implementation), **options,
-    )  # fmt: skip
+        arguments |= dict(null_evidence=evidence, coupling=beta)
+    output, weights, null_mass = depth_route(sources, **arguments, **route_options(config, constrain))
     return numerics.tap("mixture", output), RouterStatistics(weights, null_mass, beta)
+
+
+def query_arguments(
+    parameters: Parameters,
+    config: RouterConfig,
+    last: Float[Array, "B T D"],
+    num_sources: int | Int[Array, ""],
+    capacity: int | None = None,
+    *,
+    numerics: Numerics = FLOAT,
+) -> dict[str, Array]:
+    """The arguments of `depth_route` by which a router scores its sources: query, and bias or key_norm_scale.
+
+    Args:
+      last: the newest source.
+      num_sources: how many there are.
+      capacity: how many places for sources, where that is more.
+    """
+    if config.router == "static":
+        return dict(query=parameters["query"], key_norm_scale=parameters["key_norm"])
+    query = projected_query(parameters["query"], parameters["key"], last, numerics)
+    recency = jnp.arange(capacity or num_sources, dtype=jnp.promote_types(query.dtype, jnp.float32)) / jnp.maximum(num_sources - 1, 1)
+    return dict(query=query, bias=parameters["recency_bias"] * recency)
+
+
+def route_options(config: RouterConfig, constrain: Constrain) -> dict[str, Any]:
+    """The arguments of `depth_route` that are the same for every router of a model."""
+    return dict(
+        score_scale=key_width(config) ** -0.5 if config.router == "projected" else 1.0,
+        null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer],
+        sharding=operator_sharding(constrain),
+        implementation=backend("depth_route", config.depth_implementation),
+    )
 
 
 class Router(ParameterModule):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from oasis_jax.attention import Constrain, attention
 from oasis_jax.config import ModelConfig
 from oasis_jax.decoder import Inputs, embed
-from oasis_jax.errors import UserError
+from oasis_jax.history import Loop, history_stack
 from oasis_jax.mlp import mlp
 from oasis_jax.norms import norm
 from oasis_jax.parameters import Parameters
@@ -27,24 +27,10 @@ Stream = Float[Array, "B T D"]
 Psi = Float[Array, "B T"]
 
 
-def can_scan(config: ModelConfig) -> bool:
-    """Whether `final_stream` serves this wiring and router: residual, and delta with static queries."""
-    return config.wiring == "residual" or (config.wiring == "delta" and config.router == "static")
-
-
 def uses_scan(config: ModelConfig, platform: str) -> bool:
-    """Whether training runs the layers as loops on a platform ("cpu", "gpu", "tpu").
-
-    Raises:
-      UserError: the config asks for loops where there are none.
-    """
-    if config.stack == "scan" and not can_scan(config):
-        raise UserError(
-            f"model.stack: scan serves wiring=residual and wiring=delta with router=static, got wiring={config.wiring}, router={config.router}; "
-            "take stack=unroll or auto"
-        )
+    """Whether training runs the layers as loops on a platform ("cpu", "gpu", "tpu")."""
     # Masked reads of a whole buffer cost a CPU more than they save at the depths one trains there.
-    return config.stack == "scan" or (config.stack == "auto" and platform != "cpu" and can_scan(config))
+    return config.stack == "scan" or (config.stack == "auto" and platform != "cpu")
 
 
 def final_stream(
@@ -54,11 +40,16 @@ def final_stream(
 
     Args:
       params: stacked; see `oasis_jax.stacked`.
-      config: a model that `can_scan`.
+      config: any wiring and router.
       inputs, segment_ids, constrain: see `Decoder.__call__`.
     """
     embedding = constrain(embed(params["ends"], config, inputs), ("batch", "length", None))
-    run = _residual if config.wiring == "residual" else _blocks if config.blocks else _full
+    if config.wiring == "residual":
+        run = _residual
+    elif config.wiring == "cumulative" or config.router == "projected":
+        run = _history
+    else:
+        run = _blocks if config.blocks else _full
     return run(params, config, embedding, segment_ids, constrain)
 
 
@@ -78,8 +69,8 @@ def feed(config: ModelConfig, constrain: Constrain, layer: Parameters, segment_i
 
 
 def clip_delta(config: ModelConfig, output: Stream) -> Stream:
-    """Residual clipping bounds a source: in the delta wiring the output, in the residual wiring the stream."""
-    return output if config.wiring == "residual" else clip(config, output)
+    """Residual clipping bounds a source: in the delta wiring the output, in the others its sum with the stream."""
+    return clip(config, output) if config.wiring == "delta" else output
 
 
 SUBLAYERS = (attend, feed)
@@ -114,6 +105,11 @@ def _full(params, config, embedding, segment_ids, constrain):
     parts = _parts(params["layers"])
     null_logit = DEPTH_NULL_LOGITS[config.depth_normalizer]
     return routed_stack(sublayers, parts, segment_ids, embedding, queries, betas, null_logit=null_logit)
+
+
+def _history(params, config, embedding, segment_ids, constrain):
+    loop = Loop(tuple(partial(sublayer, config, constrain) for sublayer in SUBLAYERS), config, constrain)
+    return history_stack(loop, _parts(params["layers"]), params["routers"], segment_ids, embedding)
 
 
 def _blocks(params, config, embedding, segment_ids, constrain):

@@ -2,6 +2,7 @@
 
 from pallas_kernels.depth_route.api import IMPLEMENTATIONS, depth_route
 from pallas_kernels.depth_route.base import DepthRoute
+from pallas_kernels.depth_route.gradients import RouteGradients, add_route_gradients
 from pallas_kernels.depth_route.stack import Consumers, pull, routed_stack, scores_at_birth
 from pallas_kernels.depth_route.two_phase import FinishedRoutes, RunningRoute, route_finished, route_running
 
@@ -10,7 +11,9 @@ __all__ = [
     "Consumers",
     "DepthRoute",
     "FinishedRoutes",
+    "RouteGradients",
     "RunningRoute",
+    "add_route_gradients",
     "depth_route",
     "pull",
     "route_finished",

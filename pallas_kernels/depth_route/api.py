@@ -1,5 +1,6 @@
 """The public depth_route: its contract, the check of its arguments and the table of its backends."""
 
+import contextlib
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -66,6 +67,22 @@ def depth_route(
     Raises:
       ValueError: an argument does not fit, or the named implementation does not exist or cannot serve.
     """
+    inputs = route_inputs(
+        sources, query, key_norm_scale=key_norm_scale, score_scale=score_scale, bias=bias, null_evidence=null_evidence, coupling=coupling,
+        null_logit=null_logit, num_sources=num_sources, sharding=sharding,
+    )  # fmt: skip
+    serve = dispatch("depth_route", IMPLEMENTATIONS, implementation)
+    with target_mesh(sharding.mesh) if sharding is not None else contextlib.nullcontext():
+        result = serve(inputs)
+    dead = len(inputs.sources) - result.weights.shape[-1]
+    return result._replace(weights=jnp.pad(result.weights, [(0, 0), (0, 0), (0, dead)])) if dead else result
+
+
+def route_inputs(
+    sources, query, *, key_norm_scale=None, score_scale=1.0, bias=None, null_evidence=None, coupling=0.0, null_logit=0.0,
+    num_sources=None, sharding=None,
+) -> RouteInputs:  # fmt: skip
+    """The arguments of `depth_route`, checked; raises ValueError as it says."""
     sources = _check_sources(sources)
     count, shape = len(sources), sources[0].shape
     _check_shapes(count, shape, query=query, key_norm_scale=key_norm_scale, bias=bias, coupling=coupling, null_logit=null_logit)
@@ -75,19 +92,12 @@ def depth_route(
     num_sources = _check_num_sources(num_sources, count)
     wide = jnp.promote_types(sources[0].dtype, jnp.float32)
     query, key_norm_scale, bias = (None if x is None else jnp.asarray(x) for x in (query, key_norm_scale, bias))
-    inputs = RouteInputs(
+    if sharding is not None:
+        _check_sharding(sharding, shape)
+    return RouteInputs(
         sources, query, key_norm_scale, bias, evidence, jnp.asarray(coupling, wide), jnp.asarray(null_logit, wide),
         num_sources, float(score_scale), sharding,
     )  # fmt: skip
-    serve = dispatch("depth_route", IMPLEMENTATIONS, implementation)
-    if sharding is None:
-        result = serve(inputs)
-    else:
-        _check_sharding(sharding, shape)
-        with target_mesh(sharding.mesh):
-            result = serve(inputs)
-    dead = count - result.weights.shape[-1]
-    return result._replace(weights=jnp.pad(result.weights, [(0, 0), (0, 0), (0, dead)])) if dead else result
 
 
 def _check_sharding(sharding, shape: tuple[int, ...]) -> None:

@@ -17,11 +17,12 @@ _WIDTH_UNIT, _MAX_WIDTH = 128, 8192
 
 def depth_route_mosaic_gpu(inputs: RouteInputs) -> DepthRoute:
     """The contract of `depth_route`, by Pallas kernels that read every live source once and no dead one."""
-    _check(inputs)
+    check_mosaic_gpu(inputs)
     return _serve()(inputs)
 
 
-def _check(inputs: RouteInputs) -> None:
+def check_mosaic_gpu(inputs: RouteInputs) -> None:
+    """Raises Unavailable, with the reason, where the kernels cannot serve a call."""
     if jax.__version_info__ < _OLDEST_JAX:
         raise Unavailable(f"needs jax {'.'.join(map(str, _OLDEST_JAX))} or newer, this is {jax.__version__}")
     device = target_device()

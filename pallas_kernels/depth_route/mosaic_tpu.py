@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs
-from pallas_kernels.depth_route.vjp import RouteOptions, differentiable
+from pallas_kernels.depth_route.vjp import RouteOptions, differentiable, sharded_backward
 from pallas_kernels.dispatch import Unavailable, interpreting, target_device
 
 MIB = 2**20
@@ -41,13 +41,14 @@ class Plan(NamedTuple):
     """What a kernel is compiled for, all static.
 
     options: RouteOptions. stacked: the sources are one array [L, batch, length, width], else L arrays. per_token: the query is.
-    masked: only the first `live` sources count. rows: tokens of a block.
+    masked: only the first `live` sources count. adds: gradients of stacked sources are added to an array. rows: tokens of a block.
     """
 
     options: RouteOptions
     stacked: bool
     per_token: bool
     masked: bool
+    adds: bool
     count: int
     batch: int
     length: int
@@ -60,7 +61,7 @@ class Plan(NamedTuple):
         return (self.batch, pl.cdiv(self.length, self.rows)) + ((self.count,) if self.stacked else ())
 
 
-def _plan(options, sources, query, num_sources, backward: bool) -> Plan:
+def _plan(options, sources, query, num_sources, backward: bool, adds: bool = False) -> Plan:
     stacked = not isinstance(sources, tuple)
     count, (batch, length, width), dtype = len(sources), sources[0].shape, sources[0].dtype
     if length % ROW_TILE == 0 or length < ROW_TILE:  # no relayout, or of little data that would fill its blocks badly
@@ -72,7 +73,7 @@ def _plan(options, sources, query, num_sources, backward: bool) -> Plan:
     rows = min(rows, pl.cdiv(length, ROW_TILE) * ROW_TILE)
 
     per_token = query.ndim == 3
-    blocks = (1 if stacked else count) * (2 if backward else 1) + 1
+    blocks = (1 if stacked else count) * (1 + backward + adds) + 1
     statistics = (4 if backward else 2) * pl.cdiv(count + 1, 128) * 512
     wide = lanes * 4 * (1 + (2 + 2 * backward if per_token else 0))  # the sums, the queries and their gradients
     vmem = rows * (2 * blocks * row + 2 * statistics + wide) + SPILLED_TILES * ROW_TILE * lanes * 4 + MIB
@@ -82,7 +83,7 @@ def _plan(options, sources, query, num_sources, backward: bool) -> Plan:
             f"{count} sources of width {width} {dtype} need {vmem / MIB:.0f} MiB of VMEM, {target_device().kind} has {capacity / MIB:.0f}"
             + ("" if stacked else "; one array of sources needs less than a list")
         )
-    return Plan(options, stacked, per_token, num_sources is not None, count, batch, length, width, rows, vmem)
+    return Plan(options, stacked, per_token, num_sources is not None, adds, count, batch, length, width, rows, vmem)
 
 
 def _tiles(plan: Plan, function: Callable) -> None:
@@ -168,6 +169,7 @@ def _forward_kernel(plan: Plan, live_ref, null_ref, *refs):
 def _backward_kernel(plan: Plan, live_ref, *refs):
     each = 1 if plan.stacked else plan.count
     sources, (query_ref, shift_ref, weights_ref, bonus_ref, d_output_ref) = refs[:each], refs[each : each + 5]
+    into_ref, refs = refs[each + 5], (refs[: each + 5] + refs[each + 6 :]) if plan.adds else refs
     d_sources, (d_query_ref, d_shift_ref, *scratch) = refs[each + 5 : 2 * each + 5], refs[2 * each + 5 :]
 
     def start():
@@ -189,6 +191,8 @@ def _backward_kernel(plan: Plan, live_ref, *refs):
             d_value = weight * d_output + along_query * query
             if plan.options.normalize:
                 d_value -= (along_query * dot * inverse_rms * inverse_rms / plan.width) * value
+            if plan.adds:
+                d_value += into_ref[rows, :].astype(jnp.float32)
             d_sources[at][rows, :] = d_value.astype(d_sources[at].dtype)
             _put(d_shift_ref, rows, i, d_score)
             if plan.per_token:
@@ -200,6 +204,8 @@ def _backward_kernel(plan: Plan, live_ref, *refs):
         _tiles(plan, tile)
 
     def dead(i):
+        if plan.adds:  # what is there stays
+            return
         ref = d_sources[0 if plan.stacked else i]
         ref[...] = jnp.zeros_like(ref)
 
@@ -236,7 +242,7 @@ def _specs(plan: Plan):
     if plan.stacked:
         block = (None, None, plan.rows, plan.width)
         sources = [pl.BlockSpec(block, lambda g, t, i, live: (jnp.minimum(i, jnp.maximum(live[0] - 1, 0)), g, t, 0))]
-        d_sources = [pl.BlockSpec(block, lambda g, t, i, live: (i, g, t, 0))]
+        d_sources = sources if plan.adds else [pl.BlockSpec(block, lambda g, t, i, live: (i, g, t, 0))]
     else:
         sources = [live_tokens(i) if plan.masked else tokens(plan.width) for i in range(plan.count)]
         d_sources = [tokens(plan.width)] * plan.count
@@ -263,6 +269,7 @@ def _call(plan: Plan, kernel, name, in_specs, out_specs, out_shapes, scratch, *a
         # The interpreter takes no order of the axes together with vmap.
         compiler_params=pltpu.CompilerParams(dimension_semantics=None if interpreting() else order, vmem_limit_bytes=plan.vmem),
         cost_estimate=cost,
+        input_output_aliases={len(arguments) - 1: 0} if plan.adds else {},
         interpret=pltpu.InterpretParams(detect_races=True) if interpreting() else False,
         name=name,
     )(*arguments)
@@ -298,29 +305,30 @@ def _forward(options, sources, query, shift, null_logit, num_sources):
     return output.reshape(shape), jnp.moveaxis(mass[..., :-1], -1, 0), mass[..., -1]
 
 
-def _backward(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights):
-    plan = _plan(options, sources, query, num_sources, backward=True)
+def _backward(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights, into=None):
+    plan = _plan(options, sources, query, num_sources, backward=True, adds=into is not None)
     live, flat, flat_query = _folded(plan, sources, query, num_sources)
     source_specs, d_source_specs, tokens, query_spec = _specs(plan)
     by_source, by_token = tokens(plan.count), tokens(plan.width)
+    added = [(into.reshape(flat[0].shape), d_source_specs[0])] if plan.adds else []
     statistics = (plan.batch, plan.length, plan.count)
     d_query_shape = flat_query.shape if plan.per_token else (*plan.grid[:2], 1, plan.width)
     d_query_spec = query_spec if plan.per_token else pl.BlockSpec((None, None, 1, plan.width), lambda g, t, *_: (g, t, 0, 0))
     *d_sources, d_query, d_shift = _call(
         plan, _backward_kernel, "depth_route_backward",
-        [*source_specs, query_spec, by_source, by_source, by_source, by_token],
+        [*source_specs, query_spec, by_source, by_source, by_source, by_token, *(spec for _, spec in added)],
         [*d_source_specs, d_query_spec, by_source],
-        [*((x.shape, x.dtype) for x in flat), (d_query_shape, jnp.float32), (statistics, jnp.float32)],
+        [*((x.shape, x.dtype) for x in ([into for into, _ in added] or flat)), (d_query_shape, jnp.float32), (statistics, jnp.float32)],
         [] if plan.per_token else [pltpu.VMEM((SUM_ROWS, plan.width), jnp.float32)],
         live, *flat, flat_query, *(_lanes_last(plan, x) for x in (shift, weights, d_weights - delta)),
-        d_output.reshape(plan.batch, plan.length, plan.width),
+        d_output.reshape(plan.batch, plan.length, plan.width), *(into for into, _ in added),
     )  # fmt: skip
     d_query = d_query.reshape(query.shape) if plan.per_token else d_query.sum((0, 1, 2))
     d_sources = d_sources[0].reshape(sources.shape) if plan.stacked else tuple(d.reshape(s.shape) for d, s in zip(d_sources, sources))
     return d_sources, d_query, jnp.moveaxis(d_shift.reshape(*sources[0].shape[:2], plan.count), -1, 0)
 
 
-_serve = differentiable(_forward, _backward)
+_serve, _sharded_backward = differentiable(_forward, _backward), sharded_backward(_backward)
 
 
 def depth_route_mosaic_tpu(inputs: RouteInputs) -> DepthRoute:
@@ -328,6 +336,17 @@ def depth_route_mosaic_tpu(inputs: RouteInputs) -> DepthRoute:
 
     A traced number of live sources saves the traffic of the dead ones. Raises Unavailable where the call is not compiled for a TPU.
     """
+    _check(inputs)
+    return _serve(inputs)
+
+
+def backward_mosaic_tpu(inputs: RouteInputs) -> Callable:
+    """The backward function of `vjp.sharded_backward` for a call; added to an array, it leaves what is there for dead sources unread."""
+    _check(inputs)
+    return _sharded_backward
+
+
+def _check(inputs: RouteInputs) -> None:
     device = target_device()
     if device.platform != "tpu" and not interpreting():
         raise Unavailable(f"runs on TPUs only, the call is compiled for {device.platform}")
@@ -337,4 +356,3 @@ def depth_route_mosaic_tpu(inputs: RouteInputs) -> DepthRoute:
         raise Unavailable(f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them")
     if inputs.dtype not in (jnp.float32, jnp.bfloat16):
         raise Unavailable(f"takes sources of float32 and bfloat16, got {inputs.dtype}")
-    return _serve(inputs)

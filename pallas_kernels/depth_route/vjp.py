@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, score_shift
 from pallas_kernels.sharding import OperatorSharding, varying_alike
@@ -27,6 +28,10 @@ class RouteOptions(NamedTuple):
     normalize: bool
     score_scale: float
     sharding: OperatorSharding | None = None
+
+    @classmethod
+    def of(cls, inputs: RouteInputs) -> "RouteOptions":
+        return cls(inputs.key_norm_scale is not None, inputs.score_scale, inputs.sharding)
 
 
 def differentiable(forward: Callable, backward: Callable) -> Callable:
@@ -42,7 +47,7 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     Returns:
       serve(inputs: RouteInputs) -> DepthRoute.
     """
-    forward, backward = _sharded_forward(forward), _sharded_backward(backward)
+    forward, backward = _sharded_forward(forward), sharded_backward(backward)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def route(options, sources, query, shift, null_logit, num_sources):
@@ -70,16 +75,24 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     def serve(inputs: RouteInputs) -> DepthRoute:
         if isinstance(inputs.sources, tuple):
             inputs = inputs.trimmed()
-        query, normalize = inputs.query.astype(inputs.wide), inputs.key_norm_scale is not None
-        if normalize:
-            query = query * inputs.key_norm_scale.astype(inputs.wide)
-        shift = jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
-        num_sources = None if inputs.num_sources is None else jnp.asarray(inputs.num_sources, jnp.int32)
-        options = RouteOptions(normalize, inputs.score_scale, inputs.sharding)
-        arrays = inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), num_sources
-        return route(options, *varying_alike(arrays, arrays))
+        query, shift = query_and_shift(inputs)
+        arrays = inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), live_number(inputs)
+        return route(RouteOptions.of(inputs), *varying_alike(arrays, arrays))
 
     return serve
+
+
+def query_and_shift(inputs: RouteInputs) -> tuple[Array, Array]:
+    """The query with the keys' gain in it and what is added to the scores [L, B, T], as kernels take them."""
+    query = inputs.query.astype(inputs.wide)
+    if inputs.key_norm_scale is not None:
+        query = query * inputs.key_norm_scale.astype(inputs.wide)
+    return query, jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
+
+
+def live_number(inputs: RouteInputs) -> Array | None:
+    """The number of live sources as kernels take it: None for all."""
+    return None if inputs.num_sources is None else jnp.asarray(inputs.num_sources, jnp.int32)
 
 
 def _specs(options: RouteOptions, sources, query, num_sources):
@@ -107,13 +120,16 @@ def _sharded_forward(forward: Callable) -> Callable:
     return run
 
 
-def _sharded_backward(backward: Callable) -> Callable:
-    """`backward` over the mesh of `options.sharding`; the gradient of a query that all tokens share is summed over the devices."""
+def sharded_backward(backward: Callable) -> Callable:
+    """`backward` over the mesh of `options.sharding`; the gradient of a query that all tokens share is summed over the devices.
 
-    def run(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights):
-        sharding = options.sharding
+    A backward function may take one more array, `into`, to which it adds the sources' gradients.
+    """
+
+    def run(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights, *into):
+        arrays, sharding = (sources, query, shift, num_sources, weights, delta, d_output, d_weights, *into), options.sharding
         if sharding is None:
-            return backward(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights)
+            return backward(options, *arrays)
         placed, along, number, stream, scores, rows = _specs(options, sources, query, num_sources)
 
         def local(*arrays):
@@ -121,8 +137,8 @@ def _sharded_backward(backward: Callable) -> Callable:
             axes = sharding.axes("batch", "sequence")
             return d_sources, lax.psum(d_query, axes) if query.ndim == 1 and axes else d_query, d_shift
 
-        mapped = sharding.mapped(local, (placed, along, scores, number, scores, rows, stream, scores), (placed, along, scores))
-        return mapped(sources, query, shift, num_sources, weights, delta, d_output, d_weights)
+        given = (placed, along, scores, number, scores, rows, stream, scores, *[placed for _ in into])
+        return sharding.mapped(local, given, (placed, along, scores))(*arrays)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Depth routing for any platform: sums over the sources one by one, under one custom_vjp.
+"""Depth routing for any platform: sums over the sources one by one, under one custom_vjp. (One array with a traced number of live sources: buffer.py.)
 
 Each source is read where it lies and never stacked. Written as products and sums, XLA fuses them; as batched einsums over a stack of sources
 they made a training step on a CPU several times slower. With a_i the weights, omega the null mass and c the score scale, the backward pass is
@@ -17,12 +17,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, score_shift
+from pallas_kernels.depth_route.buffer import route_buffer
 from pallas_kernels.sharding import varying_alike
 
 
 def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
     """The contract of `depth_route`. A traced number of live sources is a mask here: dead sources are read and left out."""
     inputs = inputs.trimmed()
+    if inputs.live is not None and not isinstance(inputs.sources, tuple):
+        return route_buffer(inputs._replace(sharding=None))  # XLA partitions it by itself
     query, normalize = inputs.query, inputs.key_norm_scale is not None
     if normalize:
         query = query.astype(inputs.wide) * inputs.key_norm_scale.astype(inputs.wide)
