@@ -22,6 +22,7 @@ def mlp(
     parameters: Parameters, x: Float[Array, "B T D"], *, constrain: Constrain = unconstrained, numerics: Numerics = FLOAT
 ) -> Float[Array, "B T D"]:
     """W_down (silu(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202), in x's type."""
+    x = constrain(x, ("batch", "length", None))
     p = {name: value.astype(x.dtype) for name, value in parameters.items()}
     gate, up = (numerics.einsum(name, "BTD,DF->BTF", x, p[name]) for name in ("gate", "up"))
     hidden = jax.nn.silu(gate) * up

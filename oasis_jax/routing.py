@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from oasis_jax.attention import Constrain, backend, operator_sharding, unconstrained
+from oasis_jax.attention import Constrain, backend, unconstrained
 from oasis_jax.config import RouterConfig
 from oasis_jax.numerics import FLOAT, Numerics
 from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
@@ -66,7 +66,7 @@ def route(
       config: a RouterConfig, or a ModelConfig.
       sources: L arrays [B, T, D], oldest first.
       evidence: L arrays [B, T], the null mass of each source's attention, mean over heads; 0 for the embedding.
-      constrain: as in `attention`; its attribute `operators` splits the tokens over devices.
+      constrain: as in `attention`; its attribute `routing` splits the tokens over devices.
       numerics: how the router's projections are computed and the mixture rounded; scores and weights stay float.
 
     Returns:
@@ -82,7 +82,7 @@ def route(
     if config.coupling:
         options |= dict(null_evidence=evidence, coupling=beta)
     output, weights, null_mass = depth_route(
-        sources, query, null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer], sharding=operator_sharding(constrain),
+        sources, query, null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer], sharding=getattr(constrain, "routing", None),
         implementation=backend("depth_route", config.depth_implementation), **options,
     )  # fmt: skip
     return numerics.tap("mixture", output), RouterStatistics(weights, null_mass, beta)

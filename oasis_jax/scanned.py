@@ -57,7 +57,7 @@ def final_stream(
       config: a model that `can_scan`.
       inputs, segment_ids, constrain: see `Decoder.__call__`.
     """
-    embedding = constrain(embed(params["ends"], config, inputs), ("batch", "length", None))
+    embedding = constrain(embed(params["ends"], config, inputs), ("batch", "stream", None))
     run = _residual if config.wiring == "residual" else _blocks if config.blocks else _full
     return run(params, config, embedding, segment_ids, constrain)
 
@@ -67,14 +67,15 @@ def attend(config: ModelConfig, constrain: Constrain, layer: Parameters, segment
     del psi
     normed = norm(layer.get("attention_norm", {}), config, h)
     output, statistics = attention(layer["attention"], config, normed, segment_ids=segment_ids, constrain=constrain)
-    return clip_delta(config, constrain(output, ("batch", "length", None))), statistics.null_mass.mean(axis=1)
+    psi = constrain(statistics.null_mass.mean(axis=1), ("batch", "stream"))
+    return clip_delta(config, constrain(output, ("batch", "stream", None))), psi
 
 
 def feed(config: ModelConfig, constrain: Constrain, layer: Parameters, segment_ids, h: Stream, psi: Psi) -> tuple[Stream, Psi]:
     """The MLP sublayer; it carries its layer's evidence."""
     del segment_ids
     output = mlp(layer["mlp"], norm(layer.get("mlp_norm", {}), config, h), constrain=constrain)
-    return clip_delta(config, constrain(output, ("batch", "length", None))), psi
+    return clip_delta(config, constrain(output, ("batch", "stream", None))), psi
 
 
 def clip_delta(config: ModelConfig, output: Stream) -> Stream:
