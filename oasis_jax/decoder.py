@@ -113,9 +113,7 @@ def decode(
     constrain = constrain or unconstrained
     taps = {name: [] for name in ("attention_norm", "attention_output", "mlp_norm", "mlp_output")}
     attentions: list[AttentionStatistics] = []
-
-    def evidence(statistics: AttentionStatistics) -> Float[Array, "B T"]:
-        return constrain(statistics.null_mass.mean(axis=1), ("batch", "stream"))
+    evidence: list[Float[Array, "B T"]] = []
 
     def attend(layer, name, x):
         run = partial(attention_sublayer, segment_ids=segment_ids, constrain=constrain, numerics=numerics.within(name))
@@ -123,13 +121,14 @@ def decode(
         attentions.append(statistics)
         taps["attention_norm"].append(normed)
         taps["attention_output"].append(output)
-        return output, evidence(statistics)
+        evidence.append(constrain(statistics.null_mass.mean(axis=1), ("batch", "stream")))
+        return output, evidence[-1]
 
     def feed(layer, name, x):
         output, normed = call(partial(mlp_sublayer, constrain=constrain, numerics=numerics.within(name)), layer, x)
         taps["mlp_norm"].append(normed)
         taps["mlp_output"].append(output)
-        return output, evidence(attentions[-1])
+        return output, evidence[-1]
 
     kinds = [(run, layer) for layer in layers for run in (attend, feed)]
     sublayers = [partial(run, layer, name) for (run, layer), name in zip(kinds, sublayer_names(config))]
