@@ -178,7 +178,8 @@ def attention(
         heads = heads * jax.nn.sigmoid(numerics.einsum("gate", "BTD,DNH->BTNH", x, p["gate"]))
     elif config.gate == "per_head":
         heads = heads * jax.nn.sigmoid(numerics.einsum("gate", "BTD,DN->BTN", x, p["gate"]))[..., None]
-    return numerics.einsum("output", "BTNH,NHD->BTD", heads, p["output"]), statistics
+    output = numerics.einsum("output", "BTNH,NHD->BTD", heads, p["output"])
+    return constrain(output, ("batch", "length", None)), statistics
 
 
 class Attention(ParameterModule):

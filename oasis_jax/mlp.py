@@ -27,7 +27,7 @@ def mlp(
     gate, up = (numerics.einsum(name, "BTD,DF->BTF", x, p[name]) for name in ("gate", "up"))
     hidden = jax.nn.silu(gate) * up
     hidden = constrain(hidden, ("batch", "length", "mlp"))
-    return numerics.einsum("down", "BTF,FD->BTD", hidden, p["down"])
+    return constrain(numerics.einsum("down", "BTF,FD->BTD", hidden, p["down"]), ("batch", "length", None))
 
 
 class MLP(ParameterModule):
