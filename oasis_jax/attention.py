@@ -26,7 +26,7 @@ def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
 
 
 def operator_sharding(constrain: Constrain) -> OperatorSharding | None:
-    """How the operators are split over devices: what a `constrain` carries as its attribute `operators`, else nothing."""
+    """How attention is split over devices: what a `constrain` carries as its attribute `operators`, else nothing."""
     return getattr(constrain, "operators", None)
 
 
@@ -151,6 +151,7 @@ def attention(
     Returns:
       [B, T, D] after the output projection, and the layer's AttentionStatistics.
     """
+    x = constrain(x, ("batch", "length", None))
     p = {name: value.astype(x.dtype) for name, value in parameters.items() if name != "null_logit"}
     query, key, value = (numerics.einsum(name, "BTD,DNH->BTNH", x, p[name]) for name in ("query", "key", "value"))
     if config.qk_norm:
@@ -177,7 +178,8 @@ def attention(
         heads = heads * jax.nn.sigmoid(numerics.einsum("gate", "BTD,DNH->BTNH", x, p["gate"]))
     elif config.gate == "per_head":
         heads = heads * jax.nn.sigmoid(numerics.einsum("gate", "BTD,DN->BTN", x, p["gate"]))[..., None]
-    return numerics.einsum("output", "BTNH,NHD->BTD", heads, p["output"]), statistics
+    output = numerics.einsum("output", "BTNH,NHD->BTD", heads, p["output"])
+    return constrain(output, ("batch", "length", None)), statistics
 
 
 class Attention(ParameterModule):

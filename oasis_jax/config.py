@@ -261,7 +261,8 @@ class OptimizerConfig:
         )
 
 
-# Logical axis -> mesh axes it is split over. Parameters: vocab, embed, heads, kv_heads, mlp, depth_key. Activations: batch, length.
+# Logical axis -> mesh axes it is split over. Parameters: vocab, embed, heads, kv_heads, mlp, depth_key. Activations: batch, length,
+# and stream, the length between sublayers: sources and norms are split over the tensor axis too (Korthikanti et al., arXiv 2205.05198).
 DEFAULT_RULES = (
     ("batch", ("data", "fsdp")),
     ("embed", ("fsdp",)),
@@ -270,6 +271,7 @@ DEFAULT_RULES = (
     ("kv_heads", ("tensor",)),
     ("mlp", ("tensor",)),
     ("length", ("sequence",)),
+    ("stream", ("sequence", "tensor")),
 )
 
 

@@ -62,6 +62,7 @@ def unembed(
     parameters: Parameters, config: ModelConfig, x: Float[Array, "B T D"], constrain: Constrain, numerics: Numerics = FLOAT
 ) -> Outputs:
     """Logits over the padded vocabulary, or output vectors; float32 or better."""
+    x = constrain(x, ("batch", "length", None))
     head = parameters["head"] if "head" in parameters else parameters["embedding"].T
     wide = jnp.promote_types(x.dtype, jnp.float32)
     outputs = numerics.einsum("head", "BTD,DO->BTO", x, head.astype(x.dtype), preferred_element_type=wide)
@@ -74,7 +75,7 @@ def attention_sublayer(
     """(output, norm output, statistics) of a layer's attention; `layer` is an NNX or a bound Linen module."""
     normed = layer.attention_norm(x)
     output, statistics = layer.attention(normed, segment_ids=segment_ids, constrain=constrain, numerics=numerics)
-    return constrain(output, ("batch", "length", None)), normed, statistics
+    return constrain(output, ("batch", "stream", None)), normed, statistics
 
 
 def mlp_sublayer(
@@ -82,7 +83,7 @@ def mlp_sublayer(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """(output, norm output) of a layer's MLP."""
     normed = layer.mlp_norm(x)
-    return constrain(layer.mlp(normed, constrain=constrain, numerics=numerics), ("batch", "length", None)), normed
+    return constrain(layer.mlp(normed, constrain=constrain, numerics=numerics), ("batch", "stream", None)), normed
 
 
 def decode(
@@ -112,6 +113,7 @@ def decode(
     constrain = constrain or unconstrained
     taps = {name: [] for name in ("attention_norm", "attention_output", "mlp_norm", "mlp_output")}
     attentions: list[AttentionStatistics] = []
+    evidence: list[Float[Array, "B T"]] = []
 
     def attend(layer, name, x):
         run = partial(attention_sublayer, segment_ids=segment_ids, constrain=constrain, numerics=numerics.within(name))
@@ -119,20 +121,21 @@ def decode(
         attentions.append(statistics)
         taps["attention_norm"].append(normed)
         taps["attention_output"].append(output)
-        return output, statistics.null_mass.mean(axis=1)
+        evidence.append(constrain(statistics.null_mass.mean(axis=1), ("batch", "stream")))
+        return output, evidence[-1]
 
     def feed(layer, name, x):
         output, normed = call(partial(mlp_sublayer, constrain=constrain, numerics=numerics.within(name)), layer, x)
         taps["mlp_norm"].append(normed)
         taps["mlp_output"].append(output)
-        return output, attentions[-1].null_mass.mean(axis=1)
+        return output, evidence[-1]
 
     kinds = [(run, layer) for layer in layers for run in (attend, feed)]
     sublayers = [partial(run, layer, name) for (run, layer), name in zip(kinds, sublayer_names(config))]
     if numerics is not FLOAT:
         routers = {name: partial(router, numerics=numerics.within(f"{name}.router")) for name, router in routers.items()}
     routers = {name: partial(router, constrain=constrain) for name, router in routers.items()}
-    embedding = constrain(embed(ends, config, inputs, numerics), ("batch", "length", None))
+    embedding = constrain(embed(ends, config, inputs, numerics), ("batch", "stream", None))
     stack = WIRINGS[config.wiring](config, embedding, sublayers, routers, numerics)
     final = final_norm(stack.stream)
     outputs = unembed(ends, config, final, constrain, numerics)

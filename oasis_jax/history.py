@@ -68,8 +68,8 @@ class History(NamedTuple):
 
     def put(self, loop: Loop, slot, source: Stream, evidence: Array) -> "History":
         put = lambda x, new: lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), slot, 0)  # noqa: E731
-        sources = loop.constrain(put(self.sources, source), (None, "batch", "length", None))
-        return History(sources, loop.constrain(put(self.evidence, evidence), (None, "batch", "length")))
+        sources = loop.constrain(put(self.sources, source), (None, "batch", "stream", None))
+        return History(sources, loop.constrain(put(self.evidence, evidence), (None, "batch", "stream")))
 
     @staticmethod
     def zeros(loop: Loop, like: Stream) -> "History":

@@ -22,11 +22,12 @@ def mlp(
     parameters: Parameters, x: Float[Array, "B T D"], *, constrain: Constrain = unconstrained, numerics: Numerics = FLOAT
 ) -> Float[Array, "B T D"]:
     """W_down (silu(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202), in x's type."""
+    x = constrain(x, ("batch", "length", None))
     p = {name: value.astype(x.dtype) for name, value in parameters.items()}
     gate, up = (numerics.einsum(name, "BTD,DF->BTF", x, p[name]) for name in ("gate", "up"))
     hidden = jax.nn.silu(gate) * up
     hidden = constrain(hidden, ("batch", "length", "mlp"))
-    return numerics.einsum("down", "BTF,FD->BTD", hidden, p["down"])
+    return constrain(numerics.einsum("down", "BTF,FD->BTD", hidden, p["down"]), ("batch", "length", None))
 
 
 class MLP(ParameterModule):

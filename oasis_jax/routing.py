@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from oasis_jax.attention import Constrain, backend, operator_sharding, unconstrained
+from oasis_jax.attention import Constrain, backend, unconstrained
 from oasis_jax.config import RouterConfig
 from oasis_jax.numerics import FLOAT, Numerics
 from oasis_jax.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
@@ -72,7 +72,7 @@ def route(
       config: a RouterConfig, or a ModelConfig.
       sources: L arrays [B, T, D], oldest first.
       evidence: L arrays [B, T], the null mass of each source's attention, mean over heads; 0 for the embedding.
-      constrain: as in `attention`; its attribute `operators` splits the tokens over devices.
+      constrain: as in `attention`; its attribute `routing` splits the tokens over devices.
       numerics: how the router's projections are computed and the mixture rounded; scores and weights stay float.
 
     Returns:
@@ -114,7 +114,7 @@ def route_options(config: RouterConfig, constrain: Constrain) -> dict[str, Any]:
     return dict(
         score_scale=key_width(config) ** -0.5 if config.router == "projected" else 1.0,
         null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer],
-        sharding=operator_sharding(constrain),
+        sharding=getattr(constrain, "routing", None),
         implementation=backend("depth_route", config.depth_implementation),
     )
 

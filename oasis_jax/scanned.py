@@ -43,7 +43,7 @@ def final_stream(
       config: any wiring and router.
       inputs, segment_ids, constrain: see `Decoder.__call__`.
     """
-    embedding = constrain(embed(params["ends"], config, inputs), ("batch", "length", None))
+    embedding = constrain(embed(params["ends"], config, inputs), ("batch", "stream", None))
     if config.wiring == "residual":
         run = _residual
     elif config.wiring == "cumulative" or config.router == "projected":
@@ -58,14 +58,15 @@ def attend(config: ModelConfig, constrain: Constrain, layer: Parameters, segment
     del psi
     normed = norm(layer.get("attention_norm", {}), config, h)
     output, statistics = attention(layer["attention"], config, normed, segment_ids=segment_ids, constrain=constrain)
-    return clip_delta(config, constrain(output, ("batch", "length", None))), statistics.null_mass.mean(axis=1)
+    psi = constrain(statistics.null_mass.mean(axis=1), ("batch", "stream"))
+    return clip_delta(config, constrain(output, ("batch", "stream", None))), psi
 
 
 def feed(config: ModelConfig, constrain: Constrain, layer: Parameters, segment_ids, h: Stream, psi: Psi) -> tuple[Stream, Psi]:
     """The MLP sublayer; it carries its layer's evidence."""
     del segment_ids
     output = mlp(layer["mlp"], norm(layer.get("mlp_norm", {}), config, h), constrain=constrain)
-    return clip_delta(config, constrain(output, ("batch", "length", None))), psi
+    return clip_delta(config, constrain(output, ("batch", "stream", None))), psi
 
 
 def clip_delta(config: ModelConfig, output: Stream) -> Stream:

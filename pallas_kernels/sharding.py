@@ -28,8 +28,8 @@ class OperatorSharding:
       mesh: the devices.
       batch: one axis or several.
       heads: one axis or several, for query and key heads alike; `depth_route` has no heads and ignores it.
-      sequence: one axis. Attention passes keys and values around it (ring attention, arXiv 2310.01889); a window fetches only the keys it
-        can reach; depth routing needs no communication.
+      sequence: one axis; for `depth_route`, which needs no communication, also several. Attention passes keys and values around it (ring
+        attention, arXiv 2310.01889); a window fetches only the keys it can reach.
       layout: the order of the positions. "contiguous": device i of n holds the i-th of n parts; with a causal mask the last device then has
         nearly twice the mean work, and the others wait. "zigzag": the order that `zigzag(x, n)` makes, in which device i holds the parts
         i and 2n-1-i of 2n, and causal work is the same everywhere. Only attention reads it: a token's depth routing depends on no other token.
@@ -41,16 +41,16 @@ class OperatorSharding:
     mesh: Mesh | AbstractMesh
     batch: str | tuple[str, ...] = ()
     heads: str | tuple[str, ...] = ()
-    sequence: str | None = None
+    sequence: str | tuple[str, ...] | None = None
     layout: str = "contiguous"
 
     def __post_init__(self):
         for name in ("batch", "heads"):
             axes = getattr(self, name)
             object.__setattr__(self, name, (axes,) if isinstance(axes, str) else tuple(axes or ()))
-        if self.sequence is not None and not isinstance(self.sequence, str):
-            raise ValueError(f"sharding: sequence must be None or the name of one mesh axis, got {self.sequence!r}")
-        named = [*self.batch, *self.heads, *([self.sequence] if self.sequence else [])]
+        if isinstance(self.sequence, tuple | list) and len(self.sequence) < 2:
+            object.__setattr__(self, "sequence", self.sequence[0] if self.sequence else None)
+        named = self.axes("batch", "heads", "sequence")
         for axis in named:
             if axis not in self.mesh.axis_names:
                 raise ValueError(f"sharding: the mesh has no axis {axis!r}; there are: {', '.join(map(str, self.mesh.axis_names))}")
@@ -58,12 +58,13 @@ class OperatorSharding:
                 raise ValueError(f"sharding: mesh axis {axis!r} is named more than once; an axis splits one dimension")
         if self.layout not in LAYOUTS:
             raise ValueError(f"sharding: layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
-        if self.layout == "zigzag" and not self.sequence:
-            raise ValueError("sharding: layout='zigzag' orders a split sequence and needs sequence=, got None")
+        if self.layout == "zigzag" and not isinstance(self.sequence, str):
+            raise ValueError(f"sharding: layout='zigzag' orders a sequence split over one axis and needs sequence=, got {self.sequence!r}")
 
     def axes(self, *dimensions: str) -> tuple[str, ...]:
         """The mesh axes of some of "batch", "heads" and "sequence", in order."""
-        table = {"batch": self.batch, "heads": self.heads, "sequence": (self.sequence,) if self.sequence else ()}
+        sequence = (self.sequence,) if isinstance(self.sequence, str) else self.sequence or ()
+        table = {"batch": self.batch, "heads": self.heads, "sequence": sequence}
         return tuple(axis for dimension in dimensions for axis in table[dimension])
 
     def ways(self, *dimensions: str) -> int:

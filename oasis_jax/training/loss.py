@@ -79,6 +79,7 @@ def chunked_mean_loss(
     def chunk_loss(ends, final, part):
         return mean_loss(unembed(ends, config, final, constrain), part, config, total)
 
+    final = constrain(final, ("batch", "length", None))
     part = {name: batch[name] for name in ("targets", "weights")}
     if chunks == 1:
         return chunk_loss(ends, final, part)

@@ -19,7 +19,7 @@ from pallas_kernels import OperatorSharding, zigzag
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")  # neighbours last
 # The logical axes of parameters and activations; those without a rule are not split.
-LOGICAL_AXES = ("batch", "length", "embed", "vocab", "heads", "kv_heads", "mlp")
+LOGICAL_AXES = ("batch", "length", "stream", "embed", "vocab", "heads", "kv_heads", "mlp")
 
 Rules = Sequence[tuple[str, tuple[str, ...]]]
 LogicalAxes = tuple[str | None, ...]
@@ -80,12 +80,14 @@ def logical_to_spec(rules: Rules, axes: LogicalAxes) -> PartitionSpec:
 class Placement:
     """How a model's activations and operators are split: the `constrain` of `Decoder.__call__`.
 
-    operators: how the operators are split; None on a single device.
+    operators: how attention is split; None on a single device.
+    routing: how depth routing is split.
     """
 
     mesh: Mesh
     rules: Rules
     operators: OperatorSharding | None
+    routing: OperatorSharding | None
 
     def __call__(self, x: Array, axes: LogicalAxes) -> Array:
         """x with its sharding pinned; axes are the logical names of its dimensions."""
@@ -116,7 +118,7 @@ def placement(config: Config, mesh: Mesh) -> Placement:
     if len(sequence) > 1:
         raise UserError(f"mesh.rules, length: attention passes keys around one mesh axis, got {', '.join(sequence)}")
     if mesh.size == 1:
-        return Placement(mesh, rules, None)
+        return Placement(mesh, rules, None, None)
     split = bool(sequence)
     layout = "zigzag" if split and not model.window and model.normalizer not in DENSE_NORMALIZERS else "contiguous"
     parts = math.prod(mesh.shape[axis] for axis in sequence) * (2 if layout == "zigzag" else 1)
@@ -126,8 +128,15 @@ def placement(config: Config, mesh: Mesh) -> Placement:
             f"data.sequence_length: {config.data.sequence_length} is not divisible by mesh.{sequence[0]}={mesh.shape[sequence[0]]}{halves}; "
             f"take a multiple of {parts}"
         )
-    operators = OperatorSharding(mesh, table.get("batch", ()), table.get("heads", ()), sequence[0] if split else None, layout)
-    return Placement(mesh, rules, operators)
+    stream, batch = table.get("stream", ()), table.get("batch", ())
+    ways, text = _ways(stream, mesh)
+    if config.data.sequence_length % ways:
+        raise UserError(
+            f"data.sequence_length: {config.data.sequence_length} is not divisible by {text}, over which mesh.rules split the stream between "
+            f"sublayers; take a multiple of {math.lcm(ways, parts)}, another mesh or another rule of 'stream'"
+        )
+    operators = OperatorSharding(mesh, batch, table.get("heads", ()), sequence, layout)
+    return Placement(mesh, rules, operators, OperatorSharding(mesh, batch, sequence=stream))
 
 
 def parameter_shapes(config: ModelConfig) -> dict:

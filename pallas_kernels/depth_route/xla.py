@@ -49,11 +49,12 @@ def _dot(source: Float[Array, "B T D"], query: Float[Array, " D"] | Float[Array,
 def _written_once(x: Array) -> Array:
     """x, kept out of the fusions of its readers: XLA's CPU backend would repeat a sum of L terms inside every kernel that reads it.
 
-    In jax 0.10 that backend also drops optimization barriers, but it fuses nothing across a branch. The condition always holds.
+    In jax 0.10 that backend also drops optimization barriers, but it fuses nothing across a branch. The condition always holds; it reads one element by its
+    place, as a flat x would be gathered from all devices that split its positions.
     """
 
     def branch(x):
-        return lax.cond(jnp.logical_not(x.ravel()[0] < -jnp.inf), lambda x: x, jnp.zeros_like, x)
+        return lax.cond(jnp.logical_not(x[(0,) * x.ndim] < -jnp.inf), lambda x: x, jnp.zeros_like, x)
 
     return lax.platform_dependent(x, cpu=branch, default=lax.optimization_barrier)
 

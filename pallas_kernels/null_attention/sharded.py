@@ -18,6 +18,8 @@ def check_sharding(query, key, options: Options) -> None:
     sharding = options.sharding
     if not isinstance(sharding, OperatorSharding):
         raise ValueError(f"sharding: must be None or a pallas_kernels.OperatorSharding, got {type(sharding).__name__}")
+    if sharding.sequence and not isinstance(sharding.sequence, str):
+        raise ValueError(f"sharding: attention passes keys around one mesh axis, got sequence={sharding.sequence!r}")
     sharding.check("query", query.shape, *HEADS)
     sharding.check("key", key.shape, "batch", "sequence")
     key_heads, ways = key.shape[2], sharding.ways("heads")

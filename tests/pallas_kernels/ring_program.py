@@ -114,9 +114,9 @@ def causal_work_is_balanced():
 def routing(implementation):
     random = np.random.default_rng(1)
     normal = lambda *shape: random.normal(size=shape)  # noqa: E731
-    sharding = OperatorSharding(mesh_of((2, 1, 3)), batch="data", heads="tensor", sequence="sequence")
-    sources, gain, bias, psi = [normal(2, 6, 10) for _ in range(5)], normal(10), normal(5), abs(normal(5, 2, 6))
-    cotangents = normal(2, 6, 10), normal(2, 6, 5), normal(2, 6)
+    sharding = OperatorSharding(mesh_of((2, 2, 2)), batch="data", sequence=("sequence", "tensor"))
+    sources, gain, bias, psi = [normal(2, 8, 10) for _ in range(5)], normal(10), normal(5), abs(normal(5, 2, 8))
+    cotangents = normal(2, 8, 10), normal(2, 8, 5), normal(2, 8)
 
     def loss(arrays, sharding, stacked, implementation):
         sources, query, gain, bias, psi, beta, b = arrays
@@ -128,7 +128,7 @@ def routing(implementation):
         return sum(jnp.vdot(c, r) for c, r in zip(cotangents, results)), results
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2, 3))
-    for query in (normal(10), normal(2, 6, 10)):
+    for query in (normal(10), normal(2, 8, 10)):
         for stacked in (False, True):
             arrays = sources, query, gain, bias, psi, 0.7, 0.3
             wanted = jax.tree.leaves(run(arrays, None, stacked, "reference"))

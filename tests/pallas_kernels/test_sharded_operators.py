@@ -101,7 +101,8 @@ MESH = AbstractMesh((2, 3, 4), ("data", "tensor", "sequence"))
     [
         (dict(batch="dat"), "the mesh has no axis 'dat'; there are: data, tensor, sequence"),
         (dict(batch=("data", "tensor"), heads="tensor"), "mesh axis 'tensor' is named more than once"),
-        (dict(sequence=("data", "sequence")), "sequence must be None or the name of one mesh axis, got \\('data', 'sequence'\\)"),
+        (dict(batch="data", sequence=("data", "sequence")), "mesh axis 'data' is named more than once"),
+        (dict(sequence=("data", "sequence"), layout="zigzag"), "layout='zigzag' .* over one axis .*, got \\('data', 'sequence'\\)"),
         (dict(sequence="sequence", layout="zig"), "layout must be one of contiguous, zigzag, got 'zig'"),
         (dict(layout="zigzag"), "layout='zigzag' .* needs sequence=, got None"),
     ],
@@ -128,6 +129,8 @@ def test_attention_that_cannot_be_split(message, shapes, sharding, options):
     query, key = jnp.ones((batch, length, heads, 4)), jnp.ones((batch, keys, key_heads, 4))
     with pytest.raises(ValueError, match=f"^{message}"):
         null_attention(query, key, key, sharding=OperatorSharding(MESH, **sharding), **options)
+    with pytest.raises(ValueError, match=r"^sharding: attention passes keys around one mesh axis, got sequence=\('data', 'sequence'\)"):
+        null_attention(query, key, key, sharding=OperatorSharding(MESH, sequence=("data", "sequence")))
     with pytest.raises(ValueError, match=r"^sharding: must be None or a pallas_kernels.OperatorSharding, got str"):
         null_attention(query, key, key, sharding="data")
 

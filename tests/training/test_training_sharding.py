@@ -1,5 +1,6 @@
 """The mesh, the table of axes, and the same losses on 1 and on 8 devices."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from numpy.testing import assert_allclose
 
-from oasis_jax.config import DEFAULT_RULES, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
+from oasis_jax.config import DEFAULT_RULES, PRESETS, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig
 from oasis_jax.errors import UserError
 from oasis_jax.training.sharding import batch_sharding, logical_to_spec, make_mesh, parameter_shardings, placement
 
@@ -86,6 +87,14 @@ def test_examples_that_the_sequence_axis_does_not_divide():
         UserError, match=r"^data.sequence_length: 20 is not divisible by mesh.sequence=4 in two parts each; take a multiple of 8$"
     ):
         placement(config, abstract(sequence=4))
+    with pytest.raises(
+        UserError,
+        match=r"^data.sequence_length: 20 is not divisible by sequence=2 x tensor=3, over which .*; take a multiple of 12, another mesh",
+    ):
+        placement(config, abstract(sequence=2, tensor=3))
+    rules = tuple((name, ("sequence",) if name == "stream" else axes) for name, axes in DEFAULT_RULES)
+    unsplit = dataclasses.replace(config, mesh=MeshConfig(rules=rules))
+    assert placement(unsplit, abstract(sequence=2, tensor=3)).routing.spec("sequence") == PartitionSpec(("sequence",))
     windowed = Config(data=config.data, model=ModelConfig(window=5))
     assert placement(windowed, abstract(sequence=4)).operators.layout == "contiguous"
 
@@ -95,49 +104,56 @@ def test_examples_that_the_sequence_axis_does_not_divide():
 MESHES = {
     "data=8": dict(data=8),
     "fsdp=8": dict(fsdp=8),
+    "fsdp=2 tensor=4": dict(fsdp=2, tensor=4),
+    "data=4 sequence=2": dict(data=4, sequence=2),
+    "fsdp=2 sequence=4": dict(fsdp=2, sequence=4),
+    "sequence=2 tensor=4": dict(sequence=2, tensor=4),
     "data=2 fsdp=2 tensor=2": dict(data=2, fsdp=2, tensor=2),
-    "fsdp=4 tensor=2": dict(fsdp=4, tensor=2),
-    "data=2 tensor=2 sequence=2": dict(data=2, tensor=2, sequence=2),
+    "fsdp=2 sequence=2 tensor=2": dict(fsdp=2, sequence=2, tensor=2),
 }
-QUICK = {
-    "oasis": ["data=8", "fsdp=8", "data=2 fsdp=2 tensor=2", "data=2 tensor=2 sequence=2"],
-    "residual": ["data=2 fsdp=2 tensor=2"],
-    "oasis_blocks": ["data=2 fsdp=2 tensor=2"],
-}
+MIXED = "fsdp=2 sequence=2 tensor=2"
+MODELS = {preset: dict(preset=preset) | (dict(blocks=3) if preset == "oasis_blocks" else {}) for preset in PRESETS}
+MODELS |= {f"{name} as loops": MODELS[name] | dict(stack="scan") for name in ("residual", "attnres", "oasis_blocks")}
 
 
-def losses_on_8_devices(preset: str, meshes: list[str], flags: str) -> dict:
-    """The report of eight_devices.py, run under these XLA_FLAGS."""
+def train_on_8_devices(steps: int, models: list[str], meshes: list[str]) -> dict:
+    """The report of eight_devices.py."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
+        # Half of the time is LLVM's; what is split over devices, and how, is decided before it.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "PYTHONPATH": str(HERE.parents[1]),
     }
-    command = [sys.executable, "-W", "error", HERE / "eight_devices.py", preset, json.dumps({name: MESHES[name] for name in meshes})]
+    tables = {name: MODELS[name] for name in models}, {name: MESHES[name] for name in meshes}
+    command = [sys.executable, "-W", "error", HERE / "eight_devices.py", *map(json.dumps, (steps, *tables))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(
-    "preset, meshes, flags",
+    "steps, models, meshes",
     [
-        # Half of the time is LLVM's; what is split over devices, and how, is decided before it.
-        *((preset, meshes, "--xla_backend_optimization_level=0") for preset, meshes in QUICK.items()),
-        *(pytest.param(preset, list(MESHES), "", marks=pytest.mark.slow) for preset in QUICK),
+        (5, ["oasis"], ["fsdp=8", "data=2 fsdp=2 tensor=2", MIXED]),
+        (5, ["residual", "oasis_blocks"], ["data=2 fsdp=2 tensor=2"]),
+        pytest.param(50, ["oasis"], list(MESHES), marks=pytest.mark.slow),
+        pytest.param(5, sorted({*MODELS} - {"oasis"}), [MIXED], marks=pytest.mark.slow),
     ],
-    ids=[*QUICK, *(f"{preset}-all" for preset in QUICK)],
+    ids=["oasis", "others", "oasis-all-meshes", "all-models"],
 )
-def test_equal_losses_on_1_and_8_devices(preset, meshes, flags):
-    report = losses_on_8_devices(preset, meshes, flags)
-    alone = np.array(report.pop("alone")["losses"])
-    assert len(alone) == 20
-    assert alone[-1] < alone[0]
-    assert list(report) == meshes
-    for name, run in report.items():
-        assert_allclose(run["losses"], alone, rtol=1e-5, err_msg=name)
-        # A draw of order 1 may differ in its last bit: a shard's remainder is not vectorized like the whole array's.
-        assert run["initial_difference"] <= 2**-23
-        sizes = MESHES[name]
-        assert run["query_shard"] == [2, 40 // sizes.get("fsdp", 1), 6 // sizes.get("tensor", 1), 10]
-        assert run["moment_shard"] == run["query_shard"]
+def test_equal_losses_on_1_and_8_devices(steps, models, meshes):
+    report = train_on_8_devices(steps, models, meshes)
+    assert list(report) == models
+    for model, runs in report.items():
+        alone = runs.pop("alone")
+        assert len(alone["loss"]) == steps
+        assert steps < 50 or alone["loss"][-1] < alone["loss"][0] - 0.1
+        assert list(runs) == meshes
+        for name, run in runs.items():
+            assert_allclose(run["loss"], alone["loss"], rtol=1e-5, err_msg=f"{model} on {name}")
+            assert_allclose(run["grad_norm"], alone["grad_norm"], rtol=1e-5, err_msg=f"{model} on {name}")
+            # A draw of order 1 may differ in its last bit: a shard's remainder is not vectorized like the whole array's.
+            assert run["initial_difference"] <= 2**-23
+            sizes = MESHES[name]
+            assert run["query_shard"][-3:] == [40 // sizes.get("fsdp", 1), 12 // sizes.get("tensor", 1), 10]
+            assert run["moment_shard"] == run["query_shard"]
