@@ -14,10 +14,10 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             preset="oasis", num_layers=16, width=2048, num_heads=32, num_kv_heads=8, mlp_dim=7168, dtype="bfloat16", remat="layer"
-        ),  # fmt: skip
+        ),
         data=DataConfig(
             corpus="files", pattern="data/*.jsonl", tokenizer="bpe", bpe_vocab_size=32768, sequence_length=4096, batch_size=128
-        ),  # fmt: skip
+        ),
         optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=1000),
         mesh=MeshConfig(fsdp=8),
         run=RunConfig(steps=40000, log_interval=10, eval_interval=1000, checkpoint_interval=1000, keep_every=10000),

@@ -23,10 +23,10 @@ def get_config() -> Config:
             rope_theta=500000.0,
             dtype="bfloat16",
             remat="layer",
-        ),  # fmt: skip
+        ),
         data=DataConfig(
             corpus="files", pattern="data/*.jsonl", tokenizer="bpe", bpe_vocab_size=131072, sequence_length=8192, batch_size=256
-        ),  # fmt: skip
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
         mesh=MeshConfig(fsdp=64),
         run=RunConfig(steps=100000, log_interval=10, eval_interval=1000, checkpoint_interval=1000, keep_every=10000),

@@ -24,7 +24,7 @@ def arrays(config, seed=0):
     """Parameters away from their start, where static queries are zero, and a batch of two documents a row."""
     random = np.random.default_rng(seed)
     pure = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0))))
-    for router in pure["routers"].values():
+    for router in pure.get("routers", {}).values():
         if config.coupling:
             router["beta_raw"] += 5.5  # the coupling starts near 0
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 0.3 * random.normal(size=x.shape)), pure)

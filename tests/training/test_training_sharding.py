@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from numpy.testing import assert_allclose
