@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from numpy.testing import assert_allclose
@@ -88,7 +87,8 @@ def test_examples_that_the_sequence_axis_does_not_divide():
     ):
         placement(config, abstract(sequence=4))
     with pytest.raises(
-        UserError, match=r"^data.sequence_length: 20 is not divisible by sequence=2 x tensor=3, over which .*; take a multiple of 12, another mesh"
+        UserError,
+        match=r"^data.sequence_length: 20 is not divisible by sequence=2 x tensor=3, over which .*; take a multiple of 12, another mesh",
     ):
         placement(config, abstract(sequence=2, tensor=3))
     rules = tuple((name, ("sequence",) if name == "stream" else axes) for name, axes in DEFAULT_RULES)
