@@ -1,6 +1,7 @@
-"""A whole optimizer step of every preset against `residual`, at the size of configs/demo.py, on whatever device JAX finds.
+"""A whole optimizer step of every preset against `residual`, at the size of configs/demo.py or another, on whatever device JAX finds.
 
 python benchmarks/training.py [--repetitions 15] [--presets oasis,attnres]
+python benchmarks/training.py --presets oasis_blocks --set model.num_layers=28 --set model.width=1024 --set model.num_heads=16 --name training-deep
 """
 
 import argparse
@@ -11,7 +12,7 @@ import pathlib
 import _harness as harness
 import jax
 
-from oasis_jax.command_line import load_config
+from oasis_jax.command_line import apply_overrides, load_config
 from oasis_jax.config import PRESETS, Config
 from oasis_jax.data import load_corpus, train_batches
 from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
@@ -21,9 +22,9 @@ from oasis_jax.training.step import make_step
 DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
 
 
-def preset_config(preset: str) -> Config:
-    """The demo's run with another method on top of it."""
-    config = load_config(DEMO)
+def preset_config(preset: str, changes: list[str]) -> Config:
+    """The demo's run with these changes and another method on top of it."""
+    config = apply_overrides(load_config(DEMO), changes)
     tokens = load_corpus(config.data, seed=0).tokenizer.vocab_size
     return dataclasses.replace(config, model=dataclasses.replace(config.model.with_preset(preset), vocab_size=tokens))
 
@@ -32,11 +33,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--presets", default=",".join(PRESETS))
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="as in train.py: another size than the demo's"
+    )
+    parser.add_argument("--name", default="training", help="of the file of results")
     arguments = parser.parse_args()
     presets = list(dict.fromkeys(["residual", *arguments.presets.split(",")]))
     steps, states = {}, {}
     for preset in presets:
-        config = preset_config(preset)
+        config = preset_config(preset, arguments.set)
         mesh = make_mesh(config.mesh)
         steps[preset], states[preset] = make_step(config, mesh), new_state(config, mesh)
     batch = put_batch(next(train_batches(load_corpus(config.data, seed=0).train, config.data, seed=0)), batch_sharding(config, mesh))
@@ -52,7 +57,7 @@ def main():
     model, data = config.model, config.data
     title = f"optimizer step, {model.num_layers} layers of width {model.width}, batch {data.batch_size}, length {data.sequence_length}, {model.dtype}"
     harness.show(title, results, "residual")
-    harness.save("training", {title: results})
+    harness.save(arguments.name, {title: results})
 
 
 if __name__ == "__main__":

@@ -297,6 +297,7 @@ class RunConfig:
     """How long a run is and what it writes."""
 
     steps: int = _field(300, "optimizer steps")
+    init_from: str = _field("", "workdir of another run: start from the parameters of its newest checkpoint; '': from random ones")
     seed: int = _field(0, "seed of parameters, order of examples and everything random")
     log_interval: int = _field(1, "steps between lines of metrics.jsonl")
     telemetry_interval: int = _field(50, "steps between logs of null mass, first-token mass and beta; 0: never")

@@ -106,7 +106,8 @@ def check_corpus(corpus: Corpus, identity: dict) -> None:
         raise UserError(f"data: the corpus is not the one this run was trained on ({found}); restore it or take another workdir")
 
 
-def _tokenizer(metadata: dict) -> Tokenizer | None:
+def stored_tokenizer(metadata: dict) -> Tokenizer | None:
+    """The tokenizer that a checkpoint's `metadata` holds; None for vectors."""
     stored = metadata["tokenizer"]
     if stored is None:
         return None
@@ -337,7 +338,7 @@ class Checkpoints:
                 )
             self._compare_versions(metadata["versions"])
             state = self.state(step, abstract_state(dataclasses.replace(stored, mesh=config.mesh), mesh))
-            return Resumed(step, state, metadata["data_state"], _tokenizer(metadata), metadata["corpus"])
+            return Resumed(step, state, metadata["data_state"], stored_tokenizer(metadata), metadata["corpus"])
 
         resumed, broken = self.first_whole(restore, self.steps())
         for step in broken:
@@ -386,6 +387,6 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> LoadedRun:
             device = SingleDeviceSharding(jax.local_devices()[0])
             shapes = jax.tree.map(lambda x: placed(x, device), parameter_shapes(config.model))
             model = build_model(config.model, checkpoints.params(step, shapes))
-            return LoadedRun(model, config, _tokenizer(metadata), metadata["corpus"], metadata["versions"], step)
+            return LoadedRun(model, config, stored_tokenizer(metadata), metadata["corpus"], metadata["versions"], step)
 
         return checkpoints.first_whole(restore, steps if step is None else [step])[0]

@@ -25,6 +25,7 @@ from oasis_jax.training.profiling import Profile
 from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
 from oasis_jax.training.state import TrainState, build_model, new_state
 from oasis_jax.training.step import make_step, make_telemetry
+from oasis_jax.training.warm_start import starting_parameters, starting_point
 
 Evaluator = Callable[[Decoder, Sequence[Mapping]], Mapping[str, object]]
 
@@ -68,7 +69,9 @@ def fit(
         )
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=Keep.of(config.run), say=progress.say))
         resumed = checkpoints.resume(config, mesh)
-        corpus = load_corpus(config.data, seed=config.run.seed, tokenizer=resumed and resumed.tokenizer)
+        start = stack.enter_context(starting_point(config, progress.say)) if config.run.init_from and not resumed else None
+        origin = resumed or start
+        corpus = load_corpus(config.data, seed=config.run.seed, tokenizer=origin and origin.tokenizer)
         if resumed:
             check_corpus(corpus, resumed.corpus_identity)
         config = with_sizes(config, corpus)
@@ -80,6 +83,8 @@ def fit(
 
         # State and data.
         state = resumed.state if resumed else new_state(config, mesh)
+        if start:
+            state = state._replace(params=starting_parameters(start, config, mesh, progress.say))
         batches = train_batches(corpus.train, config.data, seed=config.run.seed, part=part, parts=parts)
         stack.enter_context(contextlib.closing(batches))
         if resumed:

@@ -15,7 +15,7 @@ BATCH, LENGTH, VOCAB = 16, 24, 83
 
 
 def config(steps: int, fields: dict, mesh: dict) -> Config:
-    model = ModelConfig(num_layers=2, width=40, num_heads=12, num_kv_heads=4, head_dim=10, mlp_dim=56, vocab_size=VOCAB, **fields)
+    model = ModelConfig(width=40, num_heads=12, num_kv_heads=4, head_dim=10, mlp_dim=56, vocab_size=VOCAB, **fields)
     return Config(
         model=model,
         data=DataConfig(batch_size=BATCH, sequence_length=LENGTH),
