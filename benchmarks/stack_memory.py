@@ -25,35 +25,40 @@ CASES = {
 }
 
 
-def compiled(options: dict, layers: int, sharding):
-    """(temporary units, seconds to compile) of loss and gradients with remat=layer."""
+def compiled(options: dict, layers: int, mesh):
+    """(temporary units, seconds to compile) of loss and gradients with remat=layer, on the one device of a mesh."""
     import jax
-    from flax import nnx
+    from jax.sharding import NamedSharding, PartitionSpec
 
-    from oasis_jax import Decoder, ModelConfig
+    from oasis_jax import ModelConfig
     from oasis_jax.attention import unconstrained
+    from oasis_jax.stacked import unstack_layers
+    from oasis_jax.training.sharding import parameter_shapes
     from oasis_jax.training.step import training_loss
 
     config = ModelConfig(num_layers=layers, width=WIDTH, num_heads=4, vocab_size=8192, dtype="bfloat16", remat="layer", **options)
+    sharding = NamedSharding(mesh, PartitionSpec())
     place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
-    shapes = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0)))))
+    shapes = parameter_shapes(config)
+    if config.stack == "unroll":
+        shapes = jax.eval_shape(unstack_layers, shapes)
     params = jax.tree.map(lambda x: place(x.shape, x.dtype), shapes)
     batch = {name: place((BATCH, LENGTH), kind) for name, kind in (("inputs", "int32"), ("targets", "int32"), ("weights", "float32"))}
     function = lambda params, batch: training_loss(params, batch, config, unconstrained, scan=config.stack == "scan")  # noqa: E731
-    lowered = jax.jit(jax.grad(function)).lower(params, batch)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # operators choose their kernels by it
+        lowered = jax.jit(jax.grad(function)).lower(params, batch)
     start = time.perf_counter()
     memory = lowered.compile().memory_analysis()
     return memory.temp_size_in_bytes / (2 * BATCH * LENGTH * WIDTH), time.perf_counter() - start
 
 
-def target_sharding(target: str):
+def target_mesh(target: str):
     import jax
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
+    from jax.sharding import AxisType
 
-    if target == "cpu":
-        return SingleDeviceSharding(jax.devices("cpu")[0])
-    return SingleDeviceSharding(topologies.get_topology_desc(f"{target}:2x2", platform="tpu").devices[0])
+    devices = jax.devices("cpu") if target == "cpu" else topologies.get_topology_desc(f"{target}:2x2", platform="tpu").devices
+    return jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:1])
 
 
 def write(target: str, table: str) -> None:
@@ -72,8 +77,10 @@ def main():
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.target != "cpu":
-        os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
-    sharding, depths = target_sharding(arguments.target), [int(depth) for depth in arguments.depths.split(",")]
+        os.environ.update(
+            TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+        )
+    mesh, depths = target_mesh(arguments.target), [int(depth) for depth in arguments.depths.split(",")]
     lines = [f"| {arguments.target} | " + " | ".join(f"L={depth}" for depth in depths) + " |", "|---" * (len(depths) + 1) + "|"]
     print("\n".join(lines), flush=True)
     for name, options in CASES.items():
@@ -81,7 +88,7 @@ def main():
             print(f"| {name} |", end="", flush=True)
             lines.append(f"| {name} |")
             for depth in depths:
-                units, seconds = compiled(options, depth, sharding)
+                units, seconds = compiled(options, depth, mesh)
                 cell = f" {units:.0f} units, {seconds:.1f} s |"
                 print(cell, end="", flush=True)
                 lines[-1] += cell

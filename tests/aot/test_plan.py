@@ -40,7 +40,14 @@ def test_a_small_model_fits_a_slice_of_tpus():
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_change():
     needs("libtpu")
-    huge = ("model.preset=residual", "model.num_layers=2", "model.width=4096", "model.num_heads=32", "model.dtype=bfloat16", "model.stack=scan")
+    huge = (
+        "model.preset=residual",
+        "model.num_layers=2",
+        "model.width=4096",
+        "model.num_heads=32",
+        "model.dtype=bfloat16",
+        "model.stack=scan",
+    )
     code, text = plan("v5e:2x2", *huge, "data.sequence_length=8192", "data.batch_size=64", "mesh.fsdp=4")
     assert code == 1 and "DOES NOT FIT in 16.00 GiB" in text and "model.remat=layer" in text
 

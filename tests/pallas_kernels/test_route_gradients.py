@@ -1,15 +1,11 @@
 """add_route_gradients against float64 autodiff of the plain definition, and what it leaves alone."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import OperatorSharding, add_route_gradients, depth_route
+from pallas_kernels import add_route_gradients, depth_route
 from pallas_kernels.dispatch import interpret_kernels
 
 L, B, LIVE = 5, 2, 3

@@ -14,10 +14,10 @@ from oasis_jax.training.step import make_step
 STEPS, BATCH, LENGTH, VOCAB = 20, 16, 20, 83
 
 
-def config(preset: str, **mesh: int) -> Config:
+def config(preset: str, stack: str, **mesh: int) -> Config:
     blocks = dict(blocks=3) if preset == "oasis_blocks" else {}
     model = ModelConfig(
-        preset=preset, num_layers=2, width=40, num_heads=6, num_kv_heads=2, head_dim=10, mlp_dim=56, vocab_size=VOCAB, **blocks
+        preset=preset, num_layers=2, width=40, num_heads=6, num_kv_heads=2, head_dim=10, mlp_dim=56, vocab_size=VOCAB, stack=stack, **blocks
     )
     return Config(
         model=model,
@@ -51,11 +51,12 @@ def shard(x: jax.Array) -> tuple[int, ...]:
     return x.addressable_shards[0].data.shape
 
 
-def main(preset: str, meshes: dict[str, dict]) -> None:
-    alone, _, losses = train(config(preset), jax.devices()[:1])
+def main(preset: str, stack: str, meshes: dict[str, dict]) -> None:
+    """One device runs the layers one by one, the meshes as `stack` says."""
+    alone, _, losses = train(config(preset, "unroll"), jax.devices()[:1])
     report = {"alone": {"losses": losses}}
     for name, sizes in meshes.items():
-        first, last, losses = train(config(preset, **sizes), jax.devices())
+        first, last, losses = train(config(preset, stack, **sizes), jax.devices())
         moments = [
             x for path, x in jax.tree_util.tree_leaves_with_path(last.opt_state) if "attention']['query" in jax.tree_util.keystr(path)
         ]
@@ -69,4 +70,4 @@ def main(preset: str, meshes: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(*sys.argv[1:3], json.loads(sys.argv[3]))

@@ -99,37 +99,39 @@ MESHES = {
     "fsdp=4 tensor=2": dict(fsdp=4, tensor=2),
     "data=2 tensor=2 sequence=2": dict(data=2, tensor=2, sequence=2),
 }
-QUICK = {
-    "oasis": ["data=8", "fsdp=8", "data=2 fsdp=2 tensor=2", "data=2 tensor=2 sequence=2"],
-    "residual": ["data=2 fsdp=2 tensor=2"],
-    "oasis_blocks": ["data=2 fsdp=2 tensor=2"],
-}
+QUICK = [
+    ("oasis", "unroll", ["data=8", "data=2 tensor=2 sequence=2"]),
+    ("oasis", "scan", ["fsdp=8", "data=2 fsdp=2 tensor=2", "data=2 tensor=2 sequence=2"]),
+    ("residual", "scan", ["data=2 fsdp=2 tensor=2"]),
+    ("oasis_blocks", "scan", ["data=2 fsdp=2 tensor=2"]),
+]
+SLOW = [("attnres", "scan"), *((preset, stack) for preset in ("oasis", "residual", "oasis_blocks") for stack in ("unroll", "scan"))]
 
 
-def losses_on_8_devices(preset: str, meshes: list[str], flags: str) -> dict:
+def losses_on_8_devices(preset: str, stack: str, meshes: list[str], flags: str) -> dict:
     """The report of eight_devices.py, run under these XLA_FLAGS."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
         "PYTHONPATH": str(HERE.parents[1]),
     }
-    command = [sys.executable, "-W", "error", HERE / "eight_devices.py", preset, json.dumps({name: MESHES[name] for name in meshes})]
+    command = [sys.executable, "-W", "error", HERE / "eight_devices.py", preset, stack, json.dumps({name: MESHES[name] for name in meshes})]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(
-    "preset, meshes, flags",
+    "preset, stack, meshes, flags",
     [
         # Half of the time is LLVM's; what is split over devices, and how, is decided before it.
-        *((preset, meshes, "--xla_backend_optimization_level=0") for preset, meshes in QUICK.items()),
-        *(pytest.param(preset, list(MESHES), "", marks=pytest.mark.slow) for preset in QUICK),
+        *((*case, "--xla_backend_optimization_level=0") for case in QUICK),
+        *(pytest.param(*case, list(MESHES), "", marks=pytest.mark.slow) for case in SLOW),
     ],
-    ids=[*QUICK, *(f"{preset}-all" for preset in QUICK)],
+    ids=[*(f"{preset}-{stack}" for preset, stack, _ in QUICK), *(f"{preset}-{stack}-all" for preset, stack in SLOW)],
 )
-def test_equal_losses_on_1_and_8_devices(preset, meshes, flags):
-    report = losses_on_8_devices(preset, meshes, flags)
+def test_equal_losses_on_1_and_8_devices(preset, stack, meshes, flags):
+    report = losses_on_8_devices(preset, stack, meshes, flags)
     alone = np.array(report.pop("alone")["losses"])
     assert len(alone) == 20
     assert alone[-1] < alone[0]
@@ -139,5 +141,5 @@ def test_equal_losses_on_1_and_8_devices(preset, meshes, flags):
         # A draw of order 1 may differ in its last bit: a shard's remainder is not vectorized like the whole array's.
         assert run["initial_difference"] <= 2**-23
         sizes = MESHES[name]
-        assert run["query_shard"] == [40 // sizes.get("fsdp", 1), 6 // sizes.get("tensor", 1), 10]
+        assert run["query_shard"] == [2, 40 // sizes.get("fsdp", 1), 6 // sizes.get("tensor", 1), 10]
         assert run["moment_shard"] == run["query_shard"]
