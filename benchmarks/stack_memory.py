@@ -71,7 +71,10 @@ def main():
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.target != "cpu":
-        os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
+        settings = dict(
+            TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+        )
+        os.environ.update(settings)
     device, depths = target_device(arguments.target), [int(depth) for depth in arguments.depths.split(",")]
     lines = [f"| {arguments.target} | " + " | ".join(f"L={depth}" for depth in depths) + " |", "|---" * (len(depths) + 1) + "|"]
     print("\n".join(lines), flush=True)

@@ -25,6 +25,7 @@ from oasis_jax.config import ModelConfig
 from oasis_jax.routing import coupling_strength, query_arguments, route_options
 from oasis_jax.stack import clip
 from pallas_kernels import DepthRoute, add_route_gradients, depth_route
+from pallas_kernels.fusion import written_once
 
 Stream = Float[Array, "B T D"]
 # (parameters, segment_ids, h, psi) -> (output, psi), with psi [B, T] the null evidence of the layer's attention.
@@ -64,6 +65,15 @@ class History(NamedTuple):
     evidence: Float[Array, "S B T"]
 
     def get(self, slot) -> tuple[Stream, Array]:
+        """A copy of a slot, which may then be overwritten."""
+        return written_once(self._slot(slot))
+
+    def take(self, loop: "Loop", slot) -> tuple[tuple[Stream, Array], "History"]:
+        """A copy of a slot, and the rest with zeros in its place."""
+        taken, zeros = written_once((self._slot(slot), jax.tree.map(jnp.zeros_like, self._slot(slot))))  # first read, then written
+        return taken, self.put(loop, slot, *zeros)
+
+    def _slot(self, slot) -> tuple[Stream, Array]:
         return tuple(lax.dynamic_index_in_dim(x, slot, keepdims=False) for x in self)
 
     def put(self, loop: Loop, slot, source: Stream, evidence: Array) -> "History":
@@ -102,6 +112,11 @@ def _make(loop: Loop, kind: int, own, segment_ids, h, psi, before, members):
     return running + output, (mean * members + psi) / (members + 1), psi
 
 
+def _before(loop: Loop, history: History, slot):
+    """What a slot holds of the block that a sublayer is added to."""
+    return history.get(slot) if loop.config.blocks else None
+
+
 def _arguments(loop: Loop, slot, router, source) -> dict[str, Array]:
     """What a router's parameters and its newest source give to `depth_route`."""
     arguments = query_arguments(router, loop.config, source, slot + 1, loop.capacity)
@@ -121,12 +136,11 @@ def _run(loop: Loop, stacked, segment_ids, embedding) -> tuple[Stream, History, 
     def layer(carry, xs):
         h, history = carry
         index, (parts, pairs) = xs
-        first = history.get(loop.place(index, 0)[0])
-        kept = () if loop.cumulative else (h, first) if loop.config.blocks else (h,)
-        psi = jnp.zeros_like(first[1])
+        kept = () if loop.cumulative else (h, history.get(loop.place(index, 0)[0])) if loop.config.blocks else (h,)
+        psi = jnp.zeros_like(history.evidence[0])
         for kind in range(2):
             slot, members = loop.place(index, kind)
-            source, evidence, psi = _make(loop, kind, parts[kind], segment_ids, h, psi, history.get(slot), members)
+            source, evidence, psi = _make(loop, kind, parts[kind], segment_ids, h, psi, _before(loop, history, slot), members)
             history = history.put(loop, slot, source, evidence)
             router = jax.tree.map(lambda x, kind=kind: x[kind], pairs)
             h = depth_route(history.sources, **_arguments(loop, slot, router, source), **_rest(loop, slot, history)).output
@@ -170,7 +184,7 @@ def _again(loop: Loop, segment_ids, index, parts, pairs, h, history: History) ->
         def make(own, h, psi, before, kind=kind, members=members):
             return _make(loop, kind, own, segment_ids, h, psi, before, members)
 
-        (source, evidence, psi), pull_made = jax.vjp(make, parts[kind], h, psi, history.get(slot))
+        (source, evidence, psi), pull_made = jax.vjp(make, parts[kind], h, psi, _before(loop, history, slot))
         history = history.put(loop, slot, source, evidence)
         router = jax.tree.map(lambda x, kind=kind: x[kind], pairs)
         arguments, pull_arguments = jax.vjp(partial(_arguments, loop, slot), router, source)
@@ -192,8 +206,8 @@ def _stack_backward(loop, saved, d_stream):
         steps, history = _again(loop, segment_ids, index, parts, pairs, h, history)
         d_psi = jnp.zeros_like(steps[0].evidence)
         if loop.cumulative:
-            d_source, d_psi = gradients.get(index + 1)
-            d_h, gradients = d_h + d_source, gradients.put(loop, index + 1, jnp.zeros_like(d_source), jnp.zeros_like(d_psi))
+            (d_source, d_psi), gradients = gradients.take(loop, index + 1)
+            d_h = d_h + d_source
         d_parts, d_routers = [], []
         for step in reversed(steps):
             if loop.config.blocks:  # a later sublayer of the block was added to the slot
@@ -214,10 +228,10 @@ def _pull(loop: Loop, step: _Step, history: History, gradients: History, d_h, d_
     evidence = gradients.evidence if routed.null_evidence is None else gradients.evidence + routed.null_evidence
     gradients = History(routed.sources, evidence)
     d_router, d_newest = step.pull_arguments({name: getattr(routed, name) for name in step.arguments})
-    d_source, d_evidence = gradients.get(step.slot)
+    (d_source, d_evidence), gradients = gradients.take(loop, step.slot)
     d_made = (d_source + d_newest, d_evidence.astype(step.evidence.dtype), d_psi.astype(step.evidence.dtype))
     d_part, d_h, d_psi, d_before = step.pull_made(d_made)
-    return d_part, d_router, d_h, d_psi, gradients.put(loop, step.slot, *d_before)
+    return d_part, d_router, d_h, d_psi, gradients.put(loop, step.slot, *d_before) if loop.config.blocks else gradients
 
 
 _stack.defvjp(_stack_forward, _stack_backward)

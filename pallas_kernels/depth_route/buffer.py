@@ -1,55 +1,78 @@
-"""Depth routing by XLA over one array of sources of which a traced number is live: a program whose size does not depend on their number.
+"""Depth routing by XLA over one array of sources of which a traced number is live: a loop over the live ones, and a program of one size for any number.
 
-Written as masked sums over the whole array, which XLA fuses: neither a product nor a copy in float32 of all sources is ever stored.
+Sums over the whole array, with the dead sources masked, would do without the inner loop; but XLA's CPU and TPU compilers then store products as large as
+all sources.
 """
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE
 from pallas_kernels.depth_route.vjp import RouteOptions, differentiable
+from pallas_kernels.sharding import varying_alike
 
 
-def _live(num_sources: Int[Array, ""] | None, count: int) -> Array:
-    return jnp.ones(count, bool) if num_sources is None else jnp.arange(count) < num_sources
+def _over_live(num_sources, count: int, body, carry, like):
+    """body(i, carry) for every live source."""
+    return lax.fori_loop(0, count if num_sources is None else num_sources, body, varying_alike(carry, like))
 
 
-def _scores(options: RouteOptions, sources, query, shift, live):
-    """The sources in a wide type, the dead ones as zeros; and u.v_i, r_i (1 without key norm) and the scores before they are clamped."""
-    values = jnp.where(live[:, None, None, None], sources.astype(shift.dtype), 0.0)
-    dots = jnp.sum(values * query, axis=-1)
-    inverse_rms = lax.rsqrt(jnp.mean(values * values, axis=-1) + KEY_NORM_EPSILON) if options.normalize else 1.0
-    return values, dots, inverse_rms, dots * options.score_scale * inverse_rms + shift
+def _at(x, i):
+    return lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _put(x, i, new):
+    return lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), i, 0)
+
+
+def _score(options: RouteOptions, value, query, shift):
+    """u.v and r (1 without key norm) of one source, and its score before it is clamped."""
+    dot = jnp.sum(value * query, axis=-1)
+    inverse_rms = lax.rsqrt(jnp.mean(value * value, axis=-1) + KEY_NORM_EPSILON) if options.normalize else jnp.ones((), dot.dtype)
+    return dot, inverse_rms, dot * options.score_scale * inverse_rms + shift
 
 
 def forward(options: RouteOptions, sources, query, shift, null_logit, num_sources):
     """See `vjp.differentiable`."""
-    live = _live(num_sources, len(sources))
-    values, _, _, raw = _scores(options, sources, query, shift, live)
     # Clamped scores lie in [-50, 50]: no running maximum is needed beside the null's.
     top = jnp.maximum(null_logit, 0.0)
-    e, null = jnp.where(live[:, None, None], jnp.exp(jnp.clip(raw, -MAX_SCORE, MAX_SCORE) - top), 0.0), jnp.exp(null_logit - top)
-    total = e.sum(0) + null
-    total = jnp.where(total == 0.0, 1.0, total)  # neither a live source nor a null
-    weights = e / total
-    return jnp.sum(weights[..., None] * values, axis=0).astype(sources.dtype), weights, null / total
+
+    def add(i, carry):
+        total, exponentials = carry
+        value = _at(sources, i).astype(shift.dtype)
+        e = jnp.exp(jnp.clip(_score(options, value, query, _at(shift, i))[2], -MAX_SCORE, MAX_SCORE) - top)
+        return total + e[..., None] * value, _put(exponentials, i, e)
+
+    zeros = jnp.zeros(sources.shape[1:], shift.dtype), jnp.zeros(shift.shape, shift.dtype)
+    total, exponentials = _over_live(num_sources, len(sources), add, zeros, (sources, query, shift, null_logit))
+    null = jnp.exp(null_logit - top)
+    normalizer = exponentials.sum(0) + null
+    normalizer = jnp.where(normalizer == 0.0, 1.0, normalizer)  # neither a live source nor a null
+    return (total / normalizer[..., None]).astype(sources.dtype), exponentials / normalizer, null / normalizer
 
 
 def backward(options: RouteOptions, sources, query, shift, num_sources, weights, delta, d_output, d_weights, into=None):
     """See `vjp.sharded_backward`."""
-    into = jnp.zeros_like(sources) if into is None else into
-    live = _live(num_sources, len(sources))
-    values, dots, inverse_rms, raw = _scores(options, sources, query, shift, live)
     d_output = d_output.astype(shift.dtype)
-    d_scores = weights * (jnp.sum(values * d_output, axis=-1) + d_weights - delta)
-    d_scores = jnp.where(jnp.abs(raw) < MAX_SCORE, d_scores, 0.0)
-    along = d_scores * options.score_scale * inverse_rms
-    d_values = weights[..., None] * d_output + along[..., None] * query
-    if options.normalize:
-        d_values -= (along * dots * inverse_rms**2 / values.shape[-1])[..., None] * values
-    d_query = jnp.sum(along[..., None] * values, axis=(0, 1, 2) if query.ndim == 1 else 0)
-    return (into.astype(shift.dtype) + d_values).astype(into.dtype), d_query, d_scores
+
+    def add(i, carry):
+        into, d_query, d_shift = carry
+        value, weight = _at(sources, i).astype(shift.dtype), _at(weights, i)
+        dot, inverse_rms, raw = _score(options, value, query, _at(shift, i))
+        d_score = weight * (jnp.sum(value * d_output, axis=-1) + _at(d_weights, i) - delta)
+        d_score = jnp.where(jnp.abs(raw) < MAX_SCORE, d_score, 0.0)
+        along = d_score * options.score_scale * inverse_rms
+        d_value = weight[..., None] * d_output + along[..., None] * query
+        if options.normalize:
+            d_value -= (along * dot * inverse_rms**2 / value.shape[-1])[..., None] * value
+        part = along[..., None] * value
+        d_query += part.sum((0, 1)) if query.ndim == 1 else part
+        return _put(into, i, _at(into, i).astype(shift.dtype) + d_value), d_query, _put(d_shift, i, d_score)
+
+    into = jnp.zeros_like(sources) if into is None else into
+    return _over_live(
+        num_sources, len(sources), add, (into, jnp.zeros_like(query), jnp.zeros_like(shift)), (sources, query, weights, d_output)
+    )
 
 
 route_buffer = differentiable(forward, backward)

@@ -18,11 +18,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, score_shift
 from pallas_kernels.depth_route.buffer import route_buffer
+from pallas_kernels.fusion import written_once
 from pallas_kernels.sharding import varying_alike
 
 
 def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
-    """The contract of `depth_route`. A traced number of live sources is a mask here: dead sources are read and left out."""
+    """The contract of `depth_route`. Among listed sources a traced number of live ones is a mask: the dead are read and left out."""
     inputs = inputs.trimmed()
     if inputs.live is not None and not isinstance(inputs.sources, tuple):
         return route_buffer(inputs._replace(sharding=None))  # XLA partitions it by itself
@@ -46,21 +47,8 @@ def _dot(source: Float[Array, "B T D"], query: Float[Array, " D"] | Float[Array,
     return jnp.sum(source * query, axis=-1)
 
 
-def _written_once(x: Array) -> Array:
-    """x, kept out of the fusions of its readers: XLA's CPU backend would repeat a sum of L terms inside every kernel that reads it.
-
-    In jax 0.10 that backend also drops optimization barriers, but it fuses nothing across a branch. The condition always holds; it reads one element by its
-    place, as a flat x would be gathered from all devices that split its positions.
-    """
-
-    def branch(x):
-        return lax.cond(jnp.logical_not(x[(0,) * x.ndim] < -jnp.inf), lambda x: x, jnp.zeros_like, x)
-
-    return lax.platform_dependent(x, cpu=branch, default=lax.optimization_barrier)
-
-
 def _weighted_sum(weights: Float[Array, "L B T"], sources: list[Float[Array, "B T D"]]) -> Float[Array, "B T D"]:
-    return _written_once(functools.reduce(jnp.add, [weights[i][..., None] * source for i, source in enumerate(sources)]))
+    return written_once(functools.reduce(jnp.add, [weights[i][..., None] * source for i, source in enumerate(sources)]))
 
 
 def _forward(normalize, score_scale, sources, query, shift, null_logit, live):
@@ -96,7 +84,7 @@ def _route_forward(normalize, score_scale, sources, query, shift, null_logit, li
 def _route_backward(normalize, score_scale, saved, cotangents):
     sources, query, live, weights, null_mass, (dots, inverse_rms, unclamped) = saved
     d_output, d_weights, d_null_mass = cotangents
-    values, u, d_output = _wide(sources, live), query.astype(weights.dtype), _written_once(d_output.astype(weights.dtype))
+    values, u, d_output = _wide(sources, live), query.astype(weights.dtype), written_once(d_output.astype(weights.dtype))
     d_alpha = jnp.stack([jnp.sum(value * d_output, axis=-1) for value in values]) + jnp.moveaxis(d_weights, -1, 0)
     attended = jnp.sum(weights * d_alpha, axis=0)
     # omega * (1 - omega) with 1 - omega as the sum of weights, which stays exact when omega is nearly 1

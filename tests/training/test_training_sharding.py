@@ -113,7 +113,7 @@ MESHES = {
 MIXED = "fsdp=2 sequence=2 tensor=2"
 MODELS = {preset: dict(preset=preset, num_layers=1) for preset in PRESETS}
 MODELS |= {"oasis": dict(preset="oasis", num_layers=2), "oasis_blocks": dict(preset="oasis_blocks", num_layers=2, blocks=3)}
-MODELS |= {f"{name} as loops": MODELS[name] | dict(num_layers=2, stack="scan") for name in ("residual", "attnres", "oasis_blocks")}
+MODELS |= {f"{name} as loops": MODELS[name] | dict(num_layers=2, stack="scan") for name in ("residual", "attnres", "oasis_blocks", "oasis")}
 
 
 def train_on_8_devices(steps: int, models: list[str], meshes: list[str]) -> dict:
