@@ -12,6 +12,9 @@ _COMMENT = re.compile(r"/\*.*?\*/")  # the compiler numbers the elements of long
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"')
+_CHAIN = re.compile(r"channel_id=(\d+).*\bchain_id=")  # TPUs': the start, the middle and the end of one transfer
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BOUND = re.compile(r"compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 
 
 class Collective(NamedTuple):
@@ -25,26 +28,42 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Counts the collectives of a compiled program (`compiled.as_text()`), those with the most bytes first.
 
-    A while loop counts as often as the compiler knows it to run, else once.
+    A while loop counts as often as it runs: what the compiler says or, as TPUs' does not, the bound that its counter is compared with. One that
+    tells neither counts once. A transfer that is spread over several operations counts once.
     """
     bodies, entry = _computations(text)
     found: dict[str, list[int]] = {}
+    chains: set[str] = set()
 
     def visit(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
             line = _COMMENT.sub("", line)
-            match = _OPERATION.search(line)
-            if match:
+            match, chain = _OPERATION.search(line), _CHAIN.search(line)
+            again = chain is not None and chain[1] in chains
+            if chain:
+                chains.add(chain[1])
+            if match and not again:
                 totals = found.setdefault(match[2], [0, 0])
                 totals[0] += times
                 totals[1] += times * _size(_result(match[1]) if f"{match[2]}-start(" in line and match[2] != "all-reduce" else match[1])
-            trips = _TRIPS.search(line)
+            turns = _turns(line, bodies) if " while(" in line else 1
             for called in _CALLED.findall(line):
                 for inner in called.replace("%", "").split(", "):
-                    visit(inner, times * (int(trips[1]) if trips and " while(" in line else 1))
+                    visit(inner, times * turns)
 
     visit(entry, 1)
     return sorted((Collective(name, *totals) for name, totals in found.items()), key=lambda kind: -kind.bytes)
+
+
+def _turns(loop: str, bodies: dict[str, list[str]]) -> int:
+    """How often a while loop runs; loops over an axis count from 0."""
+    said, condition = _TRIPS.search(loop), _CONDITION.search(loop)
+    if said or not condition:
+        return int(said[1]) if said else 1
+    test = "\n".join(bodies.get(condition[1], ()))
+    bound = _BOUND.search(test)
+    value = bound and re.search(rf"%?{re.escape(bound[1])} = s32\[\]\S* constant\((\d+)\)", test)
+    return int(value[1]) if value else 1
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

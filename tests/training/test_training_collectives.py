@@ -34,10 +34,32 @@ PROGRAM = """HloModule step, is_scheduled=true
   ROOT %yes = pred[] constant(true)
 }
 
+%below (r: (s32[], bf16[3,5])) -> pred[] {
+  %r = (s32[], bf16[3,5]{1,0}) parameter(0)
+  %bound.1 = s32[]{:T(128)} constant(7)
+  %counter = s32[]{:T(128)} get-tuple-element(%r), index=0
+  ROOT %less_than = pred[]{:T(512)} compare(%counter, %bound.1), direction=LT
+}
+
+%begin (u: bf16[2,2]) -> bf16[4,2] {
+  ROOT %part.1 = bf16[4,2]{1,0} all-gather(%u), channel_id=9, frontend_attributes={chain_id="0"}
+}
+
+%go_on (u: bf16[2,2]) -> bf16[4,2] {
+  ROOT %part.2 = bf16[4,2]{1,0} all-gather(%u), channel_id=9, frontend_attributes={chain_id="0"}
+}
+
+%spread (p: (s32[], bf16[3,5])) -> (s32[], bf16[3,5]) {
+  %first = bf16[4,2]{1,0} fusion(%x), kind=kCustom, calls=%begin
+  %second = bf16[4,2]{1,0} fusion(%x), kind=kCustom, calls=%go_on
+  %sum.1 = f32[3]{0} reduce-scatter(%y), to_apply=%add
+}
+
 ENTRY %main (s: f32[2]) -> f32[2] {
   %s = f32[2]{0} parameter(0)
   %steps = (s32[], bf16[3,5]{1,0}) while(%t), condition=%less, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
   %unknown = (s32[], bf16[3,5]{1,0}) while(%t), condition=%less, body=%inner
+  %counted = (s32[], bf16[3,5]{1,0}) while(%t), condition=%below, body=%spread
   %sums = (f32[2]{0}, f32[2]{0}, f32[2]{0}, f32[2]{0}, f32[2]{0}, /*index=5*/f32[13]{0}) all-reduce(%s, %s), to_apply=%add
   %begun = (f32[17]{0}, f32[19]{0}) all-reduce-start(%s, %s), to_apply=%add
   %done = (f32[17]{0}, f32[19]{0}) all-reduce-done(%begun)
@@ -52,7 +74,8 @@ def test_loops_tuples_and_asynchronous_starts_count_as_often_as_they_run():
     found = {kind.name: (kind.count, kind.bytes) for kind in collectives(PROGRAM)}
     assert found == {
         "collective-permute": (3 * 4 + 1, (3 * 4 + 1) * 3 * 5 * 2),
-        "all-gather": (3 + 1, 3 * 7 * 11 * 4 + 8 * 2 * 4 + 24),
+        "all-gather": (3 + 1 + 7, 3 * 7 * 11 * 4 + 8 * 2 * 4 + 24 + 7 * 4 * 2 * 2),
+        "reduce-scatter": (7, 7 * 3 * 4),
         "all-reduce": (2, (5 * 2 + 13) * 4 + (17 + 19) * 4),
     }
 
