@@ -163,10 +163,10 @@ class ModelConfig(AttentionConfig, RouterConfig, NormConfig):
     dtype: Literal["float32", "bfloat16"] = _field("float32", "compute type; parameters are always float32")
     remat: Literal["none", "dots", "layer"] = _field(
         "none",
-        "what the backward pass recomputes: nothing, all but weight matrix products, or everything (full routing as a loop: always that)",
+        "what the backward pass recomputes: nothing, all but weight matrix products, or everything (routed loops: always that, but for static blocks)",
     )
     stack: Literal["auto", "scan", "unroll"] = _field(
-        "auto", "training runs the layers as loops (residual; delta with static queries) or one by one; auto: loops, except on CPUs"
+        "auto", "training runs the layers as loops or one by one; auto: loops, except on CPUs"
     )
 
     def __post_init__(self):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -90,6 +90,14 @@ class OperatorSharding:
     def mapped(self, function: Callable, in_specs, out_specs) -> Callable:
         """`function` of every device's parts. Not differentiable as it stands: derivatives belong outside."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def unmapped_axes(sharding: OperatorSharding | None) -> list[str]:
+    """The mesh axes over which XLA would have to partition a kernel: those around the call, where no sharding maps the kernel over them."""
+    if sharding is not None:
+        return []
+    mesh = jax.sharding.get_abstract_mesh()
+    return [axis for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types) if size > 1 and kind != AxisType.Manual]
 
 
 def _chunk_order(shards: int) -> list[int]:

@@ -4,10 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from pallas_kernels.depth_route.base import DepthRoute, RouteInputs
 from pallas_kernels.dispatch import Unavailable, interpreting, target_device
+from pallas_kernels.sharding import unmapped_axes
 
 _OLDEST_JAX = (0, 11, 2)
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
@@ -31,8 +31,7 @@ def check_mosaic_gpu(inputs: RouteInputs) -> None:
             raise Unavailable(f"runs on GPUs only, the call is compiled for {device.platform}")
         if not any(name in device.kind.replace("-", " ").split() for name in _HOPPER):
             raise Unavailable(f"runs on Hopper GPUs only ({', '.join(_HOPPER)}), the call is compiled for {device.kind}")
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = [axis for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types) if size > 1 and kind != AxisType.Manual]
+    axes = unmapped_axes(inputs.sharding)
     if axes:
         raise Unavailable(f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them")
     if jnp.dtype(inputs.dtype).name not in _DTYPES:

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs
 from pallas_kernels.depth_route.vjp import RouteOptions, differentiable, sharded_backward
 from pallas_kernels.dispatch import Unavailable, interpreting, target_device
+from pallas_kernels.sharding import unmapped_axes
 
 MIB = 2**20
 ROW_TILE = 16  # rows of a bfloat16 tile: blocks are made of them, and computed one by one
@@ -350,8 +350,7 @@ def _check(inputs: RouteInputs) -> None:
     device = target_device()
     if device.platform != "tpu" and not interpreting():
         raise Unavailable(f"runs on TPUs only, the call is compiled for {device.platform}")
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = [axis for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types) if size > 1 and kind != AxisType.Manual]
+    axes = unmapped_axes(inputs.sharding)
     if axes:
         raise Unavailable(f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them")
     if inputs.dtype not in (jnp.float32, jnp.bfloat16):

@@ -39,4 +39,7 @@ def test_a_sharded_step_runs_our_kernels(preset, axes):
         text = make_step(config, mesh).lower(abstract_state(config, mesh), batch).compile().as_text()
     for kernel in ("null_attention_forward", "null_attention_query_gradient", "null_attention_key_gradient"):
         assert kernel in text
-    assert ("depth_route_forward" in text) == (preset == "oasis")  # blocks route in two phases; see pallas_kernels.route_running
+    for kernel in ("depth_route_forward", "depth_route_backward"):
+        assert (kernel in text) == (preset == "oasis")  # blocks route in two phases; see pallas_kernels.route_running
+    # As loops: however many layers, a kernel is called where it was written. Two routers a layer, forward, again and backward.
+    assert text.count('custom_call_target="tpu_custom_call"') < 20

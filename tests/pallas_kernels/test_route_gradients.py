@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from pallas_kernels import add_route_gradients, depth_route
+from pallas_kernels import OperatorSharding, add_route_gradients, depth_route
 from pallas_kernels.dispatch import interpret_kernels
 
 L, B, LIVE = 5, 2, 3
@@ -69,8 +70,9 @@ IMPLEMENTATIONS = [("xla", (3, 11)), ("reference", (3, 11)), ("mosaic_tpu", (8, 
 @pytest.mark.parametrize("implementation, sizes", IMPLEMENTATIONS)
 def test_equals_autodiff(case, implementation, sizes):
     if implementation == "mosaic_tpu":
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
         with interpret_kernels():
-            gradients, into = ours(case, sizes, implementation)
+            gradients, into = ours(case, sizes, implementation, OperatorSharding(mesh, batch="data") if case == "static" else None)
     else:
         with jax.enable_x64(True):
             gradients, into = ours(case, sizes, implementation, convert=as_float64)
@@ -83,3 +85,14 @@ def test_equals_autodiff(case, implementation, sizes):
     np.testing.assert_array_equal(gradients.sources[live:], into[live:])
     given = {"sources", *d_arguments}
     assert [name for name, x in gradients._asdict().items() if x is None] == [x for x in gradients._fields if x not in given]
+
+
+def test_what_does_not_fit_is_refused():
+    sources, arguments, options, into, d_output, _ = make(**CASES["projected"])
+    result = depth_route(sources, **arguments, **options)
+    with pytest.raises(ValueError, match=r"^sources: must be one array of the shape of into, \(5, 2, 3, 11\), got a sequence$"):
+        add_route_gradients(into, d_output, result, list(sources), **arguments, **options)
+    with pytest.raises(ValueError, match=r"^sources: must be one array of the shape of into, \(4, 2, 3, 11\), got \(5, 2, 3, 11\)$"):
+        add_route_gradients(into[1:], d_output, result, sources, **arguments, **options)
+    with pytest.raises(ValueError, match="add_route_gradients has no 'xls'"):
+        add_route_gradients(into, d_output, result, sources, **arguments, **options, implementation="xls")
