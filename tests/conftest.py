@@ -1,6 +1,9 @@
 import jax
 import pytest
 
+# Kernels' interpreters call back into Python, which on CPUs hangs now and then while other computations are under way (jax issues 24255 and 25861).
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory():
