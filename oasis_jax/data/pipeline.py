@@ -8,6 +8,8 @@ from oasis_jax.data.corpus import ORDER, Source, seed_sequence
 from oasis_jax.errors import UserError
 
 # Examples are slices of memory or a few microseconds of random numbers: one thread keeps a few batches ahead of the step.
+# Grain's own endless length, sys.maxsize, becomes one too many where it is divided into batches of one.
+_ENDLESS = 2**62
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -30,7 +32,7 @@ def train_batches(source: Source, config: DataConfig, *, seed: int, part: int = 
     # Grain's epoch e shuffles with seed + e, so run seeds 0 and 1 would share orders if used as they are.
     order = int(seed_sequence(seed, ORDER).generate_state(1)[0])
     examples = grain.MapDataset.source(source).shuffle(seed=order).repeat()
-    dealt = examples[part::parts].batch(config.batch_size // parts)
+    dealt = examples[part:_ENDLESS:parts].batch(config.batch_size // parts)
     return iter(dealt.to_iter_dataset(_READ_AHEAD))
 
 

@@ -1,5 +1,6 @@
 """Order, state and process-count independence of the batches."""
 
+import dataclasses
 import itertools
 import json
 import time
@@ -69,6 +70,11 @@ def test_epochs_join_without_a_partial_batch(batches):
     read = indices(batches(17), 17)
     assert all(len(batch) == 12 for batch in read)
     assert np.bincount(joined(read)).tolist() == [12] * 17
+
+
+def test_a_batch_of_one(batches):
+    one = dataclasses.replace(CONFIG, batch_size=1)
+    assert joined(indices(batches(60, one), 24)) == joined(indices(batches(60), 2))
 
 
 @pytest.mark.parametrize("length", [1, 5])

@@ -70,7 +70,8 @@ def start(config, cache):
     yield run
     for process in running:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stderr.close()
 
 
 @pytest.fixture

@@ -146,3 +146,14 @@ def test_explain_takes_a_sharding_and_looks_at_its_devices():
     x = jax.ShapeDtypeStruct((2, 8, 3, 4), jnp.float32)
     explanation = pallas_kernels.explain("null_attention", x, x, x, sharding=OperatorSharding(mesh, batch="data"))
     assert explanation.device == ("gpu", "NVIDIA H100 80GB HBM3") and explanation.reasons["xla"] == ""
+
+
+def test_a_mesh_in_the_context_leaves_the_routers_kernels_to_a_call_with_a_sharding():
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((2,), ("data",), abstract_device=device, axis_types=(jax.sharding.AxisType.Auto,))
+    sources, query = [jax.ShapeDtypeStruct((2, 128, 256), jnp.bfloat16)] * 3, jax.ShapeDtypeStruct((256,), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh):
+        alone = pallas_kernels.explain("depth_route", sources, query)
+        split = pallas_kernels.explain("depth_route", sources, query, sharding=OperatorSharding(mesh, batch="data"))
+    assert "XLA cannot partition it over the mesh axes data" in alone.reasons["mosaic_tpu"]
+    assert split.reasons["mosaic_tpu"] == ""

@@ -38,11 +38,12 @@ def train(config: Config, devices: list) -> tuple[TrainState, TrainState, dict[s
     """(first state on the host, last state, losses and norms of gradients)."""
     mesh = make_mesh(config.mesh, devices)
     state, step = new_state(config, mesh), make_step(config, mesh)
-    first, found = jax.device_get(state.params), []
+    first, found = jax.device_get(state.params), {"loss": [], "grad_norm": []}
     for batch in batches(config.run.steps):
         state, metrics = step(state, put_batch(batch, batch_sharding(config, mesh)))
-        found.append(metrics)
-    return first, state, {name: [float(metrics[name]) for metrics in found] for name in ("loss", "grad_norm")}
+        for name, values in found.items():  # read at once: steps that overlap could leave the devices' threads waiting for each other
+            values.append(float(metrics[name]))
+    return first, state, found
 
 
 def shard(x: jax.Array) -> tuple[int, ...]:

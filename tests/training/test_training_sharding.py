@@ -126,7 +126,7 @@ def train_on_8_devices(steps: int, models: list[str], meshes: list[str]) -> dict
     }
     tables = {name: MODELS[name] for name in models}, {name: MESHES[name] for name in meshes}
     command = [sys.executable, "-W", "error", HERE / "eight_devices.py", *map(json.dumps, (steps, *tables))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -136,9 +136,10 @@ def train_on_8_devices(steps: int, models: list[str], meshes: list[str]) -> dict
     [
         (5, ["oasis"], ["data=2 fsdp=2 tensor=2", MIXED]),
         pytest.param(50, ["oasis"], list(MESHES), marks=pytest.mark.slow),
-        pytest.param(5, sorted({*MODELS} - {"oasis"}), [MIXED], marks=pytest.mark.slow),
+        pytest.param(5, sorted({*MODELS} - {"oasis"})[::2], [MIXED], marks=pytest.mark.slow),
+        pytest.param(5, sorted({*MODELS} - {"oasis"})[1::2], [MIXED], marks=pytest.mark.slow),
     ],
-    ids=["oasis", "oasis-all-meshes", "all-models"],
+    ids=["oasis", "oasis-all-meshes", "half-the-models", "the-other-half"],
 )
 def test_equal_losses_on_1_and_8_devices(steps, models, meshes):
     report = train_on_8_devices(steps, models, meshes)
