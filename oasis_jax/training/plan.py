@@ -1,6 +1,7 @@
 """Whether a run will fit: its training step compiled ahead of time for hardware that is not there, and what the compiler says of it."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -87,10 +88,8 @@ def target(text: str) -> Target:
 
 
 def _tpu_devices(text: str) -> Sequence[jax.Device]:
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise UserError("no TPU compiler: python -m pip install 'jax[tpu]' (no TPU is needed)") from None
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("no TPU compiler: python -m pip install 'jax[tpu]' (no TPU is needed)")
     # Without these the compiler looks for a TPU's metadata on the network, and refuses to be loaded twice on one machine.
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",

@@ -1,5 +1,6 @@
 """What a plan says, and what it makes of a wrong --plan, without a compiler. Those that compile are in tests/aot/test_plan.py."""
 
+import importlib.util
 import types
 
 import jax
@@ -46,7 +47,7 @@ def test_a_wrong_target_is_told_in_one_line(text):
 
 
 def test_a_compiler_that_is_missing_is_named_with_its_package(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"v5p:2x2x1: no TPU compiler: python -m pip install 'jax\[tpu\]'"):
         target("v5p:2x2x1")
 
