@@ -58,7 +58,6 @@ def arrays(config, seed=0):
                 dict(preset="oasis", depth_implementation="reference"),
                 dict(preset="attnres", router="projected", depth_normalizer="softmax1"),
                 dict(preset="oasis_blocks", blocks=2, router="projected"),
-                dict(preset="oasis", dtype="float32"),
             )
         ),
     ],
@@ -66,10 +65,8 @@ def arrays(config, seed=0):
 )
 def test_loss_and_gradients_equal_those_of_the_decoder(options):
     config = ModelConfig(num_layers=3, **SMALL, **options)
-    double = "dtype" not in options
-    if double:
-        object.__setattr__(config, "dtype", "float64")  # no user's choice, but what a comparison needs
-    with jax.enable_x64(double):
+    object.__setattr__(config, "dtype", "float64")  # no user's choice, but what a comparison needs
+    with jax.enable_x64(True):
         params, batch = arrays(config)
 
         # Half of the time is LLVM's, and what it leaves out changes no number.
@@ -79,12 +76,11 @@ def test_loss_and_gradients_equal_those_of_the_decoder(options):
             return [jax.value_and_grad(loss)(params, scan) for scan in (True, False)]
 
         (value, gradients), (wanted, wanted_gradients) = both(params)
-        np.testing.assert_allclose(value, wanted, rtol=1e-12 if double else 1e-6)
+        np.testing.assert_allclose(value, wanted, rtol=1e-12)
         largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted_gradients))
-        tolerance, rounding = (1e-10, 1e-16) if double else (1e-5, 1e-7)
 
         def equal(gradient, wanted):
-            np.testing.assert_allclose(gradient, wanted, rtol=0, atol=tolerance * np.abs(wanted).max() + rounding * largest)
+            np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max() + 1e-16 * largest)
 
         jax.tree.map(equal, gradients, wanted_gradients)
 
