@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.attention import Constrain, attention
@@ -18,7 +19,7 @@ from oasis_jax.history import Loop, history_stack
 from oasis_jax.mlp import mlp
 from oasis_jax.norms import norm
 from oasis_jax.parameters import Parameters
-from oasis_jax.remat import rematerialized
+from oasis_jax.remat import kept_but_named, rematerialized
 from oasis_jax.routing import DEPTH_NULL_LOGITS, coupling_strength
 from oasis_jax.stack import clip
 from pallas_kernels import route_finished, route_running, routed_stack
@@ -116,23 +117,27 @@ def _history(params, config, embedding, segment_ids, constrain):
 def _blocks(params, config, embedding, segment_ids, constrain):
     """Blocks one after the other; inside a block the whole layers are a loop, halves of layers at its ends stand alone."""
     wide = jnp.promote_types(embedding.dtype, jnp.float32)
-    layers, routers = params["layers"], params["routers"]
     count = 2 * config.num_layers
     starts = [block * (count // config.blocks) for block in range(config.blocks)]
-    sources, evidence = [embedding], [jnp.zeros(embedding.shape[:2], wide)]
+    sources, evidence = (embedding,), (jnp.zeros(embedding.shape[:2], wide),)
     h, psi = embedding, evidence[0]
     for start, end in zip(starts, [*starts[1:], count]):
-        own = jax.tree.map(lambda x, s=slice(start, end): x[s], routers)  # router s reads what sublayers up to s made
-        betas = coupling_strength(own["beta_raw"]) if config.coupling else None
-        options = dict(null_evidence=jnp.stack(evidence), couplings=betas) if config.coupling else {}
-        phase_one = rematerialized(partial(route_finished, **options), config.remat)
-        finished = phase_one(sources, own["query"], key_norm_scales=own["key_norm"])
-        step = partial(_block_step, config, constrain, segment_ids, tuple(sources), tuple(evidence))
-        carry = (jnp.zeros_like(embedding), jnp.zeros_like(evidence[0]), jnp.zeros((), wide), h, psi)
-        carry = _run_block(step, config, layers, (own, betas, finished), start, end, carry)
-        running, mean, _, h, psi = carry
-        sources, evidence = [*sources, running], [*evidence, mean]
+        # Phase 1 gives as many streams as the block has sublayers: kept for all blocks they would be as many as without blocks.
+        run = kept_but_named(partial(_block, config, constrain, segment_ids, start, end), config.remat, "finished routes")
+        running, mean, _, h, psi = run(params["layers"], params["routers"], sources, evidence, h, psi)
+        sources, evidence = (*sources, running), (*evidence, mean)
     return h
+
+
+def _block(config, constrain, segment_ids, start: int, end: int, layers, routers, sources, evidence, h, psi):
+    own = jax.tree.map(lambda x: x[start:end], routers)  # router s reads what sublayers up to s made
+    betas = coupling_strength(own["beta_raw"]) if config.coupling else None
+    options = dict(null_evidence=jnp.stack(evidence), couplings=betas) if config.coupling else {}
+    phase_one = rematerialized(partial(route_finished, **options), config.remat)
+    finished = checkpoint_name(phase_one(sources, own["query"], key_norm_scales=own["key_norm"]), "finished routes")
+    step = partial(_block_step, config, constrain, segment_ids, sources, evidence)
+    carry = (jnp.zeros_like(h), jnp.zeros_like(evidence[0]), jnp.zeros((), evidence[0].dtype), h, psi)
+    return _run_block(step, config, layers, (own, betas, finished), start, end, carry)
 
 
 def _block_step(config, constrain, segment_ids, sources, evidence, kind: int, carry, part, routing):

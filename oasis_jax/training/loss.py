@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from oasis_jax.attention import Constrain
 from oasis_jax.config import ModelConfig
-from oasis_jax.decoder import padded_vocab, unembed
+from oasis_jax.decoder import ends_parameters, padded_vocab, unembed
 from oasis_jax.parameters import Parameters
 
 
@@ -71,22 +71,38 @@ def chunked_mean_loss(
 ) -> Float[Array, ""]:
     """`mean_loss` of the outputs that `unembed` makes of `final`, without ever holding the logits of all positions.
 
-    Chunk k of n takes the positions k, k + n, ..., so that every device keeps its own; the backward pass makes a chunk's logits again.
+    Chunk k of n takes the positions k, k + n, ..., so that every device keeps its own; the backward pass makes a chunk's logits again. Each part of
+    the batch reads a copy of the output weights of its own: they are gathered once and their gradients summed over devices once, not for every chunk.
     """
     total = total_weight(batch) if total is None else total
-    chunks = loss_chunks(config, final.shape[1])
-
-    def chunk_loss(ends, final, part):
-        return mean_loss(unembed(ends, config, final, constrain), part, config, total)
-
     final = constrain(final, ("batch", "length", None))
+    ways = getattr(constrain, "ways", lambda axis: 1)
+    rows, columns = ways("batch"), ways("length")
+    chunks = loss_chunks(config, final.shape[1] // columns)
     part = {name: batch[name] for name in ("targets", "weights")}
     if chunks == 1:
-        return chunk_loss(ends, final, part)
-    dealt = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0), (final, part))
+        return mean_loss(unembed(ends, config, final, constrain), part, config, total)
+    name = "head" if "head" in ends else "embedding"
+    axes = tuple(axis if axis == "vocab" else None for axis in ends_parameters(config)[name].axes)
+    weights = jnp.broadcast_to(constrain(ends[name], axes), (rows, columns, *ends[name].shape))
+
+    def deal(x):
+        x = x.reshape(rows, -1, columns, x.shape[1] // columns // chunks, chunks, *x.shape[2:])
+        return constrain(jnp.moveaxis(x, (4, 0, 2), (0, 1, 2)), (None, "batch", "length", *(None,) * (x.ndim - 3)))
+
+    def local(x, axes):
+        return constrain(x, tuple(axis if axis == "vocab" else None for axis in axes))
+
+    @jax.checkpoint
+    def chunk_loss(weights, final, part):
+        def of_part(weights, final, part):
+            return mean_loss(unembed({name: weights}, config, final, local), part, config, total)
+
+        return jax.vmap(jax.vmap(of_part))(weights, final, part).sum()
 
     def add(loss, chunk):
-        return loss + jax.checkpoint(chunk_loss)(ends, *chunk), None
+        return loss + chunk_loss(weights, *chunk), None
 
+    weights = constrain(weights, ("batch", "length", *axes))
     wide = jnp.promote_types(final.dtype, jnp.float32)
-    return jax.lax.scan(add, jnp.zeros((), wide), dealt)[0]
+    return jax.lax.scan(add, jnp.zeros((), wide), jax.tree.map(deal, (final, part)))[0]

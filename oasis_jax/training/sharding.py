@@ -93,6 +93,10 @@ class Placement:
         """x with its sharding pinned; axes are the logical names of its dimensions."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, logical_to_spec(self.rules, axes)))
 
+    def ways(self, axis: str) -> int:
+        """Into how many parts a logical axis is split."""
+        return _ways(logical_to_spec(self.rules, (axis,))[0], self.mesh)[0]
+
     def ordered(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Arrays [B, T, ...] with their positions split over devices, in the order that balances causal attention."""
         sharding = self.operators
