@@ -163,7 +163,7 @@ class ModelConfig(AttentionConfig, RouterConfig, NormConfig):
     dtype: Literal["float32", "bfloat16"] = _field("float32", "compute type; parameters are always float32")
     remat: Literal["none", "dots", "layer"] = _field(
         "none",
-        "what the backward pass recomputes: nothing, all but weight matrix products, or everything (routed loops: always that, but for static blocks)",
+        "what the backward pass recomputes: nothing, all but weight matrix products, or everything (routed loops: always that, but for static blocks with none)",
     )
     stack: Literal["auto", "scan", "unroll"] = _field(
         "auto", "training runs the layers as loops or one by one; auto: loops, except on CPUs"

@@ -11,9 +11,3 @@ POLICIES = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_di
 def rematerialized(function: Callable, name: str) -> Callable:
     """The function under the remat policy of that name; "none" keeps all its intermediate values."""
     return function if name == "none" else jax.checkpoint(function, policy=POLICIES[name])
-
-
-def kept_but_named(function: Callable, name: str, forgotten: str) -> Callable:
-    """The function with what is called `forgotten` (`jax.ad_checkpoint.checkpoint_name`) made again, and everything else kept; "none" keeps that too."""
-    policy = jax.checkpoint_policies.save_anything_except_these_names(forgotten)
-    return function if name == "none" else jax.checkpoint(function, policy=policy)

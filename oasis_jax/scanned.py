@@ -9,7 +9,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.attention import Constrain, attention
@@ -19,7 +18,7 @@ from oasis_jax.history import Loop, history_stack
 from oasis_jax.mlp import mlp
 from oasis_jax.norms import norm
 from oasis_jax.parameters import Parameters
-from oasis_jax.remat import kept_but_named, rematerialized
+from oasis_jax.remat import rematerialized
 from oasis_jax.routing import DEPTH_NULL_LOGITS, coupling_strength
 from oasis_jax.stack import clip
 from pallas_kernels import route_finished, route_running, routed_stack
@@ -47,7 +46,7 @@ def final_stream(
     embedding = constrain(embed(params["ends"], config, inputs), ("batch", "stream", None))
     if config.wiring == "residual":
         run = _residual
-    elif config.wiring == "cumulative" or config.router == "projected":
+    elif config.wiring == "cumulative" or config.router == "projected" or (config.blocks and config.remat != "none"):
         run = _history
     else:
         run = _blocks if config.blocks else _full
@@ -115,29 +114,27 @@ def _history(params, config, embedding, segment_ids, constrain):
 
 
 def _blocks(params, config, embedding, segment_ids, constrain):
-    """Blocks one after the other; inside a block the whole layers are a loop, halves of layers at its ends stand alone."""
+    """Blocks one after the other; inside a block the whole layers are a loop, halves of layers at its ends stand alone.
+
+    Phase 1 gives as many streams as a block has sublayers, and they are kept: without remat, where everything is. With it, `_history` needs less.
+    """
     wide = jnp.promote_types(embedding.dtype, jnp.float32)
+    layers, routers = params["layers"], params["routers"]
     count = 2 * config.num_layers
     starts = [block * (count // config.blocks) for block in range(config.blocks)]
-    sources, evidence = (embedding,), (jnp.zeros(embedding.shape[:2], wide),)
+    sources, evidence = [embedding], [jnp.zeros(embedding.shape[:2], wide)]
     h, psi = embedding, evidence[0]
     for start, end in zip(starts, [*starts[1:], count]):
-        # Phase 1 gives as many streams as the block has sublayers: kept for all blocks they would be as many as without blocks.
-        run = kept_but_named(partial(_block, config, constrain, segment_ids, start, end), config.remat, "finished routes")
-        running, mean, _, h, psi = run(params["layers"], params["routers"], sources, evidence, h, psi)
-        sources, evidence = (*sources, running), (*evidence, mean)
+        own = jax.tree.map(lambda x, s=slice(start, end): x[s], routers)  # router s reads what sublayers up to s made
+        betas = coupling_strength(own["beta_raw"]) if config.coupling else None
+        options = dict(null_evidence=jnp.stack(evidence), couplings=betas) if config.coupling else {}
+        finished = route_finished(sources, own["query"], key_norm_scales=own["key_norm"], **options)
+        step = partial(_block_step, config, constrain, segment_ids, tuple(sources), tuple(evidence))
+        carry = (jnp.zeros_like(embedding), jnp.zeros_like(evidence[0]), jnp.zeros((), wide), h, psi)
+        carry = _run_block(step, layers, (own, betas, finished), start, end, carry)
+        running, mean, _, h, psi = carry
+        sources, evidence = [*sources, running], [*evidence, mean]
     return h
-
-
-def _block(config, constrain, segment_ids, start: int, end: int, layers, routers, sources, evidence, h, psi):
-    own = jax.tree.map(lambda x: x[start:end], routers)  # router s reads what sublayers up to s made
-    betas = coupling_strength(own["beta_raw"]) if config.coupling else None
-    options = dict(null_evidence=jnp.stack(evidence), couplings=betas) if config.coupling else {}
-    phase_one = rematerialized(partial(route_finished, **options), config.remat)
-    finished = checkpoint_name(phase_one(sources, own["query"], key_norm_scales=own["key_norm"]), "finished routes")
-    step = partial(_block_step, config, constrain, segment_ids, sources, evidence)
-    carry = (jnp.zeros_like(h), jnp.zeros_like(evidence[0]), jnp.zeros((), evidence[0].dtype), h, psi)
-    return _run_block(step, config, layers, (own, betas, finished), start, end, carry)
 
 
 def _block_step(config, constrain, segment_ids, sources, evidence, kind: int, carry, part, routing):
@@ -155,11 +152,11 @@ def _block_step(config, constrain, segment_ids, sources, evidence, kind: int, ca
     return running, mean, members + 1, h, psi
 
 
-def _run_block(step: Callable, config, layers, routing, start: int, end: int, carry):
+def _run_block(step: Callable, layers, routing, start: int, end: int, carry):
     def single(carry, s):
         part = jax.tree.map(lambda x: x[s // 2], _parts(layers)[s % 2])
         own = jax.tree.map(lambda x: x[s - start], routing)
-        return rematerialized(partial(step, s % 2), config.remat)(carry, part, own)
+        return step(s % 2, carry, part, own)
 
     def layer(carry, xs):
         parts, pairs = xs
@@ -173,7 +170,7 @@ def _run_block(step: Callable, config, layers, routing, start: int, end: int, ca
     if last > first:
         parts = jax.tree.map(lambda x: x[first // 2 : last // 2], _parts(layers))
         pairs = jax.tree.map(lambda x: x[first - start : last - start].reshape(-1, 2, *x.shape[1:]), routing)
-        carry = jax.lax.scan(rematerialized(layer, config.remat), carry, (parts, pairs))[0]
+        carry = jax.lax.scan(layer, carry, (parts, pairs))[0]
     if end % 2 and end - 1 >= first:
         carry = single(carry, end - 1)
     return carry

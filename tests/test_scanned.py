@@ -45,8 +45,9 @@ def arrays(config, seed=0):
         dict(preset="residual", remat="layer", residual_clip=0.9),
         dict(preset="attnres", norm="none", residual_clip=0.9),
         dict(preset="oasis_blocks", blocks=0, norm="gatednorm"),
-        dict(preset="oasis_blocks", blocks=2, remat="dots"),  # blocks of one layer and a half
-        dict(preset="oasis_blocks", blocks=4, remat="layer", tied_head=False),  # halves of layers, and a remainder
+        dict(preset="oasis_blocks", blocks=2),  # in two phases; blocks of one layer and a half
+        dict(preset="oasis_blocks", blocks=4, tied_head=False),  # halves of layers, and a remainder
+        dict(preset="oasis_blocks", blocks=4, remat="layer"),  # over a history
         dict(preset="oasis", residual_clip=0.9),
         dict(preset="oasis", wiring="delta", residual_clip=0.9),
         dict(preset="oasis_blocks", blocks=4, router="projected", residual_clip=0.9),
