@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -45,7 +46,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if config.data == -1 and len(devices) % rest:
         raise UserError(f"mesh.data: {len(devices)} devices are not divisible by {others} = {rest}; give mesh.data to use fewer")
     sizes = (data, config.fsdp, config.sequence, config.tensor)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices[: data * rest])
+    # Split: tensor=4 may take half of an axis of 8 chips of a TPU's torus.
+    grid = mesh_utils.create_device_mesh(sizes, devices[: data * rest], allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def check_rules(rules: Rules) -> None:
