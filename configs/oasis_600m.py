@@ -3,7 +3,7 @@
     python train.py --config=configs/oasis_600m.py --workdir=runs/oasis_600m --set 'data.pattern=/data/*.jsonl'
     python train.py --config=configs/oasis_600m.py --plan=h100:8
 
-Hardware: one box of 8 GPUs. @@PLAN@@
+Hardware: one box of 8 GPUs. The plan says (2026-11-24, jax 0.12): 9.0 of 72.8 GiB on each GPU.
 Not trained here: there are no metrics of it.
 """
 

@@ -1,20 +1,24 @@
 """What a plan says, and what it makes of a wrong --plan, without a compiler. Those that compile are in tests/aot/test_plan.py."""
 
 import importlib.util
+import math
+import pathlib
 import types
 
 import jax
 import pytest
 
+from oasis_jax.command_line import load_config
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from oasis_jax.data import TOKENIZERS, load_corpus, train_batches
 from oasis_jax.errors import UserError
 from oasis_jax.training import plan as planning
 from oasis_jax.training.collectives import Collective
 from oasis_jax.training.plan import Plan, Target, describe, refused_bytes, suggestion, target, with_vocabulary
-from oasis_jax.training.sharding import make_mesh
+from oasis_jax.training.sharding import make_mesh, parameter_shapes
 
 GIB = 2**30
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def plan(parameters=1, optimizer=2, temporary=3, *, found=(), kind="cpu", **axes) -> Plan:
@@ -115,3 +119,10 @@ def test_the_abstract_batch_is_that_of_the_data(fields):
 
 def test_targets_and_memories_do_not_clash():
     assert not planning.TPU_MEMORY.keys() & planning.GPUS.keys()
+
+
+@pytest.mark.parametrize(("name", "billions"), [("oasis_600m", 0.6), ("oasis_1b", 1), ("oasis_8b", 8), ("oasis_70b", 70)])
+def test_large_configs_have_the_size_of_their_name(name, billions):
+    config = with_vocabulary(load_config(str(ROOT / "configs" / f"{name}.py")))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(parameter_shapes(config.model)))
+    assert 0.93 * billions <= count / 1e9 <= 1.08 * billions
