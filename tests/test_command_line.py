@@ -272,6 +272,8 @@ import os, signal, sys
 from oasis_jax.command_line import run_main
 from oasis_jax.errors import UserError
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would their children
+
 def main(argv):
     print("ran with", argv)
     if argv == ["user"]:
