@@ -131,12 +131,12 @@ def _rest(loop: Loop, slot, history: History) -> dict[str, Any]:
 
 
 def _run(loop: Loop, stacked, segment_ids, embedding) -> tuple[Stream, History, Any]:
-    """(stream, history, what the backward pass needs beside it: by layer, the stream it reads and the block it goes on with)."""
+    """(stream, history, what the backward pass needs beside it: by layer, the block it goes on with)."""
 
     def layer(carry, xs):
         h, history = carry
         index, (parts, pairs) = xs
-        kept = () if loop.cumulative else (h, history.get(loop.place(index, 0)[0])) if loop.config.blocks else (h,)
+        kept = history.get(loop.place(index, 0)[0]) if loop.config.blocks else ()
         psi = jnp.zeros_like(history.evidence[0])
         for kind in range(2):
             slot, members = loop.place(index, kind)
@@ -194,15 +194,22 @@ def _again(loop: Loop, segment_ids, index, parts, pairs, h, history: History) ->
     return steps, history
 
 
+def _route_again(loop: Loop, index, router, history: History) -> Stream:
+    """The stream that a layer of the delta wiring reads, made again from the sources before the layer."""
+    slot = loop.place(index - 1, 1)[0]
+    h = depth_route(history.sources, **_arguments(loop, slot, router, history.get(slot)[0]), **_rest(loop, slot, history)).output
+    return jnp.where(index == 0, history.get(0)[0], h)
+
+
 def _stack_backward(loop, saved, d_stream):
     stacked, segment_ids, history, kept = saved
 
     def layer(carry, xs):
         d_h, history, gradients = carry  # of the stream after the layer by way of the next sublayer; of all sources by way of later layers
-        index, (parts, pairs), kept = xs
-        h = history.get(index)[0] if loop.cumulative else kept[0]
+        index, (parts, pairs), router, kept = xs
         if loop.config.blocks:
-            history = history.put(loop, loop.place(index, 0)[0], *kept[1])
+            history = history.put(loop, loop.place(index, 0)[0], *kept)
+        h = history.get(index)[0] if loop.cumulative else _route_again(loop, index, router, history)
         steps, history = _again(loop, segment_ids, index, parts, pairs, h, history)
         d_psi = jnp.zeros_like(steps[0].evidence)
         if loop.cumulative:
@@ -217,7 +224,8 @@ def _stack_backward(loop, saved, d_stream):
         return (d_h, history, gradients), (tuple(d_parts), jax.tree.map(lambda *x: jnp.stack(x), *d_routers))
 
     carry = (d_stream, history, History.zeros(loop, d_stream))
-    steps = (jnp.arange(loop.config.num_layers), stacked, kept)
+    before = jax.tree.map(lambda x: jnp.roll(x[:, 1], 1, axis=0), stacked[1])  # the router before each layer; the first layer has none
+    steps = (jnp.arange(loop.config.num_layers), stacked, before, kept)
     (d_h, _, gradients), d_stacked = lax.scan(layer, carry, steps, reverse=True)
     return d_stacked, None, d_h + gradients.sources[0]
 
