@@ -8,7 +8,6 @@ Seconds: to trace and lower the step + to compile it, of processor time, which o
 """
 
 import argparse
-import os
 import pathlib
 import time
 
@@ -50,9 +49,10 @@ def compiled(options: dict, layers: int, device) -> tuple[float, float, float]:
 
 def target_device(target: str):
     import jax
-    from jax.experimental import topologies
 
-    return jax.devices("cpu")[0] if target == "cpu" else topologies.get_topology_desc(f"{target}:2x2", platform="tpu").devices[0]
+    from oasis_jax.training.plan import tpu_devices
+
+    return jax.devices("cpu")[0] if target == "cpu" else tpu_devices(f"{target}:2x2")[0]
 
 
 def write(target: str, table: str) -> None:
@@ -70,11 +70,6 @@ def main():
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    if arguments.target != "cpu":
-        settings = dict(
-            TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
-        )
-        os.environ.update(settings)
     device, depths = target_device(arguments.target), [int(depth) for depth in arguments.depths.split(",")]
     lines = [f"| {arguments.target} | " + " | ".join(f"L={depth}" for depth in depths) + " |", "|---" * (len(depths) + 1) + "|"]
     print("\n".join(lines), flush=True)

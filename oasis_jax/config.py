@@ -163,7 +163,7 @@ class ModelConfig(AttentionConfig, RouterConfig, NormConfig):
     dtype: Literal["float32", "bfloat16"] = _field("float32", "compute type; parameters are always float32")
     remat: Literal["none", "dots", "layer"] = _field(
         "none",
-        "what the backward pass recomputes: nothing, all but weight matrix products, or everything (routed loops: always that, but for static blocks with none)",
+        "what the backward pass recomputes: nothing, all but weight matrix products, or everything; loops that route: always everything, but for none with blocks and static queries",
     )
     stack: Literal["auto", "scan", "unroll"] = _field(
         "auto", "training runs the layers as loops or one by one; auto: loops, except on CPUs"
@@ -261,7 +261,7 @@ class OptimizerConfig:
         )
 
 
-# Logical axis -> mesh axes it is split over. Parameters: vocab, embed, heads, kv_heads, mlp, depth_key. Activations: batch, length,
+# Logical axis -> mesh axes it is split over. Parameters: vocab, embed, heads, kv_heads, mlp. Activations: batch, length,
 # and stream, the length between sublayers: sources and norms are split over the tensor axis too (Korthikanti et al., arXiv 2205.05198).
 DEFAULT_RULES = (
     ("batch", ("data", "fsdp")),

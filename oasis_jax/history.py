@@ -1,9 +1,10 @@
 """The wirings that route over a history, as one loop over layers whose sources lie in one append-only array.
 
-For the cumulative wiring, and for the delta wiring with queries that each token projects: those are known only when their newest source is, so
-nothing can be scored beforehand as `pallas_kernels.routed_stack` does. One custom derivative spans the whole loop. Forward keeps the sources
-and no more. Backward, a layer is computed again from them, its gradients are added in place to one more array like them, and the gradient of a
-source is complete when the layer that made it is reached. Gradients are summed in the dtype of the sources, as by JAX without a loop.
+For the cumulative wiring, for blocks, and for queries that each token projects: those are known only when their newest source is, so nothing can
+be scored beforehand as `pallas_kernels.routed_stack` does. One custom derivative spans the whole loop. Forward keeps the sources and, of blocks,
+what each layer adds to; no more. Backward, a layer is computed again from them, its gradients are added in place to one more array like the sources,
+and the gradient of a source is complete when the layer that made it is reached. Gradients are summed in the dtype of the sources, as by JAX
+without a loop.
 
 Step s of a loop, a sublayer and the router after it, writes source `slot(s)` and reads those up to it:
 
@@ -224,7 +225,8 @@ def _stack_backward(loop, saved, d_stream):
         return (d_h, history, gradients), (tuple(d_parts), jax.tree.map(lambda *x: jnp.stack(x), *d_routers))
 
     carry = (d_stream, history, History.zeros(loop, d_stream))
-    before = jax.tree.map(lambda x: jnp.roll(x[:, 1], 1, axis=0), stacked[1])  # the router before each layer; the first layer has none
+    # The router before each layer; the first layer has none. Streams of the cumulative wiring are sources, and not routed again.
+    before = None if loop.cumulative else jax.tree.map(lambda x: jnp.roll(x[:, 1], 1, axis=0), stacked[1])
     steps = (jnp.arange(loop.config.num_layers), stacked, before, kept)
     (d_h, _, gradients), d_stacked = lax.scan(layer, carry, steps, reverse=True)
     return d_stacked, None, d_h + gradients.sources[0]

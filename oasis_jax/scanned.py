@@ -33,6 +33,11 @@ def uses_scan(config: ModelConfig, platform: str) -> bool:
     return config.stack == "scan" or (config.stack == "auto" and platform != "cpu")
 
 
+def follows_remat(config: ModelConfig) -> bool:
+    """Whether `model.remat` changes what a loop over these layers keeps; the others recompute every layer whatever it says."""
+    return config.wiring == "residual" or (config.blocks > 0 and config.router == "static")
+
+
 def final_stream(
     params: dict, config: ModelConfig, inputs: Inputs, *, segment_ids: Int[Array, "B T"] | None, constrain: Constrain
 ) -> Stream:

@@ -85,6 +85,7 @@ def chunked_mean_loss(
     name = "head" if "head" in ends else "embedding"
     axes = tuple(axis if axis == "vocab" else None for axis in ends_parameters(config)[name].axes)
     weights = jnp.broadcast_to(constrain(ends[name], axes), (rows, columns, *ends[name].shape))
+    weights = constrain(weights, ("batch", "length", *axes))
 
     def deal(x):
         x = x.reshape(rows, -1, columns, x.shape[1] // columns // chunks, chunks, *x.shape[2:])
@@ -103,6 +104,5 @@ def chunked_mean_loss(
     def add(loss, chunk):
         return loss + chunk_loss(weights, *chunk), None
 
-    weights = constrain(weights, ("batch", "length", *axes))
     wide = jnp.promote_types(final.dtype, jnp.float32)
     return jax.lax.scan(add, jnp.zeros((), wide), jax.tree.map(deal, (final, part)))[0]

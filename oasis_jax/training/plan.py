@@ -14,7 +14,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from oasis_jax.config import Config
+from oasis_jax.data import TOKENIZERS
 from oasis_jax.errors import UserError, nearest
+from oasis_jax.scanned import follows_remat, uses_scan
 from oasis_jax.training.collectives import Collective, collectives
 from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.gpu_targets import gpu_descriptions, memory_bytes
@@ -80,14 +82,19 @@ def target(text: str) -> Target:
     if 0 in map(int, shape.split("x")):
         raise UserError(f"--plan: needs at least one device, got {text!r}")
     try:
-        return Target(text, _tpu_devices(text), TPU_MEMORY[name]) if name in TPU_MEMORY else _gpu_target(name, int(shape))
+        return Target(text, tpu_devices(text), TPU_MEMORY[name]) if name in TPU_MEMORY else _gpu_target(name, int(shape))
     except UserError as error:
         raise UserError(f"--plan: {text}: {error}") from None
     except Exception as error:  # the compilers' plugins have no one kind of error
         raise UserError(f"--plan: {text}: the compiler refuses this topology: {' '.join(str(error).split())[:200]}") from None
 
 
-def _tpu_devices(text: str) -> Sequence[jax.Device]:
+def tpu_devices(topology: str) -> Sequence[jax.Device]:
+    """The devices of a TPU topology that is not there, such as "v5e:2x2", for ahead-of-time compiles.
+
+    Raises:
+      UserError: the TPU compiler is not installed.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("no TPU compiler: python -m pip install 'jax[tpu]' (no TPU is needed)")
     # Without these the compiler looks for a TPU's metadata on the network, and refuses to be loaded twice on one machine.
@@ -99,7 +106,7 @@ def _tpu_devices(text: str) -> Sequence[jax.Device]:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(text, platform="tpu").devices
+    return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
 def _gpu_target(name: str, count: int) -> Target:
@@ -181,7 +188,8 @@ def with_vocabulary(config: Config) -> Config:
     """The config with the vocabulary that its tokenizer will have, without reading any data."""
     if config.model.inputs != "tokens":
         raise UserError(f"--plan: plans models of tokens, got model.inputs={config.model.inputs}")
-    size = config.model.vocab_size or (config.data.bpe_vocab_size if config.data.tokenizer == "bpe" else 258)
+    data = config.data
+    size = config.model.vocab_size or (data.bpe_vocab_size if data.tokenizer == "bpe" else TOKENIZERS["bytes"].train((), 0).vocab_size)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
@@ -224,12 +232,15 @@ def suggestion(plan: Plan, config: Config) -> str:
     held = plan.parameters + plan.optimizer
     if held > 0.7 * room:
         ways = plan.mesh.shape["fsdp"] * math.ceil(held / (0.5 * room))
-        if ways <= plan.mesh.size // plan.mesh.shape["tensor"]:
-            return f"parameters and moments take {held / _GIB:.1f} GiB: --set mesh.fsdp={_next_divisor(plan.mesh.size, ways)} splits them further"
+        most = plan.mesh.size // (plan.mesh.shape["tensor"] * plan.mesh.shape["sequence"])
+        if ways <= most:
+            return f"parameters and moments take {held / _GIB:.1f} GiB: --set mesh.fsdp={_next_divisor(most, ways)} splits them further"
         return f"parameters and moments take {held / _GIB:.1f} GiB, split over all that there is: take a larger topology"
-    if config.model.remat == "none":
+    loops = uses_scan(config.model, plan.mesh.devices.flat[0].platform)
+    if config.model.remat == "none" and (follows_remat(config.model) or not loops):
         return "activations take most: --set model.remat=layer recomputes them in the backward pass"
-    if config.data.batch_size // config.optimizer.accumulation_steps > plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]:
+    examples = config.data.batch_size // (plan.mesh.shape["data"] * plan.mesh.shape["fsdp"])
+    if examples % (2 * config.optimizer.accumulation_steps) == 0:
         return f"activations take most: --set optimizer.accumulation_steps={2 * config.optimizer.accumulation_steps} halves what is held at once"
     return "activations take most: a larger mesh.tensor or mesh.sequence, a shorter data.sequence_length, or more devices"
 

@@ -4,11 +4,11 @@ import importlib.util
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from oasis_jax.training.sharding import batch_sharding, make_mesh
+from oasis_jax.training.plan import abstract_batch
+from oasis_jax.training.sharding import make_mesh
 from oasis_jax.training.state import abstract_state
 from oasis_jax.training.step import make_step
 
@@ -32,11 +32,8 @@ def test_a_sharded_step_runs_our_kernels(preset, axes):
         mesh=MeshConfig(**axes),
     )
     mesh = make_mesh(config.mesh, devices)
-    place = batch_sharding(config, mesh)
-    kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct((4, 1024), kind, sharding=place) for name, kind in kinds.items()}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        text = make_step(config, mesh).lower(abstract_state(config, mesh), batch).compile().as_text()
+        text = make_step(config, mesh).lower(abstract_state(config, mesh), abstract_batch(config, mesh)).compile().as_text()
     for kernel in ("null_attention_forward", "null_attention_query_gradient", "null_attention_key_gradient"):
         assert kernel in text
     for kernel in ("depth_route_forward", "depth_route_backward"):

@@ -25,7 +25,7 @@ def plan(parameters=1, optimizer=2, temporary=3, *, found=(), kind="cpu", **axes
     """A plan of so many GiB for devices of 16 GiB."""
     shape = dict(data=1, fsdp=1, sequence=1, tensor=1) | axes
     size = shape["data"] * shape["fsdp"] * shape["sequence"] * shape["tensor"]
-    device = types.SimpleNamespace(device_kind=kind)
+    device = types.SimpleNamespace(device_kind=kind, platform="tpu")
     mesh = types.SimpleNamespace(shape=shape, size=size, devices=types.SimpleNamespace(flat=[device]))
     hardware = Target("v5e:2x4", [device] * 8, 16.0)
     return Plan(hardware, mesh, parameters * GIB, optimizer * GIB, 0, int(temporary * GIB), found, 1e9, 4096)
@@ -78,7 +78,12 @@ def test_a_description_gives_every_figure():
         (plan(6, 12, data=8), Config(), "mesh.fsdp=4 "),
         (plan(6, 12, fsdp=8), Config(), "take a larger topology"),
         (plan(6, 12, data=2, tensor=4), Config(), "take a larger topology"),
-        (plan(temporary=20), Config(model=ModelConfig(remat="none")), "model.remat=layer"),
+        (plan(8, 6, data=2, fsdp=2, tensor=2, sequence=3), Config(), "mesh.fsdp=4 "),
+        (plan(temporary=20), Config(model=ModelConfig(preset="residual")), "model.remat=layer"),
+        (plan(temporary=20), Config(model=ModelConfig(preset="oasis_blocks")), "model.remat=layer"),
+        (plan(temporary=20), Config(model=ModelConfig(stack="unroll")), "model.remat=layer"),
+        (plan(temporary=20), Config(), "accumulation_steps=2 "),  # a loop that recomputes everything whatever remat says
+        (plan(temporary=20, fsdp=8), Config(data=DataConfig(batch_size=24)), "a larger mesh.tensor"),  # three examples cannot be halved
         (plan(temporary=20, fsdp=8), Config(model=ModelConfig(remat="layer"), data=DataConfig(batch_size=32), optimizer=OptimizerConfig(accumulation_steps=2)), "accumulation_steps=4 "),
         (plan(temporary=20, fsdp=8), Config(model=ModelConfig(remat="layer"), data=DataConfig(batch_size=8)), "a larger mesh.tensor or mesh.sequence"),
     ],
