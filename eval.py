@@ -1,4 +1,6 @@
-"""Measures trained runs and writes a report: `python eval.py --workdir runs/a --workdir runs/b --report runs/report`."""
+"""Measures trained runs and writes a report: `python eval.py --workdir runs/a --workdir runs/b --report
+runs/report`.
+"""
 
 from collections.abc import Sequence
 
@@ -7,10 +9,17 @@ from oasis_jax.command_line import Parser, run_main
 
 def parser() -> Parser:
     """The command line of eval.py."""
-    parser = Parser(prog="eval.py", description="Measures runs, each loaded from its checkpoint alone, and writes them side by side.")
+    parser = Parser(
+        prog="eval.py",
+        description="Measures runs, each loaded from its checkpoint alone, and writes them side by side.",
+    )
     parser.add_argument("--workdir", action="append", required=True, metavar="FOLDER", help="a trained run; repeatable")
-    parser.add_argument("--report", required=True, metavar="FOLDER", help="where index.html, metrics.json and figures/ are written")
-    parser.add_argument("--batches", type=int, metavar="N", help="held-out batches to read; as many as run.eval_batches by default")
+    parser.add_argument(
+        "--report", required=True, metavar="FOLDER", help="where index.html, metrics.json and figures/ are written"
+    )
+    parser.add_argument(
+        "--batches", type=int, metavar="N", help="held-out batches to read; as many as run.eval_batches by default"
+    )
     parser.add_argument(
         "--measures",
         default="default",
@@ -21,7 +30,8 @@ def parser() -> Parser:
         "--interventions",
         default="",
         metavar="NAMES",
-        help="what to take away from the model and measure the loss again: all, or names with commas between, such as sources,beta",
+        help="what to take away from the model and measure the loss again: all, or names with commas between, such "
+        "as sources,beta",
     )
     parser.add_argument(
         "--quantize",

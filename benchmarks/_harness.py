@@ -1,4 +1,6 @@
-"""What the benchmarks share: interleaved timing, facts of the machine, a table on the screen and a JSON file beside it."""
+"""What the benchmarks share: interleaved timing, facts of the machine, a table on the screen and a JSON file
+beside it.
+"""
 
 import datetime
 import functools
@@ -20,10 +22,13 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 def measure(functions: Mapping[str, Callable], arguments: tuple, *, repetitions: int) -> dict[str, dict[str, float]]:
     """Median and least time in ms and temporary memory in MiB of each function, jitted, on equal arguments.
 
-    The functions take turns in every repetition, so that a slow moment of the machine meets them all; compare them as ratios.
+    The functions take turns in every repetition, so that a slow moment of the machine meets them all; compare them as
+    ratios.
     """
     compiled = {name: jax.jit(function).lower(*arguments).compile() for name, function in functions.items()}
-    results = interleave({name: functools.partial(run, *arguments) for name, run in compiled.items()}, repetitions=repetitions)
+    results = interleave(
+        {name: functools.partial(run, *arguments) for name, run in compiled.items()}, repetitions=repetitions
+    )
     for name, run in compiled.items():
         results[name]["temporary_mib"] = run.memory_analysis().temp_size_in_bytes / 2**20
     return results
@@ -43,19 +48,28 @@ def interleave(runs: Mapping[str, Callable[[], object]], *, repetitions: int) ->
 
 
 def peaks(*, repetitions: int) -> dict[str, float]:
-    """What this machine reaches on the two plainest programs: GB/s of a copy (read and written) and TFLOP/s of a bf16 matmul."""
+    """What this machine reaches on the two plainest programs: GB/s of a copy (read and written) and TFLOP/s
+    of a bf16 matmul.
+    """
     cpu = jax.default_backend() == "cpu"
     elements, size = (2**24, 1024) if cpu else (2**29, 8192)
     x, a = jnp.ones(elements, jnp.bfloat16), jnp.ones((size, size), jnp.bfloat16)
     copy = measure({"": lambda x: -x}, (x,), repetitions=repetitions)[""]["median_ms"]
     matmul = measure({"": jnp.matmul}, (a, a), repetitions=repetitions)[""]["median_ms"]
     found = {"copy_gb_per_s": 4e-6 * elements / copy, "bf16_matmul_tflop_per_s": 2e-9 * size**3 / matmul}
-    print(f"copy {found['copy_gb_per_s']:.1f} GB/s, bf16 matmul {found['bf16_matmul_tflop_per_s']:.2f} TFLOP/s", flush=True)
+    print(
+        f"copy {found['copy_gb_per_s']:.1f} GB/s, bf16 matmul {found['bf16_matmul_tflop_per_s']:.2f} TFLOP/s",
+        flush=True,
+    )
     return found
 
 
-def add_shares(results: Mapping[str, dict[str, float]], peak: Mapping[str, float], *, flop: float = 0.0, bytes_moved: float = 0.0) -> None:
-    """Adds to every row what the work at hand, done in its median time, is as a rate and as a share of the measured peak."""
+def add_shares(
+    results: Mapping[str, dict[str, float]], peak: Mapping[str, float], *, flop: float = 0.0, bytes_moved: float = 0.0
+) -> None:
+    """Adds to every row what the work at hand, done in its median time, is as a rate and as a share of the measured
+    peak.
+    """
     for row in results.values():
         if flop:
             row["tflop_per_s"] = 1e-9 * flop / row["median_ms"]
@@ -83,7 +97,10 @@ def show(title: str, results: Mapping[str, Mapping[str, float]], baseline: str) 
     print(f"\n{title}\n{'':34s}{'median':>12s}{'speed':>9s}{'least':>12s}{'temporary':>15s}{'of peak':>9s}")
     for name, row in results.items():
         speed = results[baseline]["median_ms"] / row["median_ms"]
-        text = f"{name:34s}{row['median_ms']:9.2f} ms{speed:8.2f}x{row['least_ms']:9.2f} ms{row['temporary_mib']:11.1f} MiB"
+        text = (
+            f"{name:34s}{row['median_ms']:9.2f} ms{speed:8.2f}x{row['least_ms']:9.2f} "
+            f"ms{row['temporary_mib']:11.1f} MiB"
+        )
         print(text + (f"{100 * row['share_of_peak']:8.1f}%" if "share_of_peak" in row else ""), flush=True)
 
 

@@ -14,7 +14,9 @@ from pallas_kernels import implementations, null_attention
 # batch, length, query heads, key heads, head size; on accelerators 16k tokens, or one example where it is longer
 CPU_SHAPES = ((1, 512, 8, 4, 64), (1, 2048, 8, 4, 64), (16, 256, 4, 4, 32))
 ACCELERATOR_SHAPES = tuple(
-    (max(1, 2**14 // length), length, 32, 8, size) for size in (64, 128) for length in (2**11, 2**12, 2**13, 2**14, 2**15)
+    (max(1, 2**14 // length), length, 32, 8, size)
+    for size in (64, 128)
+    for length in (2**11, 2**12, 2**13, 2**14, 2**15)
 )
 
 
@@ -51,21 +53,31 @@ def transformer_engine(query, key, value):
     batch, length = query.shape[:2]
     lengths = jnp.full((batch,), length, jnp.int32)
     output = te.fused_attn(
-        (query, key, value), None, te.SequenceDescriptor.from_seqlens((lengths, lengths)), None,
-        attn_bias_type=te.AttnBiasType.NO_BIAS, attn_mask_type=te.AttnMaskType.CAUSAL_MASK, qkv_layout=te.QKVLayout.BSHD_BSHD_BSHD,
-        softmax_type=te.AttnSoftmaxType.OFF_BY_ONE_SOFTMAX, scaling_factor=query.shape[-1] ** -0.5, dropout_probability=0.0, is_training=True,
-    )  # fmt: skip
+        (query, key, value),
+        None,
+        te.SequenceDescriptor.from_seqlens((lengths, lengths)),
+        None,
+        attn_bias_type=te.AttnBiasType.NO_BIAS,
+        attn_mask_type=te.AttnMaskType.CAUSAL_MASK,
+        qkv_layout=te.QKVLayout.BSHD_BSHD_BSHD,
+        softmax_type=te.AttnSoftmaxType.OFF_BY_ONE_SOFTMAX,
+        scaling_factor=query.shape[-1] ** -0.5,
+        dropout_probability=0.0,
+        is_training=True,
+    )
     return output, jnp.zeros(())
 
 
 def functions() -> dict:
     """Every backend that can be asked for and its peers; what cannot run here is told by `harness.runnable`."""
-    cudnn = lambda *x: (jax.nn.dot_product_attention(*x, is_causal=True, implementation="cudnn"), jnp.zeros(()))  # noqa: E731
+    cudnn = lambda *x: (jax.nn.dot_product_attention(*x, is_causal=True, implementation="cudnn"), jnp.zeros(()))
     peers = {"jax.nn softmax": jax_softmax, "jax.nn softmax, cudnn": cudnn, "softmax1 written out": written_out}
     peers["TransformerEngine off-by-one"] = transformer_engine
     for name in implementations("null_attention"):
         if name != "reference":
-            peers[f"null_attention {name}"] = lambda *arrays, name=name: null_attention(*arrays, implementation=name)[:2]
+            peers[f"null_attention {name}"] = lambda *arrays, name=name: null_attention(*arrays, implementation=name)[
+                :2
+            ]
     return peers
 
 
@@ -78,9 +90,16 @@ def main():
     dtype, comparisons, left_out = ("float32" if cpu else "bfloat16"), {}, {}
     for batch, length, heads, key_heads, size in CPU_SHAPES if cpu else ACCELERATOR_SHAPES:
         keys = jax.random.split(jax.random.key(0), 3)
-        arrays = tuple(jax.random.normal(k, (batch, length, n, size), dtype) for k, n in zip(keys, (heads, key_heads, key_heads)))
-        flop = 2 * batch * heads * length * length * size  # two matmuls over half of the square; backward five more of the same size
-        for what, wrap, factor in (("forward", lambda f: lambda *x: f(*x)[0], 1.0), ("forward and backward", with_gradients, 3.5)):
+        arrays = tuple(
+            jax.random.normal(k, (batch, length, n, size), dtype) for k, n in zip(keys, (heads, key_heads, key_heads))
+        )
+        flop = (
+            2 * batch * heads * length * length * size
+        )  # two matmuls over half of the square; backward five more of the same size
+        for what, wrap, factor in (
+            ("forward", lambda f: lambda *x: f(*x)[0], 1.0),
+            ("forward and backward", with_gradients, 3.5),
+        ):
             title = f"{what}, causal, batch {batch}, length {length}, heads {heads}/{key_heads} of {size}, {dtype}"
             good, left_out[title] = harness.runnable({name: wrap(f) for name, f in functions().items()}, arrays)
             results = harness.measure(good, arrays, repetitions=repetitions)

@@ -1,4 +1,5 @@
-"""What a run does beside its steps, at the size of configs/demo.py: the input pipeline alone, and telemetry at its default interval.
+"""What a run does beside its steps, at the size of configs/demo.py: the input pipeline alone, and telemetry at its
+default interval.
 
 python benchmarks/beside_the_step.py [--repetitions 9] [--batches 256]
 """
@@ -22,7 +23,9 @@ DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--batches", type=int, default=256, help="batches that the pipeline makes in one go; a few are read ahead")
+    parser.add_argument(
+        "--batches", type=int, default=256, help="batches that the pipeline makes in one go; a few are read ahead"
+    )
     arguments = parser.parse_args()
     config = load_config(DEMO)
     corpus = load_corpus(config.data, seed=0)
@@ -54,9 +57,13 @@ def main():
         "telemetry_share_of_step_time": share,
     }
     print(f"step {results['step']['median_ms']:.1f} ms, {rates['step']:,.0f} tokens/s")
-    print(f"pipeline alone {rates['pipeline']:,.0f} tokens/s: {facts['pipeline_over_demo']:.0f} times what the demo consumes")
     print(
-        f"telemetry {results['telemetry']['median_ms']:.1f} ms every {config.run.telemetry_interval} steps: {100 * share:.2f} % of step time"
+        f"pipeline alone {rates['pipeline']:,.0f} tokens/s: {facts['pipeline_over_demo']:.0f} times what the demo "
+        "consumes"
+    )
+    print(
+        f"telemetry {results['telemetry']['median_ms']:.1f} ms every {config.run.telemetry_interval} steps: "
+        f"{100 * share:.2f} % of step time"
     )
     harness.save("beside-the-step", {"batches of the demo": results}, **facts)
 

@@ -1,4 +1,5 @@
-"""What measuring costs beside a plain perplexity pass, on the same model: one compiled pass over a batch, and a whole evaluation.
+"""What measuring costs beside a plain perplexity pass, on the same model: one compiled pass over a batch, and
+a whole evaluation.
 
 python benchmarks/measures.py [--length 2048] [--batch 2] [--batches 4] [--repetitions 7] [--preset oasis]
 """
@@ -57,15 +58,24 @@ def main():
     results = harness.interleave(passes, repetitions=arguments.repetitions)
     for name, run in compiled.items():
         results[name]["temporary_mib"] = run.memory_analysis().temp_size_in_bytes / 2**20
-    whole = {name: functools.partial(evaluation, model, batches, sets[name]) for name in ("perplexity alone", "default set", "full set")}
+    whole = {
+        name: functools.partial(evaluation, model, batches, sets[name])
+        for name in ("perplexity alone", "default set", "full set")
+    }
     evaluations = harness.interleave(whole, repetitions=max(2, arguments.repetitions // 3))
     for name in evaluations:
         evaluations[name]["temporary_mib"] = results[name]["temporary_mib"]
     for rows in (results, evaluations):
         for row in rows.values():
             row["cost"] = row["median_ms"] / rows["perplexity alone"]["median_ms"]
-    what = f"{config.preset}, {config.num_layers} layers of width {config.width}, {config.num_heads} heads, {arguments.batch} x {arguments.length} tokens"
-    titles = {f"one pass, {what}": results, f"a whole evaluation with its intervals, {what} x {arguments.batches}": evaluations}
+    what = (
+        f"{config.preset}, {config.num_layers} layers of width {config.width}, {config.num_heads} heads, "
+        f"{arguments.batch} x {arguments.length} tokens"
+    )
+    titles = {
+        f"one pass, {what}": results,
+        f"a whole evaluation with its intervals, {what} x {arguments.batches}": evaluations,
+    }
     for title, rows in titles.items():
         harness.show(title, rows, "perplexity alone")
     harness.save("measures", titles)

@@ -1,4 +1,5 @@
-"""depth_route over a list of sources against batched einsums over a stack, and the key projection absorbed into the query or not.
+"""depth_route over a list of sources against batched einsums over a stack, and the key projection absorbed into the
+query or not.
 
 python benchmarks/routing.py [--repetitions 15]
 """
@@ -54,7 +55,9 @@ def functions() -> dict:
     found = {STACKED: unabsorbed, "stacked, absorbed": absorbed_stacked, "list, key projection made": unabsorbed_list}
     for name in implementations("depth_route"):
         found[f"depth_route {name}, absorbed"] = lambda sources, query, key, name=name: (
-            depth_route(sources, absorbed_query(sources, query, key), score_scale=KEY_WIDTH**-0.5, implementation=name).output
+            depth_route(
+                sources, absorbed_query(sources, query, key), score_scale=KEY_WIDTH**-0.5, implementation=name
+            ).output
         )
     return found
 
@@ -66,15 +69,25 @@ def main():
     peak = harness.peaks(repetitions=repetitions)
     cpu = jax.default_backend() == "cpu"
     dtype, comparisons, left_out = jnp.dtype("float32" if cpu else "bfloat16"), {}, {}
-    gradients = lambda f: jax.grad(lambda *x: (f(*x).astype(jnp.float32) ** 2).sum(), (0, 1, 2))  # noqa: E731
+    gradients = lambda f: jax.grad(lambda *x: (f(*x).astype(jnp.float32) ** 2).sum(), (0, 1, 2))
     for count, batch, length, width in CPU_SHAPES if cpu else ACCELERATOR_SHAPES:
         keys = jax.random.split(jax.random.key(0), count + 2)
         sources = [jax.random.normal(k, (batch, length, width), dtype) for k in keys[2:]]
-        arguments = (sources, *((jax.random.normal(k, (width, KEY_WIDTH)) * width**-0.5).astype(dtype) for k in keys[:2]))
+        arguments = (
+            sources,
+            *((jax.random.normal(k, (width, KEY_WIDTH)) * width**-0.5).astype(dtype) for k in keys[:2]),
+        )
         unit = batch * length * width * dtype.itemsize
-        # forward: every source read, the output written; backward: sources and the output's gradient read, their gradients written
-        for what, wrap, units in (("forward", lambda f: f, count + 1), ("forward and backward", gradients, 3 * count + 2)):
-            title = f"{what}, projected router, {count} sources, {batch * length} tokens, width {width}, key width {KEY_WIDTH}, {dtype}"
+        # forward: every source read, the output written; backward: sources and the output's gradient read, their
+        #   gradients written
+        for what, wrap, units in (
+            ("forward", lambda f: f, count + 1),
+            ("forward and backward", gradients, 3 * count + 2),
+        ):
+            title = (
+                f"{what}, projected router, {count} sources, {batch * length} tokens, width {width}, key "
+                f"width {KEY_WIDTH}, {dtype}"
+            )
             good, left_out[title] = harness.runnable({name: wrap(f) for name, f in functions().items()}, arguments)
             results = harness.measure(good, arguments, repetitions=repetitions)
             harness.add_shares(results, peak, bytes_moved=units * unit)

@@ -1,8 +1,10 @@
-"""Temporary memory and compile time of a whole training step (loss, gradients, AdamW) against depth, by the compilers alone: nothing is run.
+"""Temporary memory and compile time of a whole training step (loss, gradients, AdamW) against depth, by the
+compilers alone: nothing is run.
 
 JAX_PLATFORMS=cpu python benchmarks/stack_memory.py [--target cpu|v5e] [--depths 8,16,32,64] [--write]
 
-v5e compiles for one TPU v5e chip and needs libtpu (`pip install "jax[tpu]"`), but no TPU. A unit is one activation [B, T, D] in bfloat16.
+v5e compiles for one TPU v5e chip and needs libtpu (`pip install "jax[tpu]"`), but no TPU. A unit is one activation [B,
+T, D] in bfloat16.
 Seconds: to trace and lower the step + to compile it, of processor time, which other work on the machine hardly changes.
 --write replaces this target's table in docs/memory.md.
 """
@@ -35,7 +37,9 @@ def compiled(options: dict, layers: int, device) -> tuple[float, float, float]:
     from oasis_jax.training.state import abstract_state
     from oasis_jax.training.step import make_step
 
-    model = ModelConfig(num_layers=layers, width=WIDTH, num_heads=4, vocab_size=8192, dtype="bfloat16", remat="layer", **options)
+    model = ModelConfig(
+        num_layers=layers, width=WIDTH, num_heads=4, vocab_size=8192, dtype="bfloat16", remat="layer", **options
+    )
     config = Config(model=model, data=DataConfig(batch_size=BATCH, sequence_length=LENGTH))
     mesh = make_mesh(config.mesh, [device])
     jax.clear_caches()  # of what another depth has traced
@@ -71,7 +75,10 @@ def main():
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     device, depths = target_device(arguments.target), [int(depth) for depth in arguments.depths.split(",")]
-    lines = [f"| {arguments.target} | " + " | ".join(f"L={depth}" for depth in depths) + " |", "|---" * (len(depths) + 1) + "|"]
+    lines = [
+        f"| {arguments.target} | " + " | ".join(f"L={depth}" for depth in depths) + " |",
+        "|---" * (len(depths) + 1) + "|",
+    ]
     print("\n".join(lines), flush=True)
     for name, options in CASES.items():
         if arguments.cases in name:

@@ -1,7 +1,9 @@
-"""A whole optimizer step of every preset against `residual`, at the size of configs/demo.py or another, on whatever device JAX finds.
+"""A whole optimizer step of every preset against `residual`, at the size of configs/demo.py or another, on whatever
+device JAX finds.
 
 python benchmarks/training.py [--repetitions 15] [--presets oasis,attnres]
-python benchmarks/training.py --presets oasis_blocks --set model.num_layers=28 --set model.width=1024 --set model.num_heads=16 --name training-deep
+python benchmarks/training.py --presets oasis_blocks --set model.num_layers=28 --set model.width=1024 --set
+model.num_heads=16 --name training-deep
 """
 
 import argparse
@@ -34,7 +36,11 @@ def main():
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--presets", default=",".join(PRESETS))
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="as in train.py: another size than the demo's"
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="as in train.py: another size than the demo's",
     )
     parser.add_argument("--name", default="training", help="of the file of results")
     arguments = parser.parse_args()
@@ -44,18 +50,27 @@ def main():
         config = preset_config(preset, arguments.set)
         mesh = make_mesh(config.mesh)
         steps[preset], states[preset] = make_step(config, mesh), new_state(config, mesh)
-    batch = put_batch(next(train_batches(load_corpus(config.data, seed=0).train, config.data, seed=0)), batch_sharding(config, mesh))
+    batch = put_batch(
+        next(train_batches(load_corpus(config.data, seed=0).train, config.data, seed=0)), batch_sharding(config, mesh)
+    )
 
     def advance(preset):
         states[preset], metrics = steps[preset](states[preset], batch)
         return metrics
 
-    results = harness.interleave({preset: functools.partial(advance, preset) for preset in presets}, repetitions=arguments.repetitions)
+    results = harness.interleave(
+        {preset: functools.partial(advance, preset) for preset in presets}, repetitions=arguments.repetitions
+    )
     for preset in presets:
-        results[preset]["temporary_mib"] = steps[preset].lower(states[preset], batch).compile().memory_analysis().temp_size_in_bytes / 2**20
+        results[preset]["temporary_mib"] = (
+            steps[preset].lower(states[preset], batch).compile().memory_analysis().temp_size_in_bytes / 2**20
+        )
         results[preset]["parameters"] = sum(x.size for x in jax.tree.leaves(states[preset].params))
     model, data = config.model, config.data
-    title = f"optimizer step, {model.num_layers} layers of width {model.width}, batch {data.batch_size}, length {data.sequence_length}, {model.dtype}"
+    title = (
+        f"optimizer step, {model.num_layers} layers of width {model.width}, batch {data.batch_size}, "
+        f"length {data.sequence_length}, {model.dtype}"
+    )
     harness.show(title, results, "residual")
     harness.save(arguments.name, {title: results})
 

@@ -8,7 +8,8 @@ begin token at hand it does not (README, "What make demo shows").
     python train.py --config=configs/trigger.py --workdir=runs/softmax1 --set model.normalizer=softmax1
     python eval.py --workdir runs/softmax --workdir runs/softmax1 --report runs/sinks
 
-Hardware: two CPU cores, no download. Time and metrics (first_token_mass, null_mass): see README, "What make demo shows".
+Hardware: two CPU cores, no download. Time and metrics (first_token_mass, null_mass): see README, "What make demo
+shows".
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig

@@ -47,7 +47,9 @@ def backend(operator: str, name: str) -> str | None:
 
 
 def rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Rotary positions (Su et al., arXiv 2104.09864): channel i of the first half turns with channel i of the second."""
+    """Rotary positions (Su et al., arXiv 2104.09864): channel i of the first half turns with channel i of the
+    second.
+    """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
@@ -79,10 +81,17 @@ def _scores(query: Array, key: Array, config: AttentionConfig) -> Float[Array, "
 
 def _fused(query, key, value, null_logit, config: AttentionConfig, segment_ids, sharding) -> AttentionStatistics:
     output, null_mass, lse = null_attention(
-        query, key, value, null_logit=null_logit, is_causal=True, window=config.window or None, segment_ids=segment_ids,
-        logit_softcap=config.logit_softcap or None, sharding=sharding,
+        query,
+        key,
+        value,
+        null_logit=null_logit,
+        is_causal=True,
+        window=config.window or None,
+        segment_ids=segment_ids,
+        logit_softcap=config.logit_softcap or None,
+        sharding=sharding,
         implementation=backend("null_attention", config.attention_implementation),
-    )  # fmt: skip
+    )
     first_key = key[:, :1]  # position 0 comes first in every layout
     first = _scores(query, first_key, config)[..., 0]
     allowed = _allowed(query, first_key, config, segment_ids)[..., 0]
@@ -90,7 +99,9 @@ def _fused(query, key, value, null_logit, config: AttentionConfig, segment_ids, 
     return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, Static(config))
 
 
-def _dense(query, key, value, null_logit, config: AttentionConfig, segment_ids, numerics: Numerics) -> AttentionStatistics:
+def _dense(
+    query, key, value, null_logit, config: AttentionConfig, segment_ids, numerics: Numerics
+) -> AttentionStatistics:
     """Attention through materialized probabilities; `null_logit` is for the normalizers of the fused operator."""
     allowed = _allowed(query, key, config, segment_ids)
     scores = numerics.tap("scores", _scores(query, key, config))
@@ -144,8 +155,9 @@ def attention(
       x: [B, T, D], normed already; computed in its type, probabilities in float32 or better.
       segment_ids: [B, T]; attention stays within equal ids.
       positions: [B, T] or [1, T] for the rotary embedding; default 0 .. T-1.
-      constrain: function (array, logical axes) -> array that pins the sharding of activations; its attribute `operators`, where it has
-        one, splits the operator over devices. With layout="zigzag" x, segment_ids and positions are in that order.
+      constrain: function (array, logical axes) -> array that pins the sharding of activations; its attribute
+        `operators`, where it has one, splits the operator over devices. With layout="zigzag" x, segment_ids and
+        positions are in that order.
       numerics: how linear layers are computed and activations rounded.
 
     Returns:
@@ -167,7 +179,9 @@ def attention(
         null_logit = parameters.get("null_logit")
     sharding = operator_sharding(constrain)
     if numerics.materializes_attention and sharding and sharding.layout == "zigzag":
-        raise ValueError("attention: numerics that see scores and probabilities need the sequence in order, not layout='zigzag'")
+        raise ValueError(
+            "attention: numerics that see scores and probabilities need the sequence in order, not layout='zigzag'"
+        )
     if config.normalizer in DENSE_NORMALIZERS or numerics.materializes_attention:
         statistics = _dense(query, key, value, null_logit, config, segment_ids, numerics)
     else:
@@ -183,7 +197,9 @@ def attention(
 
 
 class Attention(ParameterModule):
-    """`attention` with its parameters, as an NNX module: `Attention(AttentionConfig(width=256, num_heads=8), rngs=rngs)`."""
+    """`attention` with its parameters, as an NNX module: `Attention(AttentionConfig(width=256, num_heads=8),
+    rngs=rngs)`.
+    """
 
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
         super().__init__(attention_parameters(config), rngs=rngs)

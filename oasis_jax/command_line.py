@@ -76,7 +76,9 @@ def _in_words(error: Exception) -> str:
     unexpected = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     for name, cls in {**sections(), "config": Config}.items():
         if unexpected and unexpected[1] == cls.__name__:
-            return str(unknown_name(f"{name}.{unexpected[2]}", unexpected[2], [f.name for f in dataclasses.fields(cls)]))
+            return str(
+                unknown_name(f"{name}.{unexpected[2]}", unexpected[2], [f.name for f in dataclasses.fields(cls)])
+            )
     return f"{type(error).__name__}: {error}"
 
 
@@ -86,8 +88,8 @@ def _in_words(error: Exception) -> str:
 def apply_overrides(config: Config, assignments: Iterable[str]) -> Config:
     """`config` with every "section.field=value" of `assignments` applied; of two for one field the later counts.
 
-    All are applied at once, so that only the result has to fit together and the order does not matter: `model.preset=NAME`
-    first gives the fields of the method their preset's values, then every other assignment is made.
+    All are applied at once, so that only the result has to fit together and the order does not matter:
+    `model.preset=NAME` first gives the fields of the method their preset's values, then every other assignment is made.
 
     Raises:
       UserError: an unknown section or field, a value of another type, or a result that does not fit together.
@@ -105,7 +107,11 @@ def apply_overrides(config: Config, assignments: Iterable[str]) -> Config:
 @functools.cache
 def _settable() -> dict[str, object]:
     """'section.field' -> its type, for every field that --set can set."""
-    names = {f"{section}.{f.name}": field_type(cls, f.name) for section, cls in sections().items() for f in dataclasses.fields(cls)}
+    names = {
+        f"{section}.{f.name}": field_type(cls, f.name)
+        for section, cls in sections().items()
+        for f in dataclasses.fields(cls)
+    }
     return {name: hint for name, hint in names.items() if name not in FILE_ONLY}
 
 
@@ -120,7 +126,9 @@ def _parse_assignment(assignment: str) -> tuple[str, str, object]:
         raise UserError(f"--set: {where} is a table and cannot be set on the command line; write it in a config file")
     if where not in _settable():
         fields = [full for full in _settable() if full.startswith(f"{section}.")] or list(sections())
-        raise UserError(f"--set: unknown name {where!r}{nearest(_full_name(where), _settable())}; allowed: {', '.join(fields)}")
+        raise UserError(
+            f"--set: unknown name {where!r}{nearest(_full_name(where), _settable())}; allowed: {', '.join(fields)}"
+        )
     return section, name, _parse_value(where, text, _settable()[where])
 
 
@@ -170,12 +178,16 @@ def describe_fields(width: int | None = None) -> str:
     for section, cls in sections().items():
         # A class's own fields, as written, before those it takes over: a model's preset comes first.
         order = {name: place for place, name in enumerate(cls.__annotations__)}
-        rows += [_row(section, cls, f) for f in sorted(dataclasses.fields(cls), key=lambda f: order.get(f.name, len(order)))]
+        rows += [
+            _row(section, cls, f) for f in sorted(dataclasses.fields(cls), key=lambda f: order.get(f.name, len(order)))
+        ]
     columns = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = []
     for *cells, text in rows:
         start = "  " + "".join(cell.ljust(size + 2) for cell, size in zip(cells, columns))
-        lines.append(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False))
+        lines.append(
+            textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
+        )
     return "\n".join(lines)
 
 
@@ -215,7 +227,8 @@ class Parser(argparse.ArgumentParser):
             if arg == "--":
                 break
             flag = arg.partition("=")[0]
-            # Checked before argparse, which would complain first of the flag that is missing because of the misspelling.
+            # Checked before argparse, which would complain first of the flag that is missing because of the
+            # misspelling.
             if flag.startswith("--") and flag not in self._option_string_actions:
                 flags = [name for name in self._option_string_actions if name.startswith("--")]
                 self.error(f"unknown flag {flag}{nearest(flag, flags)}; allowed: {', '.join(flags)}")
@@ -232,20 +245,33 @@ def train_parser() -> Parser:
         description="Trains the model of a config. The same workdir resumes where the run stopped.",
         epilog=f"fields of a config, for --set (number, true or false, or a name):\n\n{describe_fields()}",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config(), such as configs/demo.py")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a Python file with get_config(), such as configs/demo.py"
+    )
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--workdir", metavar="FOLDER", type=pathlib.Path, help="where checkpoints and metrics are written")
     aim.add_argument(
         "--plan",
         metavar="HARDWARE:SHAPE",
-        help="train nothing: compile the step for v5p:4x4x4, h100:8 ... and say whether it fits; exits with 1 where it does not",
+        help="train nothing: compile the step for v5p:4x4x4, h100:8 ... and say whether it fits; exits with 1 "
+        "where it does not",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="another value for a field of the config; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="another value for a field of the config; repeatable",
     )
-    parser.add_argument("--profile", metavar="FIRST:END", help="write a trace of these steps for xprof, the end left out: --profile=10:15")
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:END",
+        help="write a trace of these steps for xprof, the end left out: --profile=10:15",
+    )
     group = parser.add_argument_group("several processes, see docs/launch.md")
-    group.add_argument("--distributed", action="store_true", help="join the processes that SLURM, Open MPI, Cloud TPU or GKE describe")
+    group.add_argument(
+        "--distributed", action="store_true", help="join the processes that SLURM, Open MPI, Cloud TPU or GKE describe"
+    )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="without a scheduler: where process 0 listens")
     group.add_argument("--processes", type=int, metavar="N", help="without a scheduler: how many there are")
     group.add_argument("--process", type=int, metavar="I", help="without a scheduler: which one this is, from 0")
@@ -253,7 +279,8 @@ def train_parser() -> Parser:
 
 
 class TrainArguments(typing.NamedTuple):
-    """What train.py is asked for; processes: (coordinator, count, index), ("", 0, 0) as the scheduler says, None for one process.
+    """What train.py is asked for; processes: (coordinator, count, index), ("", 0, 0) as the scheduler says, None for
+    one process.
 
     Of workdir and plan one is None.
     """
@@ -273,18 +300,25 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainArguments:
     missing = [flag for flag, value in by_hand.items() if value is None]
     if args.distributed and len(missing) < 3:
         parser.error(
-            f"--distributed: the scheduler says what {', '.join(flag for flag in by_hand if flag not in missing)} would; give one or the other"
+            f"--distributed: the scheduler says what {', '.join(flag for flag in by_hand if flag not in missing)} "
+            "would; give one or the other"
         )
     if 0 < len(missing) < 3:
         parser.error(f"{', '.join(flag for flag in by_hand if flag not in missing)}: needs {' and '.join(missing)} too")
     if args.plan is not None and (args.distributed or len(missing) < 3 or args.profile is not None):
-        parser.error("--plan trains nothing, in one process: leave out --profile, --distributed, --coordinator, --processes and --process")
+        parser.error(
+            "--plan trains nothing, in one process: leave out --profile, --distributed, --coordinator, --processes "
+            "and --process"
+        )
     processes = ("", 0, 0) if args.distributed else None if missing else tuple(by_hand.values())
-    return TrainArguments(apply_overrides(load_config(args.config), args.set), args.workdir, processes, args.profile, args.plan)
+    return TrainArguments(
+        apply_overrides(load_config(args.config), args.set), args.workdir, processes, args.profile, args.plan
+    )
 
 
 def run_main(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> typing.NoReturn:
-    """Runs main(argv) and exits: 0, 2 with one line on stderr after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
+    """Runs main(argv) and exits: 0, 2 with one line on stderr after a user's mistake, 130 after Ctrl-C, 143 after
+    SIGTERM.
 
     A SystemExit of main's own passes: train.py ends with 1 where a plan does not fit.
 

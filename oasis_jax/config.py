@@ -12,10 +12,12 @@ from typing import Literal
 
 from oasis_jax.errors import UserError, unknown_name
 
-# What a method fixes; everything else in ModelConfig is orthogonal to it. oasis and its baselines attnres_cumulative, softmax1,
-# clipped, entmax15 and sparsemax: arXiv 2605.17887; attnres: 2603.15031; gated: 2306.12929; learned_sink: 2601.22966;
-# oasis_blocks is ours: OASIS on the blocks of AttnRes.
-_CUMULATIVE = dict(wiring="cumulative", router="projected", depth_normalizer="softmax", coupling=False, gate="none", blocks=0)
+# What a method fixes; everything else in ModelConfig is orthogonal to it. oasis and its baselines attnres_cumulative,
+# softmax1, clipped, entmax15 and sparsemax: arXiv 2605.17887; attnres: 2603.15031; gated: 2306.12929; learned_sink:
+# 2601.22966; oasis_blocks is ours: OASIS on the blocks of AttnRes.
+_CUMULATIVE = dict(
+    wiring="cumulative", router="projected", depth_normalizer="softmax", coupling=False, gate="none", blocks=0
+)
 PRESETS: dict[str, dict] = {
     "residual": _CUMULATIVE | dict(normalizer="softmax", wiring="residual", router="none"),
     "attnres": _CUMULATIVE | dict(normalizer="softmax", wiring="delta", router="static"),
@@ -28,7 +30,9 @@ PRESETS: dict[str, dict] = {
     "learned_sink": _CUMULATIVE | dict(normalizer="learned_sink"),
     "oasis": _CUMULATIVE | dict(normalizer="softmax1", depth_normalizer="softmax1", coupling=True),
     "oasis_blocks": _CUMULATIVE
-    | dict(normalizer="softmax1", wiring="delta", router="static", depth_normalizer="softmax1", coupling=True, blocks=8),
+    | dict(
+        normalizer="softmax1", wiring="delta", router="static", depth_normalizer="softmax1", coupling=True, blocks=8
+    ),
 }
 METHOD_FIELDS = ("normalizer", "wiring", "router", "depth_normalizer", "coupling", "gate", "blocks")
 
@@ -74,7 +78,9 @@ def _at_least(config, section: str, **minimum: float) -> None:
 class NormConfig:
     """Which norm a sublayer reads through (preaffine, gatednorm: arXiv 2601.22966)."""
 
-    norm: Literal["rmsnorm", "preaffine", "gatednorm", "dyt", "none"] = _field("rmsnorm", "norm before each sublayer and before the head")
+    norm: Literal["rmsnorm", "preaffine", "gatednorm", "dyt", "none"] = _field(
+        "rmsnorm", "norm before each sublayer and before the head"
+    )
     norm_gate_rank: int = _field(16, "width of gatednorm's bottleneck")
     norm_epsilon: float = _field(1e-6, "added to the mean square inside RMSNorm")
 
@@ -93,12 +99,16 @@ class AttentionConfig:
     clip_gamma: float = _field(0.0, "clipped softmax: lower stretch gamma (<= 0); 0: -clip_alpha / number of keys")
     clip_zeta: float = _field(1.0, "clipped softmax: upper stretch zeta (>= 1)")
     clip_alpha: float = _field(4.0, "clipped softmax: alpha, used where clip_gamma is 0")
-    gate: Literal["none", "elementwise", "per_head"] = _field("none", "sigmoid gate on each head's output before the output projection")
+    gate: Literal["none", "elementwise", "per_head"] = _field(
+        "none", "sigmoid gate on each head's output before the output projection"
+    )
     qk_norm: bool = _field(False, "RMSNorm with gain on queries and keys, per head")
     rope_theta: float = _field(10_000.0, "base of rotary positions; 0: no positions")
     window: int = _field(0, "keep keys with 0 <= i - j < window; 0: all")
     logit_softcap: float = _field(0.0, "cap * tanh(scores / cap); 0: none")
-    attention_implementation: str = _field("auto", "backend of pallas_kernels.null_attention; auto: the fastest that can serve")
+    attention_implementation: str = _field(
+        "auto", "backend of pallas_kernels.null_attention; auto: the fastest that can serve"
+    )
 
     def __post_init__(self):
         _check(self, "attention")
@@ -107,14 +117,29 @@ class AttentionConfig:
     def check(self, section: str = "attention") -> None:
         """Raises UserError where the numbers do not fit together."""
         _at_least(
-            self, section, width=1, num_heads=1, num_kv_heads=0, head_dim=0, window=0, logit_softcap=0.0, rope_theta=0.0, clip_zeta=1.0
+            self,
+            section,
+            width=1,
+            num_heads=1,
+            num_kv_heads=0,
+            head_dim=0,
+            window=0,
+            logit_softcap=0.0,
+            rope_theta=0.0,
+            clip_zeta=1.0,
         )
         if self.num_heads % self.key_heads:
             raise UserError(f"{section}.num_kv_heads: {self.key_heads} does not divide num_heads={self.num_heads}")
         if not self.head_dim and self.width % self.num_heads:
-            raise UserError(f"{section}.num_heads: {self.num_heads} does not divide width={self.width}; give head_dim or another number")
+            raise UserError(
+                f"{section}.num_heads: {self.num_heads} does not divide width={self.width}; give head_dim or "
+                "another number"
+            )
         if self.rope_theta and self.head_size % 2:
-            raise UserError(f"{section}.head_dim: rotary positions need an even head size, got {self.head_size}; or set rope_theta=0")
+            raise UserError(
+                f"{section}.head_dim: rotary positions need an even head size, got {self.head_size}; or set "
+                "rope_theta=0"
+            )
         if self.clip_gamma > 0:
             raise UserError(f"{section}.clip_gamma: must be at most 0, got {self.clip_gamma}")
 
@@ -135,7 +160,9 @@ class RouterConfig:
     router: Literal["projected", "static"] = _field("projected", "how the query over depth is made")
     depth_normalizer: Literal["softmax", "softmax1"] = _field("softmax1", "normalizer over depth sources")
     coupling: bool = _field(True, "weigh sources by the null mass of their attention (inter-layer null signal)")
-    depth_implementation: str = _field("auto", "backend of pallas_kernels.depth_route; auto: the fastest that can serve")
+    depth_implementation: str = _field(
+        "auto", "backend of pallas_kernels.depth_route; auto: the fastest that can serve"
+    )
 
     def __post_init__(self):
         _check(self, "router")
@@ -146,24 +173,33 @@ class ModelConfig(AttentionConfig, RouterConfig, NormConfig):
     """A decoder. The method's fields default to their preset's: `ModelConfig(preset="oasis", num_layers=4)`."""
 
     preset: Literal[tuple(PRESETS)] = _field("oasis", "the method that fills the fields marked 'of the preset'")
-    normalizer: AttentionConfig.__annotations__["normalizer"] = _field(None, "what turns attention scores into probabilities")
-    gate: AttentionConfig.__annotations__["gate"] = _field(None, "sigmoid gate on each head's output before the output projection")
+    normalizer: AttentionConfig.__annotations__["normalizer"] = _field(
+        None, "what turns attention scores into probabilities"
+    )
+    gate: AttentionConfig.__annotations__["gate"] = _field(
+        None, "sigmoid gate on each head's output before the output projection"
+    )
     wiring: Literal["residual", "cumulative", "delta"] = _field(None, "how sublayers are connected over depth")
     router: Literal["projected", "static", "none"] = _field(None, "how the query over depth is made")
     depth_normalizer: RouterConfig.__annotations__["depth_normalizer"] = _field(None, "normalizer over depth sources")
     coupling: bool = _field(None, "weigh sources by the null mass of their attention (inter-layer null signal)")
-    blocks: int = _field(None, "delta wiring: sublayers are summed into this many sources; 0: every sublayer is a source")
+    blocks: int = _field(
+        None, "delta wiring: sublayers are summed into this many sources; 0: every sublayer is a source"
+    )
     num_layers: int = _field(4, "layers, each one attention and one MLP")
     mlp_dim: int = _field(0, "hidden size of SwiGLU; 0: 8/3 of width, rounded up to a multiple of 32")
     residual_clip: float = _field(0.0, "clip every new source to +-tau; 0: none")
-    inputs: Literal["tokens", "vectors"] = _field("tokens", "token ids with a vocabulary head, or vectors with a linear head")
+    inputs: Literal["tokens", "vectors"] = _field(
+        "tokens", "token ids with a vocabulary head, or vectors with a linear head"
+    )
     vocab_size: int = _field(0, "vocabulary V, from the tokenizer, rounded up to a multiple of 8; 0: set by training")
     vector_dim: int = _field(0, "size of input and output vectors (inputs=vectors); 0: set by training")
     tied_head: bool = _field(True, "the head is the transposed embedding")
     dtype: Literal["float32", "bfloat16"] = _field("float32", "compute type; parameters are always float32")
     remat: Literal["none", "dots", "layer"] = _field(
         "none",
-        "what the backward pass recomputes: nothing, all but weight matrix products, or everything; loops that route: always everything, but for none with blocks and static queries",
+        "what the backward pass recomputes: nothing, all but weight matrix products, or everything; loops that "
+        "route: always everything, but for none with blocks and static queries",
     )
     stack: Literal["auto", "scan", "unroll"] = _field(
         "auto", "training runs the layers as loops or one by one; auto: loops, except on CPUs"
@@ -181,15 +217,31 @@ class ModelConfig(AttentionConfig, RouterConfig, NormConfig):
     def check(self, section: str = "model") -> None:
         """Raises UserError where the numbers do not fit together."""
         AttentionConfig.check(self, section)
-        _at_least(self, section, num_layers=1, mlp_dim=0, residual_clip=0.0, blocks=0, vocab_size=0, vector_dim=0, norm_gate_rank=1)
+        _at_least(
+            self,
+            section,
+            num_layers=1,
+            mlp_dim=0,
+            residual_clip=0.0,
+            blocks=0,
+            vocab_size=0,
+            vector_dim=0,
+            norm_gate_rank=1,
+        )
         if (self.wiring == "residual") != (self.router == "none"):
             raise UserError(
-                f"{section}.router: wiring={self.wiring} goes with router={'none' if self.wiring == 'residual' else 'projected or static'}, got {self.router}"
+                f"{section}.router: wiring={self.wiring} goes with "
+                f"router={'none' if self.wiring == 'residual' else 'projected or static'}, got {self.router}"
             )
         if self.blocks and self.wiring != "delta":
-            raise UserError(f"{section}.blocks: only wiring=delta has blocks, got blocks={self.blocks} with wiring={self.wiring}")
+            raise UserError(
+                f"{section}.blocks: only wiring=delta has blocks, got blocks={self.blocks} with wiring={self.wiring}"
+            )
         if self.blocks > 2 * self.num_layers:
-            raise UserError(f"{section}.blocks: {self.blocks} blocks for {2 * self.num_layers} sublayers; at most one block a sublayer")
+            raise UserError(
+                f"{section}.blocks: {self.blocks} blocks for {2 * self.num_layers} sublayers; at most one block a "
+                "sublayer"
+            )
 
     @property
     def mlp_size(self) -> int:
@@ -204,7 +256,9 @@ class ModelConfig(AttentionConfig, RouterConfig, NormConfig):
 class DataConfig:
     """Where examples come from."""
 
-    corpus: Literal["stdlib", "files", "trigger"] = _field("stdlib", "Python's standard library as text, local files, or the trigger task")
+    corpus: Literal["stdlib", "files", "trigger"] = _field(
+        "stdlib", "Python's standard library as text, local files, or the trigger task"
+    )
     pattern: str = _field("", "corpus=files: glob of .txt or .jsonl files")
     text_key: str = _field("text", "corpus=files: the key that holds the text in a .jsonl line")
     corrupt: Literal["stop", "skip"] = _field(
@@ -243,7 +297,9 @@ class OptimizerConfig:
     epsilon: float = _field(1e-8, "added to the root of the second moment")
     clip_norm: float = _field(1.0, "largest global norm of the gradient; 0: no clipping")
     accumulation_steps: int = _field(1, "micro-batches whose gradients make one step; divides data.batch_size")
-    nonfinite: Literal["stop", "skip"] = _field("stop", "a loss or gradient that is not finite ends the run, or its step changes nothing")
+    nonfinite: Literal["stop", "skip"] = _field(
+        "stop", "a loss or gradient that is not finite ends the run, or its step changes nothing"
+    )
     nonfinite_limit: int = _field(10, "nonfinite=skip: so many skipped steps in a row end the run")
 
     def __post_init__(self):
@@ -261,8 +317,9 @@ class OptimizerConfig:
         )
 
 
-# Logical axis -> mesh axes it is split over. Parameters: vocab, embed, heads, kv_heads, mlp. Activations: batch, length,
-# and stream, the length between sublayers: sources and norms are split over the tensor axis too (Korthikanti et al., arXiv 2205.05198).
+# Logical axis -> mesh axes it is split over. Parameters: vocab, embed, heads, kv_heads, mlp. Activations: batch,
+# length, and stream, the length between sublayers: sources and norms are split over the tensor axis too (Korthikanti et
+# al., arXiv 2205.05198).
 DEFAULT_RULES = (
     ("batch", ("data", "fsdp")),
     ("embed", ("fsdp",)),
@@ -297,7 +354,9 @@ class RunConfig:
     """How long a run is and what it writes."""
 
     steps: int = _field(300, "optimizer steps")
-    init_from: str = _field("", "workdir of another run: start from the parameters of its newest checkpoint; '': from random ones")
+    init_from: str = _field(
+        "", "workdir of another run: start from the parameters of its newest checkpoint; '': from random ones"
+    )
     seed: int = _field(0, "seed of parameters, order of examples and everything random")
     log_interval: int = _field(1, "steps between lines of metrics.jsonl")
     telemetry_interval: int = _field(50, "steps between logs of null mass, first-token mass and beta; 0: never")
@@ -307,7 +366,8 @@ class RunConfig:
     keep_checkpoints: int = _field(2, "newest checkpoints that are kept")
     keep_every: int = _field(0, "checkpoints of steps divisible by this are kept for good; 0: none")
     keep_best: int = _field(
-        0, "checkpoints with the lowest eval/loss that are kept too; needs checkpoint_interval divisible by eval_interval"
+        0,
+        "checkpoints with the lowest eval/loss that are kept too; needs checkpoint_interval divisible by eval_interval",
     )
     tensorboard: bool = _field(False, "also write TensorBoard files (needs the tensorboard extra)")
 
@@ -327,7 +387,9 @@ class RunConfig:
             keep_best=0,
         )
         if self.keep_every and self.keep_every % self.checkpoint_interval:
-            raise UserError(f"run.keep_every: {self.keep_every} is not a multiple of checkpoint_interval={self.checkpoint_interval}")
+            raise UserError(
+                f"run.keep_every: {self.keep_every} is not a multiple of checkpoint_interval={self.checkpoint_interval}"
+            )
         if self.keep_best and (not self.eval_interval or self.checkpoint_interval % self.eval_interval):
             raise UserError(
                 f"run.keep_best: needs an evaluation at every checkpoint, but eval_interval={self.eval_interval} "
@@ -348,7 +410,8 @@ class Config:
     def __post_init__(self):
         if self.data.batch_size % self.optimizer.accumulation_steps:
             raise UserError(
-                f"optimizer.accumulation_steps: {self.optimizer.accumulation_steps} does not divide data.batch_size={self.data.batch_size}"
+                f"optimizer.accumulation_steps: {self.optimizer.accumulation_steps} does not divide "
+                f"data.batch_size={self.data.batch_size}"
             )
         if (self.data.corpus == "trigger") != (self.model.inputs == "vectors"):
             needed = "vectors" if self.data.corpus == "trigger" else "tokens"

@@ -51,15 +51,23 @@ def ends_parameters(config: ModelConfig) -> dict[str, ParameterSpec]:
     return specs if config.tied_head else specs | {"head": matrix((width, vocab), ("embed", "vocab"), width)}
 
 
-def embed(parameters: Parameters, config: ModelConfig, inputs: Inputs, numerics: Numerics = FLOAT) -> Float[Array, "B T D"]:
+def embed(
+    parameters: Parameters, config: ModelConfig, inputs: Inputs, numerics: Numerics = FLOAT
+) -> Float[Array, "B T D"]:
     """Token ids are looked up, vectors projected; the result has the compute type."""
     if config.inputs == "vectors":
-        return numerics.einsum("embedding", "BTI,ID->BTD", inputs.astype(config.dtype), parameters["embedding"].astype(config.dtype))
+        return numerics.einsum(
+            "embedding", "BTI,ID->BTD", inputs.astype(config.dtype), parameters["embedding"].astype(config.dtype)
+        )
     return numerics.lookup("embedding", parameters["embedding"].astype(config.dtype), inputs)
 
 
 def unembed(
-    parameters: Parameters, config: ModelConfig, x: Float[Array, "B T D"], constrain: Constrain, numerics: Numerics = FLOAT
+    parameters: Parameters,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    constrain: Constrain,
+    numerics: Numerics = FLOAT,
 ) -> Outputs:
     """Logits over the padded vocabulary, or output vectors; float32 or better."""
     x = constrain(x, ("batch", "length", None))
@@ -133,7 +141,9 @@ def decode(
     kinds = [(run, layer) for layer in layers for run in (attend, feed)]
     sublayers = [partial(run, layer, name) for (run, layer), name in zip(kinds, sublayer_names(config))]
     if numerics is not FLOAT:
-        routers = {name: partial(router, numerics=numerics.within(f"{name}.router")) for name, router in routers.items()}
+        routers = {
+            name: partial(router, numerics=numerics.within(f"{name}.router")) for name, router in routers.items()
+        }
     routers = {name: partial(router, constrain=constrain) for name, router in routers.items()}
     embedding = constrain(embed(ends, config, inputs, numerics), ("batch", "stream", None))
     stack = WIRINGS[config.wiring](config, embedding, sublayers, routers, numerics)
@@ -190,7 +200,8 @@ class Decoder(nnx.Module):
           inputs: token ids [B, T], or vectors [B, T, vector_dim], as `config.inputs` says.
           segment_ids: [B, T]; attention stays within equal ids.
           constrain: function (array, logical axes) -> array that pins the sharding of activations.
-          numerics: how linear layers are computed and activations rounded. Other than FLOAT it is for inference: nothing is rematerialized.
+          numerics: how linear layers are computed and activations rounded. Other than FLOAT it is for inference:
+            nothing is rematerialized.
 
         Returns:
           float32 logits [B, T, padded vocabulary] or vectors [B, T, vector_dim], and the Statistics of the pass.
@@ -205,7 +216,9 @@ class Decoder(nnx.Module):
             segment_ids=segment_ids,
             constrain=constrain,
             # A numerics that records could not carry what it saw out of a rematerialized function.
-            call=_call if self.config.remat == "none" or numerics is not FLOAT else partial(_call_rematerialized, self.config.remat),
+            call=_call
+            if self.config.remat == "none" or numerics is not FLOAT
+            else partial(_call_rematerialized, self.config.remat),
             numerics=numerics,
         )
 

@@ -14,7 +14,8 @@ class UserError(ValueError):
 class Preempted(Exception):
     """The run was told to end (SIGTERM) and has saved; the message says where it stands.
 
-    `train.py` prints the message and exits with code 143, as a process ended by that signal does, so that schedulers start it again.
+    `train.py` prints the message and exits with code 143, as a process ended by that signal does, so that schedulers
+    start it again.
     """
 
 

@@ -1,10 +1,11 @@
 """The wirings that route over a history, as one loop over layers whose sources lie in one append-only array.
 
-For the cumulative wiring, for blocks, and for queries that each token projects: those are known only when their newest source is, so nothing can
-be scored beforehand as `pallas_kernels.routed_stack` does. One custom derivative spans the whole loop. Forward keeps the sources and, of blocks,
-what each layer adds to; no more. Backward, a layer is computed again from them, its gradients are added in place to one more array like the sources,
-and the gradient of a source is complete when the layer that made it is reached. Gradients are summed in the dtype of the sources, as by JAX
-without a loop.
+For the cumulative wiring, for blocks, and for queries that each token projects: those are known only when their newest
+source is, so nothing can be scored beforehand as `pallas_kernels.routed_stack` does. One custom derivative spans the
+whole loop. Forward keeps the sources and, of blocks, what each layer adds to; no more. Backward, a layer is computed
+again from them, its gradients are added in place to one more array like the sources, and the gradient of a source is
+complete when the layer that made it is reached. Gradients are summed in the dtype of the sources, as by JAX without a
+loop.
 
 Step s of a loop, a sublayer and the router after it, writes source `slot(s)` and reads those up to it:
 
@@ -71,14 +72,16 @@ class History(NamedTuple):
 
     def take(self, loop: "Loop", slot) -> tuple[tuple[Stream, Array], "History"]:
         """A copy of a slot, and the rest with zeros in its place."""
-        taken, zeros = written_once((self._slot(slot), jax.tree.map(jnp.zeros_like, self._slot(slot))))  # first read, then written
+        taken, zeros = written_once(
+            (self._slot(slot), jax.tree.map(jnp.zeros_like, self._slot(slot)))
+        )  # first read, then written
         return taken, self.put(loop, slot, *zeros)
 
     def _slot(self, slot) -> tuple[Stream, Array]:
         return tuple(lax.dynamic_index_in_dim(x, slot, keepdims=False) for x in self)
 
     def put(self, loop: Loop, slot, source: Stream, evidence: Array) -> "History":
-        put = lambda x, new: lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), slot, 0)  # noqa: E731
+        put = lambda x, new: lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), slot, 0)
         sources = loop.constrain(put(self.sources, source), (None, "batch", "stream", None))
         return History(sources, loop.constrain(put(self.evidence, evidence), (None, "batch", "stream")))
 
@@ -88,7 +91,9 @@ class History(NamedTuple):
         return History(jnp.zeros((loop.capacity, *like.shape), like.dtype), evidence)
 
 
-def history_stack(loop: Loop, parts: tuple[Any, Any], routers: Any, segment_ids: Int[Array, "B T"] | None, embedding: Stream) -> Stream:
+def history_stack(
+    loop: Loop, parts: tuple[Any, Any], routers: Any, segment_ids: Int[Array, "B T"] | None, embedding: Stream
+) -> Stream:
     """The stream after all layers; equals that of `stack.cumulative` or `stack.delta`.
 
     Args:
@@ -141,10 +146,14 @@ def _run(loop: Loop, stacked, segment_ids, embedding) -> tuple[Stream, History, 
         psi = jnp.zeros_like(history.evidence[0])
         for kind in range(2):
             slot, members = loop.place(index, kind)
-            source, evidence, psi = _make(loop, kind, parts[kind], segment_ids, h, psi, _before(loop, history, slot), members)
+            source, evidence, psi = _make(
+                loop, kind, parts[kind], segment_ids, h, psi, _before(loop, history, slot), members
+            )
             history = history.put(loop, slot, source, evidence)
             router = jax.tree.map(lambda x, kind=kind: x[kind], pairs)
-            h = depth_route(history.sources, **_arguments(loop, slot, router, source), **_rest(loop, slot, history)).output
+            h = depth_route(
+                history.sources, **_arguments(loop, slot, router, source), **_rest(loop, slot, history)
+            ).output
         if loop.cumulative:
             history = history.put(loop, index + 1, h, psi)
         return (h, history), kept
@@ -198,7 +207,9 @@ def _again(loop: Loop, segment_ids, index, parts, pairs, h, history: History) ->
 def _route_again(loop: Loop, index, router, history: History) -> Stream:
     """The stream that a layer of the delta wiring reads, made again from the sources before the layer."""
     slot = loop.place(index - 1, 1)[0]
-    h = depth_route(history.sources, **_arguments(loop, slot, router, history.get(slot)[0]), **_rest(loop, slot, history)).output
+    h = depth_route(
+        history.sources, **_arguments(loop, slot, router, history.get(slot)[0]), **_rest(loop, slot, history)
+    ).output
     return jnp.where(index == 0, history.get(0)[0], h)
 
 
@@ -206,7 +217,9 @@ def _stack_backward(loop, saved, d_stream):
     stacked, segment_ids, history, kept = saved
 
     def layer(carry, xs):
-        d_h, history, gradients = carry  # of the stream after the layer by way of the next sublayer; of all sources by way of later layers
+        d_h, history, gradients = (
+            carry  # of the stream after the layer by way of the next sublayer; of all sources by way of later layers
+        )
         index, (parts, pairs), router, kept = xs
         if loop.config.blocks:
             history = history.put(loop, loop.place(index, 0)[0], *kept)
@@ -225,7 +238,8 @@ def _stack_backward(loop, saved, d_stream):
         return (d_h, history, gradients), (tuple(d_parts), jax.tree.map(lambda *x: jnp.stack(x), *d_routers))
 
     carry = (d_stream, history, History.zeros(loop, d_stream))
-    # The router before each layer; the first layer has none. Streams of the cumulative wiring are sources, and not routed again.
+    # The router before each layer; the first layer has none. Streams of the cumulative wiring are sources, and not
+    # routed again.
     before = None if loop.cumulative else jax.tree.map(lambda x: jnp.roll(x[:, 1], 1, axis=0), stacked[1])
     steps = (jnp.arange(loop.config.num_layers), stacked, before, kept)
     (d_h, _, gradients), d_stacked = lax.scan(layer, carry, steps, reverse=True)
@@ -234,7 +248,9 @@ def _stack_backward(loop, saved, d_stream):
 
 def _pull(loop: Loop, step: _Step, history: History, gradients: History, d_h, d_psi):
     """Takes a step's gradients out of those of its router's output and of its source."""
-    routed = add_route_gradients(gradients.sources, d_h, step.result, history.sources, **step.arguments, **_rest(loop, step.slot, history))
+    routed = add_route_gradients(
+        gradients.sources, d_h, step.result, history.sources, **step.arguments, **_rest(loop, step.slot, history)
+    )
     evidence = gradients.evidence if routed.null_evidence is None else gradients.evidence + routed.null_evidence
     gradients = History(routed.sources, evidence)
     d_router, d_newest = step.pull_arguments({name: getattr(routed, name) for name in step.arguments})

@@ -50,7 +50,9 @@ class Router(nn.Module):
     config: RouterConfig
 
     @nn.compact
-    def __call__(self, sources: Sources, evidence: Evidence, **options) -> tuple[Float[Array, "B T D"], RouterStatistics]:
+    def __call__(
+        self, sources: Sources, evidence: Evidence, **options
+    ) -> tuple[Float[Array, "B T D"], RouterStatistics]:
         return route(_declare(self, router_parameters(self.config)), self.config, sources, evidence, **options)
 
 
@@ -126,7 +128,9 @@ class Decoder(nn.Module):
 
 
 def params_from_nnx(parameters: Mapping) -> dict:
-    """The Linen `params` of NNX parameters (`nnx.to_pure_dict(nnx.state(model))`): list entries become `layers_0` and so on."""
+    """The Linen `params` of NNX parameters (`nnx.to_pure_dict(nnx.state(model))`): list entries become
+    `layers_0` and so on.
+    """
     renamed = {}
     for name, value in parameters.items():
         if isinstance(value, Mapping) and value and all(isinstance(key, int) for key in value):

@@ -19,7 +19,11 @@ def mlp_parameters(width: int, hidden: int) -> dict[str, ParameterSpec]:
 
 
 def mlp(
-    parameters: Parameters, x: Float[Array, "B T D"], *, constrain: Constrain = unconstrained, numerics: Numerics = FLOAT
+    parameters: Parameters,
+    x: Float[Array, "B T D"],
+    *,
+    constrain: Constrain = unconstrained,
+    numerics: Numerics = FLOAT,
 ) -> Float[Array, "B T D"]:
     """W_down (silu(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202), in x's type."""
     x = constrain(x, ("batch", "length", None))

@@ -28,7 +28,9 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
 
 
 def null_softmax(scores: Scores, mask: Mask, null_logit: float | Float[Array, " N"]) -> tuple[Scores, Array, Array]:
-    """Probabilities [B, N, T, S], null mass and lse [B, N, T] of `pallas_kernels.null_attention`, materialized; of the same definition."""
+    """Probabilities [B, N, T, S], null mass and lse [B, N, T] of `pallas_kernels.null_attention`,
+    materialized; of the same definition.
+    """
     null_logit = jnp.broadcast_to(jnp.asarray(null_logit, scores.dtype), scores.shape[1:2])[:, None]
     lse = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1, where=mask), null_logit)
     some = jnp.where(jnp.isfinite(lse), lse, 0.0)  # no allowed key and no null: all masses are 0
@@ -36,7 +38,9 @@ def null_softmax(scores: Scores, mask: Mask, null_logit: float | Float[Array, " 
 
 
 def clipped(scores: Scores, mask: Mask, config: AttentionConfig) -> Scores:
-    """clip((zeta - gamma) * softmax + gamma, 0, 1); gamma given, or -alpha / S (Bondarenko, arXiv 2306.12929, eq. 4)."""
+    """clip((zeta - gamma) * softmax + gamma, 0, 1); gamma given, or -alpha / S (Bondarenko, arXiv 2306.12929,
+    eq. 4).
+    """
     gamma = config.clip_gamma or -config.clip_alpha / scores.shape[-1]
     stretched = (config.clip_zeta - gamma) * softmax(scores, mask) + gamma
     return jnp.where(mask, jnp.clip(stretched, 0.0, 1.0), 0.0)
@@ -50,14 +54,18 @@ def softpick(scores: Scores, mask: Mask) -> Scores:
 
 
 def _shifted(scores: Scores, mask: Mask, scale: float) -> Scores:
-    """scale * (scores - row maximum); masked entries far enough below to be outside any support (the threshold is at least -1)."""
+    """scale * (scores - row maximum); masked entries far enough below to be outside any support (the threshold is at
+    least -1).
+    """
     highest = jnp.max(scores, axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
     return jnp.where(mask, scale * (scores - jnp.where(jnp.isfinite(highest), highest, 0.0)), -2.0)
 
 
 @jax.custom_jvp
 def sparsemax(scores: Scores, mask: Mask) -> Scores:
-    """Projection onto the simplex (Martins and Astudillo, arXiv 1602.02068); a row without an allowed key is all zero."""
+    """Projection onto the simplex (Martins and Astudillo, arXiv 1602.02068); a row without an allowed key is
+    all zero.
+    """
     z = _shifted(scores, mask, 1.0)
     descending = -jnp.sort(-z, axis=-1)
     rank = jnp.arange(1, z.shape[-1] + 1, dtype=z.dtype)
@@ -78,7 +86,9 @@ def _sparsemax_jvp(primals, tangents):
 
 @jax.custom_jvp
 def entmax15(scores: Scores, mask: Mask) -> Scores:
-    """1.5-entmax, exact by sorting (Peters et al., arXiv 1905.05702, alg. 2); a row without an allowed key is all zero."""
+    """1.5-entmax, exact by sorting (Peters et al., arXiv 1905.05702, alg. 2); a row without an allowed key is
+    all zero.
+    """
     z = _shifted(scores, mask, 0.5)
     descending = -jnp.sort(-z, axis=-1)
     rank = jnp.arange(1, z.shape[-1] + 1, dtype=z.dtype)

@@ -65,7 +65,10 @@ def norm_parameters(config: NormConfig, width: int) -> dict[str, ParameterSpec]:
         "rmsnorm": scale,
         "preaffine": scale | {"pre_scale": constant((width,), 1.0)},
         "gatednorm": scale
-        | {"gate_down": matrix((width, rank), ("embed", None), width), "gate_up": matrix((rank, width), (None, "embed"), rank)},
+        | {
+            "gate_down": matrix((width, rank), ("embed", None), width),
+            "gate_up": matrix((rank, width), (None, "embed"), rank),
+        },
         "dyt": scale | {"alpha": constant((), 0.5), "shift": constant((width,), 0.0)},
         "none": {},
     }[config.norm]

@@ -1,7 +1,7 @@
 """How a model's matrix products are computed and what else of a forward pass is rounded, as one explicit argument.
 
-Every module takes `numerics`; `FLOAT`, the default, is plain arithmetic. Quantized inference and the calibration it needs
-(`oasis_jax.evaluation.quantization`) are subclasses, so that the model itself knows nothing of either.
+Every module takes `numerics`; `FLOAT`, the default, is plain arithmetic. Quantized inference and the calibration it
+needs (`oasis_jax.evaluation.quantization`) are subclasses, so that the model itself knows nothing of either.
 """
 
 import jax.numpy as jnp
@@ -30,7 +30,9 @@ class Numerics:
         return table[ids]
 
     def tap(self, name: str, x: Array) -> Array:
-        """An activation that is not the input of a linear layer: scores, probabilities, context, residual sums, mixtures."""
+        """An activation that is not the input of a linear layer: scores, probabilities, context, residual sums,
+        mixtures.
+        """
         del name
         return x
 

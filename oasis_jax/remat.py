@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import jax
 
-# None: recompute everything. dots keeps the results of matrix products without batch dimensions (projections, not attention scores).
+# None: recompute everything. dots keeps the results of matrix products without batch dimensions (projections, not
+#   attention scores).
 POLICIES = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 

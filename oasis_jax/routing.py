@@ -29,7 +29,9 @@ def key_width(config: RouterConfig) -> int:
 
 
 def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
-    """The parameters of one router: of `projected` two projections and a recency bias, of `static` a query and a key norm."""
+    """The parameters of one router: of `projected` two projections and a recency bias, of `static` a query and a key
+    norm.
+    """
     width = config.width
     projection = matrix((width, key_width(config)), ("embed", None), width)
     specs = {
@@ -51,7 +53,9 @@ def coupling_strength(beta_raw: Float[Array, "..."]) -> Float[Array, "..."]:
 def projected_query(
     query: Float[Array, "D C"], key: Float[Array, "D C"], last: Float[Array, "B T D"], numerics: Numerics = FLOAT
 ) -> Float[Array, "B T D"]:
-    """u = W_k^T (W_q v_last): the key projection absorbed into the query, so that scores are u . v_i and no key is ever made."""
+    """u = W_k^T (W_q v_last): the key projection absorbed into the query, so that scores are u . v_i and no
+    key is ever made.
+    """
     short = numerics.einsum("query", "BTD,DC->BTC", last, query.astype(last.dtype))
     return numerics.einsum("key", "BTC,DC->BTD", short, key.astype(last.dtype))
 
@@ -65,7 +69,8 @@ def route(
     constrain: Constrain = unconstrained,
     numerics: Numerics = FLOAT,
 ) -> tuple[Float[Array, "B T D"], RouterStatistics]:
-    """Weighs the sources of every token and sums them (OASIS, arXiv 2605.17887; static queries: AttnRes, arXiv 2603.15031).
+    """Weighs the sources of every token and sums them (OASIS, arXiv 2605.17887; static queries: AttnRes, arXiv
+    2603.15031).
 
     Args:
       parameters: as `router_parameters(config)` lists them.
@@ -105,7 +110,9 @@ def query_arguments(
     if config.router == "static":
         return dict(query=parameters["query"], key_norm_scale=parameters["key_norm"])
     query = projected_query(parameters["query"], parameters["key"], last, numerics)
-    recency = jnp.arange(capacity or num_sources, dtype=jnp.promote_types(query.dtype, jnp.float32)) / jnp.maximum(num_sources - 1, 1)
+    recency = jnp.arange(capacity or num_sources, dtype=jnp.promote_types(query.dtype, jnp.float32)) / jnp.maximum(
+        num_sources - 1, 1
+    )
     return dict(query=query, bias=parameters["recency_bias"] * recency)
 
 
@@ -126,6 +133,8 @@ class Router(ParameterModule):
         super().__init__(router_parameters(config), rngs=rngs)
         self.config = config
 
-    def __call__(self, sources: Sources, evidence: Evidence, **options) -> tuple[Float[Array, "B T D"], RouterStatistics]:
+    def __call__(
+        self, sources: Sources, evidence: Evidence, **options
+    ) -> tuple[Float[Array, "B T D"], RouterStatistics]:
         """See `route`."""
         return route(self.parameters, self.config, sources, evidence, **options)

@@ -1,7 +1,7 @@
 """The stack of layers as loops, for training: memory linear in depth and a program whose size does not grow with it.
 
-The same functions and parameters as `oasis_jax.decoder.Decoder`, without its Statistics. Parameters are stacked, as a training state holds them:
-see `oasis_jax.stacked`.
+The same functions and parameters as `oasis_jax.decoder.Decoder`, without its Statistics. Parameters are stacked, as a
+training state holds them: see `oasis_jax.stacked`.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,9 @@ def uses_scan(config: ModelConfig, platform: str) -> bool:
 
 
 def follows_remat(config: ModelConfig) -> bool:
-    """Whether `model.remat` changes what a loop over these layers keeps; the others recompute every layer whatever it says."""
+    """Whether `model.remat` changes what a loop over these layers keeps; the others recompute every layer
+    whatever it says.
+    """
     return config.wiring == "residual" or (config.blocks > 0 and config.router == "static")
 
 
@@ -58,7 +60,9 @@ def final_stream(
     return run(params, config, embedding, segment_ids, constrain)
 
 
-def attend(config: ModelConfig, constrain: Constrain, layer: Parameters, segment_ids, h: Stream, psi: Psi) -> tuple[Stream, Psi]:
+def attend(
+    config: ModelConfig, constrain: Constrain, layer: Parameters, segment_ids, h: Stream, psi: Psi
+) -> tuple[Stream, Psi]:
     """The attention sublayer and the null evidence it makes."""
     del psi
     normed = norm(layer.get("attention_norm", {}), config, h)
@@ -67,7 +71,9 @@ def attend(config: ModelConfig, constrain: Constrain, layer: Parameters, segment
     return clip_delta(config, constrain(output, ("batch", "stream", None))), psi
 
 
-def feed(config: ModelConfig, constrain: Constrain, layer: Parameters, segment_ids, h: Stream, psi: Psi) -> tuple[Stream, Psi]:
+def feed(
+    config: ModelConfig, constrain: Constrain, layer: Parameters, segment_ids, h: Stream, psi: Psi
+) -> tuple[Stream, Psi]:
     """The MLP sublayer; it carries its layer's evidence."""
     del segment_ids
     output = mlp(layer["mlp"], norm(layer.get("mlp_norm", {}), config, h), constrain=constrain)
@@ -119,9 +125,11 @@ def _history(params, config, embedding, segment_ids, constrain):
 
 
 def _blocks(params, config, embedding, segment_ids, constrain):
-    """Blocks one after the other; inside a block the whole layers are a loop, halves of layers at its ends stand alone.
+    """Blocks one after the other; inside a block the whole layers are a loop, halves of layers at its ends
+    stand alone.
 
-    Phase 1 gives as many streams as a block has sublayers, and they are kept: without remat, where everything is. With it, `_history` needs less.
+    Phase 1 gives as many streams as a block has sublayers, and they are kept: without remat, where everything is. With
+    it, `_history` needs less.
     """
     wide = jnp.promote_types(embedding.dtype, jnp.float32)
     layers, routers = params["layers"], params["routers"]
@@ -151,9 +159,14 @@ def _block_step(config, constrain, segment_ids, sources, evidence, kind: int, ca
     running, mean = running + output, (mean * members + psi) / (members + 1)
     options = dict(null_evidence=jnp.stack([*evidence, mean]), coupling=beta) if config.coupling else {}
     h = route_running(
-        finished, running, router["query"], sources=sources, key_norm_scale=router["key_norm"],
-        null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer], **options,
-    ).output  # fmt: skip
+        finished,
+        running,
+        router["query"],
+        sources=sources,
+        key_norm_scale=router["key_norm"],
+        null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer],
+        **options,
+    ).output
     return running, mean, members + 1, h, psi
 
 

@@ -21,7 +21,9 @@ Routers = dict[str, Callable[[Sources, Evidence], tuple[Stream, RouterStatistics
 
 
 class StackOutput(NamedTuple):
-    """What a wiring returns: the stream that the final norm reads, the stream after each layer, each router's statistics."""
+    """What a wiring returns: the stream that the final norm reads, the stream after each layer, each router's
+    statistics.
+    """
 
     stream: Stream
     layer_outputs: list[Stream]
@@ -34,7 +36,9 @@ def sublayer_names(config: ModelConfig) -> list[str]:
 
 
 def router_names(config: ModelConfig) -> list[str]:
-    """The routers of a wiring, in order of use. Nothing routes over a single source, so delta has none before its first sublayer."""
+    """The routers of a wiring, in order of use. Nothing routes over a single source, so delta has none before
+    its first sublayer.
+    """
     names = sublayer_names(config)
     return {"residual": [], "cumulative": names, "delta": [*names[1:], "final"]}[config.wiring]
 
@@ -65,13 +69,18 @@ def residual(
 def cumulative(
     config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers, numerics: Numerics = FLOAT
 ) -> StackOutput:
-    """OASIS (arXiv 2605.17887): the candidates a = h + attn and m = h + mlp are routed together with all earlier layers' streams."""
+    """OASIS (arXiv 2605.17887): the candidates a = h + attn and m = h + mlp are routed together with all earlier
+    layers' streams.
+    """
     history, evidence = [embedding], [jnp.zeros(embedding.shape[:2], jnp.float32)]
     stream, streams, statistics = embedding, [], {}
     candidates, candidate_evidence = [], []
     for index, (name, sublayer) in enumerate(zip(sublayer_names(config), sublayers)):
         output, psi = sublayer(stream)
-        candidates, candidate_evidence = [*candidates, _sum(config, name, stream, output, numerics)], [*candidate_evidence, psi]
+        candidates, candidate_evidence = (
+            [*candidates, _sum(config, name, stream, output, numerics)],
+            [*candidate_evidence, psi],
+        )
         stream, statistics[name] = routers[name](history + candidates, evidence + candidate_evidence)
         if index % 2:  # the layer is complete
             history, evidence = [*history, stream], [*evidence, psi]
@@ -83,7 +92,8 @@ def cumulative(
 def delta(
     config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers, numerics: Numerics = FLOAT
 ) -> StackOutput:
-    """AttnRes (arXiv 2603.15031): every sublayer reads a routed mixture of the embedding and the earlier sublayers' outputs.
+    """AttnRes (arXiv 2603.15031): every sublayer reads a routed mixture of the embedding and the earlier sublayers'
+    outputs.
 
     With `config.blocks`, sublayers are summed into blocks, the last of which takes the remainder; a block's evidence is
     the mean of its members'. The running block is a source of its own.

@@ -1,8 +1,9 @@
 """Two layouts of a decoder's parameters: layer by layer, as modules have them, and stacked, as training has them.
 
-Layer by layer, params["layers"][i] and params["routers"][i] hold arrays [...]; stacked, params["layers"] and params["routers"] hold
-arrays [L, ...] of all layers or routers. A training state is always stacked: what is traced, compiled and saved has as many arrays for 64 layers
-as for one. Everything outside the stack (ends, final_norm) is the same in both.
+Layer by layer, params["layers"][i] and params["routers"][i] hold arrays [...]; stacked, params["layers"] and
+params["routers"] hold arrays [L, ...] of all layers or routers. A training state is always stacked: what is traced,
+compiled and saved has as many arrays for 64 layers as for one. Everything outside the stack (ends, final_norm) is the
+same in both.
 """
 
 import dataclasses
@@ -54,7 +55,10 @@ def initial_params(config: ModelConfig, key: Array) -> dict:
     """
     check_model(config)
     rngs = nnx.Rngs(params=key)
-    parts = {"ends": _pure(ParameterModule(ends_parameters(config), rngs=rngs)), "layers": _draw(Layer, config.num_layers, config, rngs)}
+    parts = {
+        "ends": _pure(ParameterModule(ends_parameters(config), rngs=rngs)),
+        "layers": _draw(Layer, config.num_layers, config, rngs),
+    }
     if router_names(config):
         parts["routers"] = _draw(Router, len(router_names(config)), config, rngs)
     parts["final_norm"] = _pure(Norm(config, config.width, rngs=rngs))

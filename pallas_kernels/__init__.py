@@ -1,15 +1,16 @@
 """Attention and depth routing that may attend to nothing: two operators, usable without the rest of the project.
 
     null_attention   softmax attention with a null key of score b and value zero (Softmax1, softmax, learnable sinks)
-    depth_route      a token's weighted sum over the sources of a network's depth, with a null and inter-layer null evidence
+    depth_route      a token's weighted sum over the sources of a network's depth, with a null and inter-layer null
+    evidence
 
 `route_finished` and `route_running` are depth_route in two phases, for blocks of sublayers with static queries;
-`routed_stack` runs a whole stack of routed sublayers in memory linear in depth; `add_route_gradients` is depth_route's derivative by hand,
-for loops over depth where queries are made token by token.
+`routed_stack` runs a whole stack of routed sublayers in memory linear in depth; `add_route_gradients` is depth_route's
+derivative by hand, for loops over depth where queries are made token by token.
 
 All are differentiable in every floating-point argument, through every result. `implementation=None` chooses the fastest
-backend that can serve the call; `implementations(operator)` lists the names there are and `explain(operator, ...)` says which one
-a call runs and why the others do not.
+backend that can serve the call; `implementations(operator)` lists the names there are and `explain(operator, ...)` says
+which one a call runs and why the others do not.
 """
 
 from pallas_kernels.depth_route import IMPLEMENTATIONS as _DEPTH_ROUTE

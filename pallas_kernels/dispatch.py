@@ -26,7 +26,9 @@ _INTERPRET = contextvars.ContextVar("interpret_kernels", default=False)
 
 @contextlib.contextmanager
 def interpret_kernels():
-    """Runs accelerator backends in Pallas' interpreters, on any platform: for tests of numbers, slow. Enter it around tracing as well as calling."""
+    """Runs accelerator backends in Pallas' interpreters, on any platform: for tests of numbers, slow. Enter
+    it around tracing as well as calling.
+    """
     token = _INTERPRET.set(True)
     try:
         yield
@@ -60,7 +62,8 @@ def target_mesh(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
 
 
 def target_device() -> Device:
-    """The device of a call's sharding, else of the mesh in whose context it is traced (`jax.set_mesh`, `jax.shard_map`), else JAX's default.
+    """The device of a call's sharding, else of the mesh in whose context it is traced (`jax.set_mesh`,
+    `jax.shard_map`), else JAX's default.
 
     With a mesh of a topology the call is compiled for hardware that is not there.
     """
@@ -101,7 +104,9 @@ def dispatch(operator: str, table: Mapping[str, Callable], implementation: str |
             except Unavailable as reason:
                 reasons[name] = str(reason)
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise CannotServe(f"implementation: {operator} cannot be served by {why}; there are: {', '.join(table)}", reasons)
+        raise CannotServe(
+            f"implementation: {operator} cannot be served by {why}; there are: {', '.join(table)}", reasons
+        )
 
     return serve
 
@@ -122,7 +127,9 @@ class Explanation(NamedTuple):
         def line(name: str, reason: str) -> str:
             return f"  {name}: " + (reason or ("runs" if name == self.implementation else "could serve"))
 
-        return "\n".join([f"on {self.device.kind} ({self.device.platform}):", *(line(*item) for item in self.reasons.items())])
+        return "\n".join(
+            [f"on {self.device.kind} ({self.device.platform}):", *(line(*item) for item in self.reasons.items())]
+        )
 
 
 def explain_call(function: Callable, table: Mapping[str, Callable], args: tuple, kwargs: Mapping) -> Explanation:

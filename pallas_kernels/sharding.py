@@ -1,7 +1,8 @@
 """How the operators' arguments are split over devices: told by the caller, read from nowhere else.
 
-XLA cannot partition a Pallas call, so an operator with a sharding runs its kernels inside `jax.shard_map`, one call a device on that device's
-part. The derivative stays outside of it: forward and backward kernels are mapped one by one, and no gradient is taken through a shard_map.
+XLA cannot partition a Pallas call, so an operator with a sharding runs its kernels inside `jax.shard_map`, one call a
+device on that device's part. The derivative stays outside of it: forward and backward kernels are mapped one by one,
+and no gradient is taken through a shard_map.
 """
 
 import dataclasses
@@ -22,17 +23,19 @@ class OperatorSharding:
     """The mesh axes that split batch, heads and sequence; axes that are not named hold copies.
 
         mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "sequence"), axis_types=(AxisType.Auto,) * 3)
-        null_attention(query, key, value, sharding=OperatorSharding(mesh, batch="data", heads="tensor", sequence="sequence"))
+        null_attention(query, key, value, sharding=OperatorSharding(mesh, batch="data", heads="tensor",
+        sequence="sequence"))
 
     Attributes:
       mesh: the devices.
       batch: one axis or several.
       heads: one axis or several, for query and key heads alike; `depth_route` has no heads and ignores it.
-      sequence: one axis; for `depth_route`, which needs no communication, also several. Attention passes keys and values around it (ring
-        attention, arXiv 2310.01889); a window fetches only the keys it can reach.
-      layout: the order of the positions. "contiguous": device i of n holds the i-th of n parts; with a causal mask the last device then has
-        nearly twice the mean work, and the others wait. "zigzag": the order that `zigzag(x, n)` makes, in which device i holds the parts
-        i and 2n-1-i of 2n, and causal work is the same everywhere. Only attention reads it: a token's depth routing depends on no other token.
+      sequence: one axis; for `depth_route`, which needs no communication, also several. Attention passes keys and
+        values around it (ring attention, arXiv 2310.01889); a window fetches only the keys it can reach.
+      layout: the order of the positions. "contiguous": device i of n holds the i-th of n parts; with a causal mask the
+        last device then has nearly twice the mean work, and the others wait. "zigzag": the order that `zigzag(x, n)`
+        makes, in which device i holds the parts i and 2n-1-i of 2n, and causal work is the same everywhere. Only
+        attention reads it: a token's depth routing depends on no other token.
 
     Raises:
       ValueError: an axis that the mesh has not or that is named twice, or an unknown layout.
@@ -53,13 +56,18 @@ class OperatorSharding:
         named = self.axes("batch", "heads", "sequence")
         for axis in named:
             if axis not in self.mesh.axis_names:
-                raise ValueError(f"sharding: the mesh has no axis {axis!r}; there are: {', '.join(map(str, self.mesh.axis_names))}")
+                raise ValueError(
+                    f"sharding: the mesh has no axis {axis!r}; there are: {', '.join(map(str, self.mesh.axis_names))}"
+                )
             if named.count(axis) > 1:
                 raise ValueError(f"sharding: mesh axis {axis!r} is named more than once; an axis splits one dimension")
         if self.layout not in LAYOUTS:
             raise ValueError(f"sharding: layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.layout == "zigzag" and not isinstance(self.sequence, str):
-            raise ValueError(f"sharding: layout='zigzag' orders a sequence split over one axis and needs sequence=, got {self.sequence!r}")
+            raise ValueError(
+                "sharding: layout='zigzag' orders a sequence split over one axis and needs sequence=, got "
+                f"{self.sequence!r}"
+            )
 
     def axes(self, *dimensions: str) -> tuple[str, ...]:
         """The mesh axes of some of "batch", "heads" and "sequence", in order."""
@@ -72,7 +80,9 @@ class OperatorSharding:
         return math.prod(self.mesh.shape[axis] for axis in self.axes(*dimensions))
 
     def spec(self, *dimensions: str | None) -> PartitionSpec:
-        """The PartitionSpec of an array whose dimensions are "batch", "heads", "sequence" or, where they are not split, None."""
+        """The PartitionSpec of an array whose dimensions are "batch", "heads", "sequence" or, where they are
+        not split, None.
+        """
         return PartitionSpec(*((self.axes(dimension) or None) if dimension else None for dimension in dimensions))
 
     def check(self, name: str, shape: tuple[int, ...], *dimensions: str | None) -> None:
@@ -84,7 +94,8 @@ class OperatorSharding:
                 axes = " x ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes(dimension))
                 halves = " in two parts each (layout zigzag)" if parts > ways else ""
                 raise ValueError(
-                    f"{name}: sharding splits {dimension} over {axes}{halves}: must be a multiple of {parts}, got {size} in shape {shape}"
+                    f"{name}: sharding splits {dimension} over {axes}{halves}: must be a multiple of {parts}, got "
+                    f"{size} in shape {shape}"
                 )
 
     def mapped(self, function: Callable, in_specs, out_specs) -> Callable:
@@ -93,11 +104,17 @@ class OperatorSharding:
 
 
 def unmapped_axes(sharding: OperatorSharding | None) -> list[str]:
-    """The mesh axes over which XLA would have to partition a kernel: those around the call, where no sharding maps the kernel over them."""
+    """The mesh axes over which XLA would have to partition a kernel: those around the call, where no sharding
+    maps the kernel over them.
+    """
     if sharding is not None:
         return []
     mesh = jax.sharding.get_abstract_mesh()
-    return [axis for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types) if size > 1 and kind != AxisType.Manual]
+    return [
+        axis
+        for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+        if size > 1 and kind != AxisType.Manual
+    ]
 
 
 def _chunk_order(shards: int) -> list[int]:
@@ -107,7 +124,10 @@ def _chunk_order(shards: int) -> list[int]:
 def _reorder(x: Array, order: list[int], axis: int) -> Array:
     axis = range(jnp.ndim(x))[axis]
     if x.shape[axis] % len(order):
-        raise ValueError(f"x: its length along axis {axis} must be a multiple of {len(order)} for {len(order) // 2} shards, got {x.shape}")
+        raise ValueError(
+            f"x: its length along axis {axis} must be a multiple of {len(order)} for {len(order) // 2} shards, got "
+            f"{x.shape}"
+        )
     chunks = x.reshape(*x.shape[:axis], len(order), -1, *x.shape[axis + 1 :])
     return jnp.take(chunks, jnp.asarray(order), axis=axis).reshape(x.shape)
 
@@ -115,8 +135,9 @@ def _reorder(x: Array, order: list[int], axis: int) -> Array:
 def zigzag(x: Array, shards: int, axis: int = 1) -> Array:
     """Puts positions into the order in which causal attention over `shards` devices is balanced.
 
-    The sequence is cut into 2n parts; device i gets the parts i and 2n-1-i. Whatever is per position must be put into the same order: tokens,
-    targets, weights, segment ids, and the positions of a rotary embedding (`zigzag(jnp.arange(T), n, axis=0)`).
+    The sequence is cut into 2n parts; device i gets the parts i and 2n-1-i. Whatever is per position must be put into
+    the same order: tokens, targets, weights, segment ids, and the positions of a rotary embedding
+    (`zigzag(jnp.arange(T), n, axis=0)`).
 
     Args:
       x: its length along `axis` is a multiple of 2 * shards.
@@ -133,10 +154,11 @@ def unzigzag(x: Array, shards: int, axis: int = 1) -> Array:
 
 
 def varying_alike(arrays, examples):
-    """The arrays of a pytree, marked as varying over all axes that any of `examples` varies over: for calls inside a caller's `jax.shard_map`.
+    """The arrays of a pytree, marked as varying over all axes that any of `examples` varies over: for calls inside a
+    caller's `jax.shard_map`.
 
-    A custom derivative must return gradients that vary as its arguments do. Marked outside of it, an argument that all devices share gets its
-    gradient summed over them by JAX.
+    A custom derivative must return gradients that vary as its arguments do. Marked outside of it, an argument that all
+    devices share gets its gradient summed over them by JAX.
     """
 
     def over(x) -> frozenset:

@@ -13,7 +13,9 @@ B, T, D, N, K, H = 2, 9, 20, 6, 3, 4
 
 
 def layer(seed=0, **options):
-    module = Attention(AttentionConfig(width=D, num_heads=N, num_kv_heads=K, head_dim=H, **options), rngs=nnx.Rngs(seed))
+    module = Attention(
+        AttentionConfig(width=D, num_heads=N, num_kv_heads=K, head_dim=H, **options), rngs=nnx.Rngs(seed)
+    )
     rng = np.random.default_rng(seed)
     for name in ("null_logit", "query_norm", "key_norm"):
         if name in module.names:
@@ -35,7 +37,9 @@ def oracle(p, x, config, segments=None):
     """Loops over batch, heads and queries; returns output, probabilities, null mass."""
     q, k, v = (np.einsum("btd,dnh->btnh", x, p[name]) for name in ("query", "key", "value"))
     if config.qk_norm:
-        q, k = (y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-6) * p[f"{n}_norm"] for y, n in ((q, "query"), (k, "key")))
+        q, k = (
+            y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-6) * p[f"{n}_norm"] for y, n in ((q, "query"), (k, "key"))
+        )
     if config.rope_theta:
         q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
     heads, probabilities = np.zeros((B, T, N, H)), np.zeros((B, N, T, T))
@@ -43,7 +47,9 @@ def oracle(p, x, config, segments=None):
     for b, n, i in np.ndindex(B, N, T):
         allowed = np.array(
             [
-                j <= i and (not config.window or i - j < config.window) and (segments is None or segments[b, i] == segments[b, j])
+                j <= i
+                and (not config.window or i - j < config.window)
+                and (segments is None or segments[b, i] == segments[b, j])
                 for j in range(T)
             ]
         )

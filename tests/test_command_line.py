@@ -53,18 +53,27 @@ GET = "from oasis_jax.config import *\ndef get_config():\n    "
 BROKEN_FILES = {
     "no function": ("x = 1\n", ": has no function get_config()"),
     "not a function": ("get_config = 3\n", ": has no function get_config()"),
-    "returns a dict": ("def get_config():\n    return {}\n", ": get_config() has to return an oasis_jax.config.Config, got dict"),
+    "returns a dict": (
+        "def get_config():\n    return {}\n",
+        ": get_config() has to return an oasis_jax.config.Config, got dict",
+    ),
     "syntax": ("x = 1\n\ndef get_config(:\n", ", line 3: not valid Python: "),
     "null byte": ("x = '\0'\n", ": not valid Python: "),
     "import": ("import numpi\n", ", line 1: ModuleNotFoundError: No module named 'numpi'"),
     "exception": ("def get_config():\n    return 1 / 0\n", ", line 2: ZeroDivisionError: division by zero"),
-    "wrong name": (GET + "return Config(model=ModelConfig(preset='oasys'))\n", ", line 3: model.preset: unknown name 'oasys' (did you mean 'oasis'?)"),
+    "wrong name": (
+        GET + "return Config(model=ModelConfig(preset='oasys'))\n",
+        ", line 3: model.preset: unknown name 'oasys' (did you mean 'oasis'?)",
+    ),
     "unknown field": (
         GET + "return Config(model=ModelConfig(num_layer=3))\n",
         ", line 3: model.num_layer: unknown name 'num_layer' (did you mean 'num_layers'?)",
     ),
-    "unknown section": (GET + "return Config(optimiser=OptimizerConfig())\n", ", line 3: config.optimiser: unknown name 'optimiser' (did you mean 'optimizer'?)"),
-}  # fmt: skip
+    "unknown section": (
+        GET + "return Config(optimiser=OptimizerConfig())\n",
+        ", line 3: config.optimiser: unknown name 'optimiser' (did you mean 'optimizer'?)",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BROKEN_FILES)
@@ -113,7 +122,12 @@ def test_values_take_the_type_of_their_field():
             "mesh.data=-1",
         ],
     )
-    assert (changed.model.num_layers, changed.model.qk_norm, changed.model.tied_head, changed.model.norm) == (7, True, False, "dyt")
+    assert (changed.model.num_layers, changed.model.qk_norm, changed.model.tied_head, changed.model.norm) == (
+        7,
+        True,
+        False,
+        "dyt",
+    )
     assert changed.data.pattern == "a=b/*.txt"
     assert (changed.optimizer.learning_rate, changed.optimizer.weight_decay) == (1e-3, 1.0)
     assert changed.run.steps == 2000 and isinstance(changed.run.steps, int)
@@ -143,11 +157,14 @@ def test_without_assignments_nothing_changes_and_the_last_of_two_counts():
 
 
 WRONG = {
-    "model.num_layer=3": "--set: unknown name 'model.num_layer' (did you mean 'model.num_layers'?); allowed: model.norm",
-    "modle.width=3": "--set: unknown name 'modle.width' (did you mean 'model.width'?); allowed: model, data, optimizer, mesh, run",
+    "model.num_layer=3": "--set: unknown name 'model.num_layer' (did you mean 'model.num_layers'?); allowed: "
+    "model.norm",
+    "modle.width=3": "--set: unknown name 'modle.width' (did you mean 'model.width'?); allowed: model, data, "
+    "optimizer, mesh, run",
     "model.learning_rate=3": "--set: unknown name 'model.learning_rate' (did you mean 'optimizer.learning_rate'?)",
     "num_layers=3": "--set: expected section.field=value, got 'num_layers=3' (did you mean 'model.num_layers'?)",
-    "model.num_layers": "--set: expected section.field=value, got 'model.num_layers' (did you mean 'model.num_layers'?)",
+    "model.num_layers": "--set: expected section.field=value, got 'model.num_layers' (did you mean "
+    "'model.num_layers'?)",
     "": "--set: expected section.field=value, got ''",
     "=3": "--set: expected section.field=value, got '=3'",
     "mesh.rules=x": "--set: mesh.rules is a table and cannot be set on the command line; write it in a config file",
@@ -180,7 +197,9 @@ def test_help_lists_every_field_with_type_default_and_help(capsys):
         train_parser().parse_args(["--help"])
     assert exit.value.code == 0
     rows = {
-        line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and "." in line.split()[0]
+        line.split()[0]: line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("  ") and "." in line.split()[0]
     }
     for section, cls in sections().items():
         for field in dataclasses.fields(cls):
@@ -202,7 +221,11 @@ def test_described_fields_are_wrapped_aligned_and_complete():
     assert f"one of: {', '.join(PRESETS)}" in flat
     assert "one of: softmax, softmax1, learned_sink, clipped, entmax15, sparsemax, softpick" in flat
     assert "what is split over what; only in a config file" in flat
-    starts = {line.index(line.split(maxsplit=3)[3]) for line in text.splitlines() if line.lstrip().startswith(("run.", "optimizer."))}
+    starts = {
+        line.index(line.split(maxsplit=3)[3])
+        for line in text.splitlines()
+        if line.lstrip().startswith(("run.", "optimizer."))
+    }
     assert len(starts) == 1
 
 
@@ -243,11 +266,16 @@ FLAGS = {
     (
         "--confg=a.py",
         "--workdir=b",
-    ): "train.py: error: unknown flag --confg (did you mean '--config'?); allowed: --help, --config, --workdir, --plan, --set",
+    ): "train.py: error: unknown flag --confg (did you mean '--config'?); allowed: --help, --config, --workdir, "
+    "--plan, --set",
     ("--config=a.py", "--work=b"): "train.py: error: unknown flag --work (did you mean '--workdir'?)",
     ("--config=a.py",): "train.py: error: one of the arguments --workdir --plan is required",
     ("--config",): "train.py: error: argument --config: expected one argument",
-    ("--config=a.py", "--workdir=b", "--plan=h100:8"): "train.py: error: argument --plan: not allowed with argument --workdir",
+    (
+        "--config=a.py",
+        "--workdir=b",
+        "--plan=h100:8",
+    ): "train.py: error: argument --plan: not allowed with argument --workdir",
     ("--config=a.py", "--workdir=b", "c"): "train.py: error: unrecognized arguments: c",
 }
 
@@ -272,7 +300,8 @@ import os, signal, sys
 from oasis_jax.command_line import run_main
 from oasis_jax.errors import UserError
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would their children
+# a shell's background jobs ignore it, and so would their children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def main(argv):
     print("ran with", argv)
@@ -292,12 +321,19 @@ def script(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return lambda *args: subprocess.run([sys.executable, str(path), *args], capture_output=True, text=True, timeout=120, env=environment)
+    return lambda *args: subprocess.run(
+        [sys.executable, str(path), *args], capture_output=True, text=True, timeout=120, env=environment
+    )
 
 
 @pytest.mark.parametrize(
-    ("arg", "code", "stderr"), [("fine", 0, ""), ("user", 2, "script.py: error: model.width: too wide\n"), ("interrupt", 130, "script.py: interrupted\n")]
-)  # fmt: skip
+    ("arg", "code", "stderr"),
+    [
+        ("fine", 0, ""),
+        ("user", 2, "script.py: error: model.width: too wide\n"),
+        ("interrupt", 130, "script.py: interrupted\n"),
+    ],
+)
 def test_exit_codes_and_one_line_on_stderr(script, arg, code, stderr):
     done = script(arg)
     assert (done.returncode, done.stdout, done.stderr) == (code, f"ran with ['{arg}']\n", stderr)

@@ -45,13 +45,23 @@ def test_every_preset_is_in_the_table():
 @pytest.mark.parametrize("preset", METHODS)
 def test_preset_gives_the_fields_of_its_method(preset):
     model = ModelConfig(preset=preset)
-    found = (model.normalizer, model.wiring, model.router, model.depth_normalizer, model.coupling, model.gate, model.blocks)
+    found = (
+        model.normalizer,
+        model.wiring,
+        model.router,
+        model.depth_normalizer,
+        model.coupling,
+        model.gate,
+        model.blocks,
+    )
     assert found == METHODS[preset]
 
 
 @pytest.mark.parametrize("preset", METHODS)
 def test_with_preset_replaces_the_method_and_keeps_the_rest(preset):
-    changed = ModelConfig(preset="oasis", num_layers=5, width=84, num_heads=6, normalizer="softpick").with_preset(preset)
+    changed = ModelConfig(preset="oasis", num_layers=5, width=84, num_heads=6, normalizer="softpick").with_preset(
+        preset
+    )
     assert changed == ModelConfig(preset=preset, num_layers=5, width=84, num_heads=6)
 
 
@@ -100,35 +110,80 @@ def test_sizes_that_follow_from_others():
 
 
 WRONG = {
-    "unknown preset": (lambda: ModelConfig(preset="oasys"), "model.preset: unknown name 'oasys' (did you mean 'oasis'?); allowed: residual,"),
-    "unknown normalizer": (lambda: ModelConfig(normalizer="softmax2"), "model.normalizer: unknown name 'softmax2' (did you mean 'softmax"),
-    "unknown wiring": (lambda: ModelConfig(wiring="cumulativ"), "model.wiring: unknown name 'cumulativ' (did you mean 'cumulative'?)"),
+    "unknown preset": (
+        lambda: ModelConfig(preset="oasys"),
+        "model.preset: unknown name 'oasys' (did you mean 'oasis'?); allowed: residual,",
+    ),
+    "unknown normalizer": (
+        lambda: ModelConfig(normalizer="softmax2"),
+        "model.normalizer: unknown name 'softmax2' (did you mean 'softmax",
+    ),
+    "unknown wiring": (
+        lambda: ModelConfig(wiring="cumulativ"),
+        "model.wiring: unknown name 'cumulativ' (did you mean 'cumulative'?)",
+    ),
     "unknown norm": (lambda: ModelConfig(norm="rms"), "model.norm: unknown name 'rms' (did you mean 'rmsnorm'?)"),
-    "unknown corpus": (lambda: DataConfig(corpus="stdlibs"), "data.corpus: unknown name 'stdlibs' (did you mean 'stdlib'?); allowed: stdlib,"),
-    "name with nothing near": (lambda: ModelConfig(router="xyzzy"), "model.router: unknown name 'xyzzy'; allowed: projected, static, none"),
+    "unknown corpus": (
+        lambda: DataConfig(corpus="stdlibs"),
+        "data.corpus: unknown name 'stdlibs' (did you mean 'stdlib'?); allowed: stdlib,",
+    ),
+    "name with nothing near": (
+        lambda: ModelConfig(router="xyzzy"),
+        "model.router: unknown name 'xyzzy'; allowed: projected, static, none",
+    ),
     "text for a number": (lambda: ModelConfig(num_layers="4"), "model.num_layers: expected int, got '4' of type str"),
     "bool for a number": (lambda: ModelConfig(width=True), "model.width: expected int, got True of type bool"),
     "number for a bool": (lambda: ModelConfig(qk_norm=1), "model.qk_norm: expected bool, got 1 of type int"),
     "float for an int": (lambda: RunConfig(steps=3.0), "run.steps: expected int, got 3.0 of type float"),
-    "not a number": (lambda: OptimizerConfig(learning_rate=float("nan")), "optimizer.learning_rate: must be finite, got nan"),
+    "not a number": (
+        lambda: OptimizerConfig(learning_rate=float("nan")),
+        "optimizer.learning_rate: must be finite, got nan",
+    ),
     "infinite": (lambda: ModelConfig(residual_clip=float("inf")), "model.residual_clip: must be finite, got inf"),
     "no layers": (lambda: ModelConfig(num_layers=0), "model.num_layers: must be at least 1, got 0"),
-    "key heads": (lambda: ModelConfig(num_heads=6, num_kv_heads=4, head_dim=8), "model.num_kv_heads: 4 does not divide num_heads=6"),
+    "key heads": (
+        lambda: ModelConfig(num_heads=6, num_kv_heads=4, head_dim=8),
+        "model.num_kv_heads: 4 does not divide num_heads=6",
+    ),
     "heads": (lambda: ModelConfig(width=128, num_heads=5), "model.num_heads: 5 does not divide width=128"),
-    "odd head size": (lambda: ModelConfig(width=132, num_heads=12), "model.head_dim: rotary positions need an even head size, got 11"),
+    "odd head size": (
+        lambda: ModelConfig(width=132, num_heads=12),
+        "model.head_dim: rotary positions need an even head size, got 11",
+    ),
     "positive gamma": (lambda: ModelConfig(clip_gamma=0.1), "model.clip_gamma: must be at most 0, got 0.1"),
-    "router without wiring": (lambda: ModelConfig(preset="residual", router="static"), "model.router: wiring=residual goes with router=none"),
-    "wiring without router": (lambda: ModelConfig(router="none"), "model.router: wiring=cumulative goes with router=projected or static"),
+    "router without wiring": (
+        lambda: ModelConfig(preset="residual", router="static"),
+        "model.router: wiring=residual goes with router=none",
+    ),
+    "wiring without router": (
+        lambda: ModelConfig(router="none"),
+        "model.router: wiring=cumulative goes with router=projected or static",
+    ),
     "blocks without delta": (lambda: ModelConfig(blocks=2), "model.blocks: only wiring=delta has blocks"),
-    "too many blocks": (lambda: ModelConfig(preset="oasis_blocks", num_layers=3), "model.blocks: 8 blocks for 6 sublayers"),
+    "too many blocks": (
+        lambda: ModelConfig(preset="oasis_blocks", num_layers=3),
+        "model.blocks: 8 blocks for 6 sublayers",
+    ),
     "files without a pattern": (lambda: DataConfig(corpus="files"), "data.pattern: corpus=files needs a glob"),
-    "share of 1": (lambda: DataConfig(holdout_fraction=1.0), "data.holdout_fraction: must lie between 0 and 1, got 1.0"),
+    "share of 1": (
+        lambda: DataConfig(holdout_fraction=1.0),
+        "data.holdout_fraction: must lie between 0 and 1, got 1.0",
+    ),
     "mesh of nothing": (lambda: MeshConfig(data=0), "mesh.data: must be -1 or at least 1, got 0"),
-    "accumulation": (lambda: Config(optimizer=OptimizerConfig(accumulation_steps=3)), "optimizer.accumulation_steps: 3 does not divide data.batch_size=16"),
-    "inputs of the corpus": (lambda: Config(data=DataConfig(corpus="trigger")), "model.inputs: corpus=trigger needs inputs=vectors, got tokens"),
+    "accumulation": (
+        lambda: Config(optimizer=OptimizerConfig(accumulation_steps=3)),
+        "optimizer.accumulation_steps: 3 does not divide data.batch_size=16",
+    ),
+    "inputs of the corpus": (
+        lambda: Config(data=DataConfig(corpus="trigger")),
+        "model.inputs: corpus=trigger needs inputs=vectors, got tokens",
+    ),
     "attention alone": (lambda: AttentionConfig(num_heads=7), "attention.num_heads: 7 does not divide width=128"),
-    "router alone": (lambda: RouterConfig(router="statics"), "router.router: unknown name 'statics' (did you mean 'static'?)"),
-}  # fmt: skip
+    "router alone": (
+        lambda: RouterConfig(router="statics"),
+        "router.router: unknown name 'statics' (did you mean 'static'?)",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

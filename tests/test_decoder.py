@@ -60,7 +60,9 @@ def test_outputs_do_not_depend_on_later_tokens(preset):
     assert float(jnp.abs(first[:, 7:] - second[:, 7:]).max()) > 1e-3
 
 
-@pytest.mark.parametrize("options", [dict(preset="oasis"), dict(preset="oasis_blocks", blocks=3)], ids=lambda o: o["preset"])
+@pytest.mark.parametrize(
+    "options", [dict(preset="oasis"), dict(preset="oasis_blocks", blocks=3)], ids=lambda o: o["preset"]
+)
 def test_remat_changes_no_value(options):
     inputs = tokens()
     options = SMALL | dict(num_layers=2) | options
@@ -87,7 +89,9 @@ def test_statistics_have_the_promised_shapes():
     chex.assert_shape([x for tap in statistics.taps.values() for x in tap], (B, T, 24))
     np.testing.assert_allclose(
         logits,
-        jnp.einsum("btd,vd->btv", statistics.taps["final_norm"][0], Decoder(config, rngs=nnx.Rngs(0)).ends.embedding[...]),
+        jnp.einsum(
+            "btd,vd->btv", statistics.taps["final_norm"][0], Decoder(config, rngs=nnx.Rngs(0)).ends.embedding[...]
+        ),
         atol=1e-5,
     )
 
@@ -97,13 +101,16 @@ def test_telemetry_is_the_mean_of_the_statistics():
     scalars = telemetry(statistics)
     expected = np.mean([np.mean(layer.null_mass) for layer in statistics.attention])
     np.testing.assert_allclose(scalars["null_mass"], expected, rtol=1e-6)
-    np.testing.assert_allclose(scalars["first_token_mass/layer2"], np.mean(statistics.attention[2].first_token_mass), rtol=1e-6)
+    np.testing.assert_allclose(
+        scalars["first_token_mass/layer2"], np.mean(statistics.attention[2].first_token_mass), rtol=1e-6
+    )
     np.testing.assert_allclose(scalars["beta/layer1.mlp"], np.log1p(np.exp(-5.0)), rtol=1e-5)
     assert "beta" not in telemetry(Decoder(ModelConfig(preset="softmax1", **SMALL), rngs=nnx.Rngs(0))(tokens())[1])
 
 
 @pytest.mark.parametrize(
-    "options", [dict(), dict(tied_head=False, gate="per_head", norm="gatednorm", qk_norm=True, normalizer="learned_sink")]
+    "options",
+    [dict(), dict(tied_head=False, gate="per_head", norm="gatednorm", qk_norm=True, normalizer="learned_sink")],
 )
 def test_every_parameter_names_the_axis_of_every_dimension(options):
     config = ModelConfig(preset="oasis", **SMALL, **options)

@@ -72,7 +72,9 @@ def test_with_the_nnx_optimizer_and_transforms():
 
     @nnx.jit
     def step(model, optimizer):
-        loss, gradients = nnx.value_and_grad(lambda m: optax.softmax_cross_entropy_with_integer_labels(m(INPUTS), LABELS).mean())(model)
+        loss, gradients = nnx.value_and_grad(
+            lambda m: optax.softmax_cross_entropy_with_integer_labels(m(INPUTS), LABELS).mean()
+        )(model)
         optimizer.update(model, gradients)
         return loss
 

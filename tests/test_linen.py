@@ -42,7 +42,9 @@ def test_decoder_outputs_and_gradients_agree(options):
     expected, expected_gradient = jax.jit(jax.value_and_grad(nnx_loss))(state)
     value, gradient = jax.jit(jax.value_and_grad(linen_loss))(params)
     chex.assert_trees_all_close(value, expected, rtol=1e-6)
-    chex.assert_trees_all_close(gradient, linen.params_from_nnx(nnx.to_pure_dict(expected_gradient)), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(
+        gradient, linen.params_from_nnx(nnx.to_pure_dict(expected_gradient)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_parameters_survive_the_round_trip():

@@ -89,7 +89,9 @@ def test_a_given_gamma_is_used_as_it_is():
     scores = jnp.array([[0.0, 1.0, 3.0]])
     p = softmax(scores, jnp.ones_like(scores, bool))
     expected = np.clip(1.35 * np.array(p) - 0.25, 0, 1)
-    np.testing.assert_allclose(DENSE_NORMALIZERS["clipped"](scores, jnp.ones_like(scores, bool), config), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        DENSE_NORMALIZERS["clipped"](scores, jnp.ones_like(scores, bool), config), expected, atol=1e-6
+    )
 
 
 def test_the_config_names_are_the_tables():

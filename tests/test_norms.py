@@ -38,7 +38,9 @@ def test_values(name):
     expected = {
         "rmsnorm": lambda: rms(x) * p["scale"],
         "preaffine": lambda: rms(x * p["pre_scale"]) * p["scale"],
-        "gatednorm": lambda: (y := rms(x) * p["scale"]) * sigmoid((h := y @ p["gate_down"]) * sigmoid(h) @ p["gate_up"]),
+        "gatednorm": lambda: (
+            (y := rms(x) * p["scale"]) * sigmoid((h := y @ p["gate_down"]) * sigmoid(h) @ p["gate_up"])
+        ),
         "dyt": lambda: p["scale"] * np.tanh(p["alpha"] * x) + p["shift"],
         "none": lambda: x,
     }[name]()

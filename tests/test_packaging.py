@@ -1,4 +1,6 @@
-"""What an installation declares: dependencies, pins, licence. A missing requirement would only show on somebody else's machine."""
+"""What an installation declares: dependencies, pins, licence. A missing requirement would only show on
+somebody else's machine.
+"""
 
 import ast
 import configparser
@@ -45,7 +47,9 @@ def imports_of(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
                 continue
             for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - HOUSE:
                 tests = ROOT / "tests"
-                if top.startswith("_") or (path.is_relative_to(tests) and (path.with_name(f"{top}.py").exists() or (tests / top).is_dir())):
+                if top.startswith("_") or (
+                    path.is_relative_to(tests) and (path.with_name(f"{top}.py").exists() or (tests / top).is_dir())
+                ):
                     continue  # a neighbour of a script or of a test
                 found[canonicalize_name(DISTRIBUTIONS.get(top, top))] = path.relative_to(ROOT)
     return found
@@ -53,14 +57,20 @@ def imports_of(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
 
 def software() -> list[pathlib.Path]:
     folders = [ROOT / "oasis_jax", ROOT / "pallas_kernels", ROOT / "configs", ROOT / "benchmarks"]
-    return [path for folder in folders for path in folder.rglob("*.py")] + [p for p in (ROOT / "train.py", ROOT / "eval.py") if p.exists()]
+    return [path for folder in folders for path in folder.rglob("*.py")] + [
+        p for p in (ROOT / "train.py", ROOT / "eval.py") if p.exists()
+    ]
 
 
 def test_every_import_is_declared(setup):
     declared = requirements(setup["options"]["install_requires"])
     optional = requirements(setup["options.extras_require"]["tensorboard"])
     peers = {"transformer-engine"}  # benchmarked where somebody has installed it
-    missing = {name: str(path) for name, path in imports_of(software()).items() if name not in declared.keys() | optional.keys() | peers}
+    missing = {
+        name: str(path)
+        for name, path in imports_of(software()).items()
+        if name not in declared.keys() | optional.keys() | peers
+    }
     assert not missing
 
 
@@ -77,7 +87,9 @@ def test_extras_are_imported_only_inside_functions(setup):
 
 
 def test_every_import_of_the_tests_is_declared(setup):
-    declared = requirements(setup["options"]["install_requires"]) | requirements(setup["options.extras_require"]["test"])
+    declared = requirements(setup["options"]["install_requires"]) | requirements(
+        setup["options.extras_require"]["test"]
+    )
     brought_by_pytest = {"packaging"}
     used = imports_of((ROOT / "tests").rglob("*.py"))
     missing = {name: str(path) for name, path in used.items() if name not in declared.keys() | brought_by_pytest}
@@ -100,7 +112,9 @@ def test_every_requirement_is_pinned_for_this_python(setup):
                 assert canonicalize_name(requirement.name) not in pins, line
                 pins[canonicalize_name(requirement.name)] = str(requirement.specifier).removeprefix("==")
     extras = setup["options.extras_require"]
-    open_ = list(requirements("\n".join([setup["options"]["install_requires"], extras["test"], extras["lint"]])).values())
+    open_ = list(
+        requirements("\n".join([setup["options"]["install_requires"], extras["test"], extras["lint"]])).values()
+    )
     seen = set()
     while open_:
         requirement = open_.pop()
@@ -113,7 +127,9 @@ def test_every_requirement_is_pinned_for_this_python(setup):
         if importlib.metadata.version(name) != pins[name]:
             continue  # another version's requirements say nothing about the pinned one's
         for child in map(Requirement, importlib.metadata.requires(name) or []):
-            if child.marker is None or any(child.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)):
+            if child.marker is None or any(
+                child.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)
+            ):
                 open_.append(child)
 
 
@@ -128,7 +144,11 @@ def test_licence_and_python_versions(setup):
     metadata, options = setup["metadata"], setup["options"]
     assert metadata["license_expression"] == "Apache-2.0"
     licence = (ROOT / "LICENSE").read_text()
-    assert "Apache License" in licence and "Version 2.0, January 2004" in licence and "END OF TERMS AND CONDITIONS" in licence
+    assert (
+        "Apache License" in licence
+        and "Version 2.0, January 2004" in licence
+        and "END OF TERMS AND CONDITIONS" in licence
+    )
     assert options["python_requires"] == ">=3.11,<3.14"
 
 
@@ -144,7 +164,9 @@ def test_kernels_stand_alone():
 def test_an_installation_imports_from_anywhere(setup, tmp_path):
     code = "from importlib.metadata import version; print(version('oasis_jax')); import pallas_kernels, oasis_jax"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment
+    )
     if "PackageNotFoundError" in done.stderr:
         pytest.skip("oasis_jax is not installed in this environment")
     assert (done.returncode, done.stdout.strip()) == (0, setup["metadata"]["version"]), done.stderr

@@ -1,4 +1,6 @@
-"""Layers as loops against the decoder that runs them one by one, in float64; and what they store, as the CPU's compiler says."""
+"""Layers as loops against the decoder that runs them one by one, in float64; and what they store, as the
+CPU's compiler says.
+"""
 
 from functools import cache, partial
 
@@ -73,7 +75,9 @@ def test_loss_and_gradients_equal_those_of_the_decoder(options):
         # Half of the time is LLVM's, and what it leaves out changes no number.
         @partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
         def both(params):
-            loss = lambda params, scan: training_loss(stack_layers(params) if scan else params, batch, config, unconstrained, scan=scan)  # noqa: E731
+            loss = lambda params, scan: training_loss(
+                stack_layers(params) if scan else params, batch, config, unconstrained, scan=scan
+            )
             return [jax.value_and_grad(loss)(params, scan) for scan in (True, False)]
 
         (value, gradients), (wanted, wanted_gradients) = both(params)
@@ -91,8 +95,11 @@ def test_every_preset_runs_as_loops(preset):
     config = ModelConfig(preset=preset, num_layers=4, stack="scan", dtype="bfloat16", **SMALL)
     assert uses_scan(config, "cpu")
     shapes = parameter_shapes(config)
-    batch = {name: jax.ShapeDtypeStruct((B, T), kind) for name, kind in (("inputs", "int32"), ("targets", "int32"), ("weights", "float32"))}
-    loss = lambda params, batch: training_loss(params, batch, config, unconstrained, scan=True)  # noqa: E731
+    batch = {
+        name: jax.ShapeDtypeStruct((B, T), kind)
+        for name, kind in (("inputs", "int32"), ("targets", "int32"), ("weights", "float32"))
+    }
+    loss = lambda params, batch: training_loss(params, batch, config, unconstrained, scan=True)
     gradients = jax.eval_shape(jax.grad(loss), shapes, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), gradients) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
 
@@ -107,10 +114,15 @@ def temporary_bytes(layers, scan=True, **options):
     if not scan:
         shapes = jax.eval_shape(unstack_layers, shapes)
     batch = {
-        name: jax.ShapeDtypeStruct((4, 128), kind) for name, kind in (("inputs", "int32"), ("targets", "int32"), ("weights", "float32"))
+        name: jax.ShapeDtypeStruct((4, 128), kind)
+        for name, kind in (("inputs", "int32"), ("targets", "int32"), ("weights", "float32"))
     }
-    function = lambda params, batch: training_loss(params, batch, config, unconstrained, scan=scan)  # noqa: E731
-    compiled = jax.jit(jax.grad(function)).lower(shapes, batch).compile(compiler_options={"xla_backend_optimization_level": "0"})
+    function = lambda params, batch: training_loss(params, batch, config, unconstrained, scan=scan)
+    compiled = (
+        jax.jit(jax.grad(function))
+        .lower(shapes, batch)
+        .compile(compiler_options={"xla_backend_optimization_level": "0"})
+    )
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -120,22 +132,29 @@ def temporary_bytes(layers, scan=True, **options):
     ids=lambda o: o["preset"],
 )
 def test_temporary_memory_is_linear_in_depth(options):
-    """Equal steps of depth cost equal memory; a stored history would make the second step cost more than twice the first."""
+    """Equal steps of depth cost equal memory; a stored history would make the second step cost more than twice the
+    first.
+    """
     few, more, many = (temporary_bytes(layers, **options) for layers in (4, 8, 16))
     assert few < more < many
-    # The scores at birth are quadratic, 2 (2L + 1) numbers a token and source against the D of a source: with D = 16 they are seen.
+    # The scores at birth are quadratic, 2 (2L + 1) numbers a token and source against the D of a source: with D = 16
+    # they are seen.
     scores = 4 * 512 * (33 * 32 - 17 * 16) if options["preset"] == "attnres" else 0
     assert many - more - scores < 1.25 * 2 * (more - few)
 
 
 def test_a_history_and_its_gradients_are_stored_once():
-    """A layer costs its source, its gradient and statistics, in which D = 16 numbers count; one copy of either would be seen."""
+    """A layer costs its source, its gradient and statistics, in which D = 16 numbers count; one copy of
+    either would be seen.
+    """
     assert (temporary_bytes(8, preset="oasis") - temporary_bytes(4, preset="oasis")) / 4 < 3 * UNIT
 
 
 @pytest.mark.slow
 def test_one_by_one_a_history_costs_more():
-    assert (temporary_bytes(4, scan=False, preset="oasis") - temporary_bytes(2, scan=False, preset="oasis")) / 2 > 6 * UNIT
+    assert (
+        temporary_bytes(4, scan=False, preset="oasis") - temporary_bytes(2, scan=False, preset="oasis")
+    ) / 2 > 6 * UNIT
 
 
 def test_where_loops_are_used():
@@ -143,6 +162,8 @@ def test_where_loops_are_used():
     assert uses_scan(ModelConfig(stack="scan"), "cpu") and not uses_scan(ModelConfig(stack="unroll"), "gpu")
 
 
-@pytest.mark.parametrize("vocab, length, chunks", [(258, 512, 2), (100_000, 512, 512), (8, 7, 1), (1000, 30, 5), (1000, 7, 7)])
+@pytest.mark.parametrize(
+    "vocab, length, chunks", [(258, 512, 2), (100_000, 512, 512), (8, 7, 1), (1000, 30, 5), (1000, 7, 7)]
+)
 def test_the_number_of_chunks_divides_the_length(vocab, length, chunks):
     assert loss_chunks(ModelConfig(width=128, num_heads=4, vocab_size=vocab), length) == chunks

@@ -1,4 +1,6 @@
-"""The three wirings against a numpy oracle, in float64, with the sublayers' outputs and evidence taken as given functions."""
+"""The three wirings against a numpy oracle, in float64, with the sublayers' outputs and evidence taken as given
+functions.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +130,9 @@ def test_routed_wirings_match_the_oracle(options):
             output, seen[name] = route_oracle(parameters[name], config, sources, evidence)
             return output
 
-        expected = cumulative_oracle(route, x) if config.wiring == "cumulative" else delta_oracle(route, x, config.blocks)
+        expected = (
+            cumulative_oracle(route, x) if config.wiring == "cumulative" else delta_oracle(route, x, config.blocks)
+        )
         np.testing.assert_allclose(result.stream, expected, rtol=1e-10, atol=1e-12)
         assert list(result.routers) == list(seen) == router_names(config)
         for name, weights in seen.items():
@@ -140,7 +144,9 @@ def test_the_cumulative_wiring_routes_over_l_plus_2_then_l_plus_3_sources():
     config = ModelConfig(preset="oasis", width=D, num_heads=1, head_dim=2, num_layers=LAYERS)
     routers, _ = routers_of(config)
     call = Sublayers()
-    result = WIRINGS["cumulative"](config, jnp.ones((B, T, D)), [lambda h, i=i: call(i, h) for i in range(2 * LAYERS)], routers)
+    result = WIRINGS["cumulative"](
+        config, jnp.ones((B, T, D)), [lambda h, i=i: call(i, h) for i in range(2 * LAYERS)], routers
+    )
     assert [r.weights.shape[-1] for r in result.routers.values()] == [2, 3, 3, 4, 4, 5]
 
 
@@ -170,7 +176,9 @@ def test_gradient_reaches_the_evidence_through_the_coupling():
     config = ModelConfig(preset="oasis", width=D, num_heads=1, head_dim=2)
     router = Router(config, rngs=nnx.Rngs(0))
     sources = [jax.random.normal(jax.random.key(i), (B, T, D)) for i in range(3)]
-    gradient = jax.grad(lambda psi: router(sources, [jnp.zeros((B, T)), psi, 0.3 * psi])[0].sum())(jnp.full((B, T), 0.4))
+    gradient = jax.grad(lambda psi: router(sources, [jnp.zeros((B, T)), psi, 0.3 * psi])[0].sum())(
+        jnp.full((B, T), 0.4)
+    )
     assert float(jnp.abs(gradient).min()) > 0
 
 

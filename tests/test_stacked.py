@@ -11,7 +11,9 @@ from oasis_jax.decoder import parameter_axes
 from oasis_jax.stacked import initial_params, stack_layers, stacked_axes, unstack_layers
 
 
-@pytest.mark.parametrize("options", [dict(preset="residual", norm="none"), dict(preset="oasis"), dict(preset="attnres", tied_head=False)])
+@pytest.mark.parametrize(
+    "options", [dict(preset="residual", norm="none"), dict(preset="oasis"), dict(preset="attnres", tied_head=False)]
+)
 def test_the_layouts_are_inverse_and_start_alike(options):
     config = ModelConfig(num_layers=3, width=12, num_heads=3, mlp_dim=20, vocab_size=13, **options)
     key = jax.random.key(5)
@@ -38,4 +40,6 @@ def test_the_axis_of_layers_is_never_split(preset):
     for name in {"layers", "routers"} & set(layers):
         for one in layers[name].values():
             assert jax.tree.map(lambda x: (None, *x), one, is_leaf=lambda x: isinstance(x, tuple)) == axes[name]
-    assert {name: axes[name] for name in ("ends", "final_norm")} == {name: layers[name] for name in ("ends", "final_norm")}
+    assert {name: axes[name] for name in ("ends", "final_norm")} == {
+        name: layers[name] for name in ("ends", "final_norm")
+    }

@@ -25,7 +25,8 @@ class Corpus:
     """Examples to train on and examples that are never trained on.
 
     Attributes:
-      identity: what the examples were made from, JSON-able; equal identities (with an equal data config and tokenizer) mean equal examples.
+      identity: what the examples were made from, JSON-able; equal identities (with an equal data config and tokenizer)
+        mean equal examples.
       tokenizer: None where examples are vectors.
       train: examples to train on.
       heldout: examples kept back.

@@ -18,7 +18,9 @@ _SUFFIXES = (".txt", ".jsonl")
 
 
 def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpus:
-    """Reads the files that `config.pattern` matches; names count relative to the folder they share, so the folder may move."""
+    """Reads the files that `config.pattern` matches; names count relative to the folder they share, so the
+    folder may move.
+    """
     del seed  # the text is what it is
     paths = matching_files(config.pattern)
     root = pathlib.Path(os.path.commonpath([path.parent for path in paths]))
@@ -48,7 +50,8 @@ def matching_files(pattern: str) -> list[pathlib.Path]:
     """The files that a glob matches; ** means any depth of folders.
 
     Raises:
-      UserError: nothing matches, or a match is neither .txt nor .jsonl (leaving it out in silence would hide a misspelt pattern).
+      UserError: nothing matches, or a match is neither .txt nor .jsonl (leaving it out in silence would hide a misspelt
+        pattern).
     """
     expanded = os.path.expanduser(pattern)
     paths = [pathlib.Path(path) for path in glob.glob(expanded, recursive=True) if not os.path.isdir(path)]
@@ -57,7 +60,8 @@ def matching_files(pattern: str) -> list[pathlib.Path]:
     for path in paths:
         if path.suffix not in _SUFFIXES:
             raise UserError(
-                f"data.pattern: {pattern!r} matches {str(path)!r}, which is neither .txt nor .jsonl; end the pattern with one of them"
+                f"data.pattern: {pattern!r} matches {str(path)!r}, which is neither .txt nor .jsonl; end the "
+                "pattern with one of them"
             )
     return [pathlib.Path(os.path.abspath(path)) for path in paths]
 
@@ -78,15 +82,21 @@ def _hint(pattern: pathlib.Path) -> str:
 
 
 def json_documents(
-    content: bytes, path: pathlib.Path, key: str, attempt: Callable[[Callable[[], bytes]], bytes | None] = lambda read_it: read_it()
+    content: bytes,
+    path: pathlib.Path,
+    key: str,
+    attempt: Callable[[Callable[[], bytes]], bytes | None] = lambda read_it: read_it(),
 ) -> list[bytes]:
-    """The texts of a .jsonl file in UTF-8, one a line; blank lines are skipped, and those for which `attempt` gives None.
+    """The texts of a .jsonl file in UTF-8, one a line; blank lines are skipped, and those for which `attempt` gives
+    None.
 
     Raises:
       UserError: names file and line where a line is not a JSON object with a text under `key`.
     """
     lines = enumerate(content.split(b"\n"), start=1)
-    texts = [attempt(functools.partial(_json_text, line, f"{path}:{number}", key)) for number, line in lines if line.strip()]
+    texts = [
+        attempt(functools.partial(_json_text, line, f"{path}:{number}", key)) for number, line in lines if line.strip()
+    ]
     return [text for text in texts if text is not None]
 
 
@@ -103,10 +113,17 @@ def _json_text(line: bytes, where: str, key: str) -> bytes:
         raise UserError(f"{where}: expected a JSON object with the key {key!r}, got a {type(record).__name__}")
     if key not in record:
         keys = ", ".join(map(repr, list(record)[:10])) or "none"
-        raise UserError(f"{where}: no key {key!r}{nearest(key, record)}; keys of this line: {keys}; data.text_key names the one to read")
+        raise UserError(
+            f"{where}: no key {key!r}{nearest(key, record)}; keys of this line: {keys}; data.text_key names the "
+            "one to read"
+        )
     if not isinstance(record[key], str):
-        raise UserError(f"{where}: {key!r} is not text but a {type(record[key]).__name__}; data.text_key names the key to read")
+        raise UserError(
+            f"{where}: {key!r} is not text but a {type(record[key]).__name__}; data.text_key names the key to read"
+        )
     try:
         return record[key].encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {key!r} has half of a surrogate pair at character {error.start}, which is no text") from None
+        raise UserError(
+            f"{where}: {key!r} has half of a surrogate pair at character {error.start}, which is no text"
+        ) from None

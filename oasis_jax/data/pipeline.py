@@ -7,20 +7,23 @@ from oasis_jax.config import DataConfig
 from oasis_jax.data.corpus import ORDER, Source, seed_sequence
 from oasis_jax.errors import UserError
 
-# Examples are slices of memory or a few microseconds of random numbers: one thread keeps a few batches ahead of the step.
-# Grain's own endless length, sys.maxsize, becomes one too many where it is divided into batches of one.
+# Examples are slices of memory or a few microseconds of random numbers: one thread keeps a few batches ahead of the
+# step. Grain's own endless length, sys.maxsize, becomes one too many where it is divided into batches of one.
 _ENDLESS = 2**62
 _READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
-def train_batches(source: Source, config: DataConfig, *, seed: int, part: int = 0, parts: int = 1) -> grain.DatasetIterator:
+def train_batches(
+    source: Source, config: DataConfig, *, seed: int, part: int = 0, parts: int = 1
+) -> grain.DatasetIterator:
     """One of `parts` equal parts of every global batch, without end; each epoch has an order of its own.
 
     The examples are put in order first and dealt out after, so the state, {"next_index": batches read}, means the
     same for any number of parts: part p holds the examples p, p + P, p + 2P, ... of each global batch.
 
     Returns:
-      Iterator over dicts of arrays [batch_size / parts, ...]; its get_state() is JSON-able and set_state() takes no replay.
+      Iterator over dicts of arrays [batch_size / parts, ...]; its get_state() is JSON-able and set_state() takes no
+      replay.
 
     Raises:
       UserError: the batch cannot be dealt out evenly.
@@ -39,14 +42,16 @@ def train_batches(source: Source, config: DataConfig, *, seed: int, part: int = 
 def eval_batches(source: Source, config: DataConfig, *, num_batches: int) -> list[dict[str, np.ndarray]]:
     """Examples spread evenly over a source, the same ones in the same order for every model with the same data.
 
-    A source with fewer than `num_batches` batches gives as many full ones as it has, each example at most once; one that does
-    not fill a single batch gives one batch of all it has.
+    A source with fewer than `num_batches` batches gives as many full ones as it has, each example at most once; one
+    that does not fill a single batch gives one batch of all it has.
 
     Raises:
       UserError: the source is empty.
     """
     if not len(source):
-        raise UserError("data: there is no held-out example; use a smaller data.sequence_length or a larger data.holdout_fraction")
+        raise UserError(
+            "data: there is no held-out example; use a smaller data.sequence_length or a larger data.holdout_fraction"
+        )
     size = min(config.batch_size, len(source))
     count = min(num_batches, len(source) // size)
     examples = [source[i * len(source) // (count * size)] for i in range(count * size)]

@@ -1,4 +1,6 @@
-"""Corpus `stdlib`: the Python source of the running interpreter's standard library, text that is on every machine with Python."""
+"""Corpus `stdlib`: the Python source of the running interpreter's standard library, text that is on every
+machine with Python.
+"""
 
 import os
 import pathlib

@@ -31,7 +31,9 @@ class TextFile:
 
     @classmethod
     def from_content(cls, name: str, content: bytes, documents: Sequence[bytes]) -> "TextFile":
-        return cls(name, hashlib.sha256(content).hexdigest(), len(content), [document for document in documents if document])
+        return cls(
+            name, hashlib.sha256(content).hexdigest(), len(content), [document for document in documents if document]
+        )
 
     @property
     def text_size(self) -> int:
@@ -55,21 +57,28 @@ def read(path: pathlib.Path, where: str) -> bytes:
         raise UserError(f"{where}: cannot read {str(path)!r}: {error.strerror}") from None
 
 
-def text_corpus(files: Sequence[TextFile], config: DataConfig, tokenizer: Tokenizer | None, *, identity: dict) -> Corpus:
+def text_corpus(
+    files: Sequence[TextFile], config: DataConfig, tokenizer: Tokenizer | None, *, identity: dict
+) -> Corpus:
     """Splits files, tokenizes them and cuts them into windows.
 
     Args:
       files: in the order in which they are joined.
       config: reads tokenizer, bpe_vocab_size, sequence_length, begin_token and holdout_fraction.
       tokenizer: None: made as config says, a BPE from the training part alone.
-      identity: what the caller knows about the corpus; joined by sha256 (over names and contents), bytes, files, holdout and split.
+      identity: what the caller knows about the corpus; joined by sha256 (over names and contents), bytes, files,
+        holdout and split.
     """
     kind = tokenizer.kind if tokenizer else config.tokenizer
     if kind == "bpe":
         _require_utf8(files)
     split = hold_out(files, config.holdout_fraction)
     tokenizer = tokenizer or TOKENIZERS[kind].train(split.train, config.bpe_vocab_size)
-    holdout = {"fraction": config.holdout_fraction, "bytes": sum(map(len, split.heldout)), "documents": len(split.heldout)}
+    holdout = {
+        "fraction": config.holdout_fraction,
+        "bytes": sum(map(len, split.heldout)),
+        "documents": len(split.heldout),
+    }
     summary = {
         "sha256": _digest(files),
         "bytes": sum(file.size for file in files),
@@ -86,7 +95,9 @@ def text_corpus(files: Sequence[TextFile], config: DataConfig, tokenizer: Tokeni
 
 
 def _digest(files: Sequence[TextFile]) -> str:
-    return hashlib.sha256("".join(f"{file.name}\0{file.sha256}\n" for file in files).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{file.name}\0{file.sha256}\n" for file in files).encode("utf-8", "surrogateescape")
+    ).hexdigest()
 
 
 def _require_utf8(files: Sequence[TextFile]) -> None:
@@ -96,14 +107,16 @@ def _require_utf8(files: Sequence[TextFile]) -> None:
                 document.decode()
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"data.tokenizer=bpe needs UTF-8, but {file.name!r} is not at byte {error.start}; use data.tokenizer=bytes, which keeps any bytes"
+                    f"data.tokenizer=bpe needs UTF-8, but {file.name!r} is not at byte {error.start}; use "
+                    "data.tokenizer=bytes, which keeps any bytes"
                 ) from None
 
 
 def _require_example(windows: "Windows", part: str, remedy: str, rule: str) -> None:
     if not len(windows):
         raise UserError(
-            f"data.sequence_length: {windows.length} is more than the {part} part's {len(windows.tokens)} tokens can fill once; "
+            f"data.sequence_length: {windows.length} is more than the {part} part's {len(windows.tokens)} tokens "
+            "can fill once; "
             f"use a smaller data.sequence_length, {remedy} ({rule})"
         )
 
@@ -111,11 +124,14 @@ def _require_example(windows: "Windows", part: str, remedy: str, rule: str) -> N
 def hold_out(files: Sequence[TextFile], fraction: float) -> Split:
     """Keeps about `fraction` of the bytes back, the same ones for every seed, sequence length and tokenizer.
 
-    Several files are split by file. A single file gives the tail of its documents, a single document the tail of its bytes.
+    Several files are split by file. A single file gives the tail of its documents, a single document the tail of its
+    bytes.
     """
     filled = [file for file in files if file.documents]
     if not filled:
-        raise UserError(f"data.corpus: there is no text in it ({len(files)} files, {sum(file.size for file in files)} bytes)")
+        raise UserError(
+            f"data.corpus: there is no text in it ({len(files)} files, {sum(file.size for file in files)} bytes)"
+        )
     if len(filled) > 1:
         return _split_files(filled, fraction)
     if len(filled[0].documents) > 1:
@@ -135,10 +151,16 @@ def _split_files(files: Sequence[TextFile], fraction: float) -> Split:
     how = "taken in the order of their names' sha256 as long as they fit"
     if not chosen:
         smallest = min(files, key=lambda file: (file.text_size, file.name))
-        chosen, size, how = {smallest.name}, smallest.text_size, f"the smallest, as none is as small as {fraction} of the text"
+        chosen, size, how = (
+            {smallest.name},
+            smallest.text_size,
+            f"the smallest, as none is as small as {fraction} of the text",
+        )
     train = [document for file in files if file.name not in chosen for document in file.documents]
     heldout = [document for file in files if file.name in chosen for document in file.documents]
-    return Split(train, heldout, f"by file: {len(chosen)} of {len(files)} files ({size} of {total} bytes) held out, {how}")
+    return Split(
+        train, heldout, f"by file: {len(chosen)} of {len(files)} files ({size} of {total} bytes) held out, {how}"
+    )
 
 
 def _split_documents(documents: Sequence[bytes], fraction: float) -> Split:
@@ -147,7 +169,10 @@ def _split_documents(documents: Sequence[bytes], fraction: float) -> Split:
     while first > 1 and size < fraction * total:
         first -= 1
         size += len(documents[first])
-    rule = f"within the only file: its last {len(documents) - first} of {len(documents)} documents ({size} of {total} bytes) held out"
+    rule = (
+        f"within the only file: its last {len(documents) - first} of {len(documents)} documents ({size} "
+        f"of {total} bytes) held out"
+    )
     return Split(documents[:first], documents[first:], rule)
 
 
@@ -157,7 +182,11 @@ def _split_bytes(text: bytes, fraction: float) -> Split:
     for _ in range(3):
         if cut < len(text) and text[cut] & 0xC0 == 0x80:
             cut += 1
-    return Split([text[:cut]], [text[cut:]], f"within the only document: its last {len(text) - cut} of {len(text)} bytes held out")
+    return Split(
+        [text[:cut]],
+        [text[cut:]],
+        f"within the only document: its last {len(text) - cut} of {len(text)} bytes held out",
+    )
 
 
 def token_stream(documents: Sequence[bytes], tokenizer: Tokenizer) -> np.ndarray:
@@ -173,8 +202,9 @@ def token_stream(documents: Sequence[bytes], tokenizer: Tokenizer) -> np.ndarray
 class Windows:
     """A token stream cut into examples of T tokens, without overlap; a tail that fills no window is left out.
 
-    An example is {"inputs": int32 [T], "targets": int32 [T], "weights": float32 [T], all 1}. With a begin token the inputs are
-    [begin, x_0 .. x_{T-2}] and the targets x_0 .. x_{T-1}; without one they are x_0 .. x_{T-1} and x_1 .. x_T.
+    An example is {"inputs": int32 [T], "targets": int32 [T], "weights": float32 [T], all 1}. With a begin token the
+    inputs are [begin, x_0 .. x_{T-2}] and the targets x_0 .. x_{T-1}; without one they are x_0 .. x_{T-1} and x_1 ..
+    x_T.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, begin_id: int | None):

@@ -59,7 +59,11 @@ class Tokenizer:
     @functools.cached_property
     def identity(self) -> dict:
         """kind, vocab_size and the sha256 of `to_json`."""
-        return {"kind": self.kind, "vocab_size": self.vocab_size, "sha256": hashlib.sha256(self.to_json().encode()).hexdigest()}
+        return {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "sha256": hashlib.sha256(self.to_json().encode()).hexdigest(),
+        }
 
     @staticmethod
     def from_json(text: str) -> "Tokenizer":
@@ -99,7 +103,9 @@ class BPETokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, model: str):
-        """Args: model: the library's own JSON, kept letter by letter so that the identity outlives changes of its format."""
+        """Args: model: the library's own JSON, kept letter by letter so that the identity outlives changes of its
+        format.
+        """
         self._model = model
         self._library = tokenizers.Tokenizer.from_str(model)
         super().__init__(self._library.get_vocab_size())
@@ -110,7 +116,9 @@ class BPETokenizer(Tokenizer):
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size - 2, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+            vocab_size=vocab_size - 2,
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         )
         library.train_from_iterator((document.decode() for document in documents), trainer)
         return cls(library.to_str())
@@ -120,7 +128,9 @@ class BPETokenizer(Tokenizer):
             try:
                 texts = [document.decode() for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
             except UnicodeDecodeError as error:
-                raise UserError(f"tokenizer=bpe: the text is not UTF-8 at byte {error.start}; use tokenizer=bytes") from None
+                raise UserError(
+                    f"tokenizer=bpe: the text is not UTF-8 at byte {error.start}; use tokenizer=bytes"
+                ) from None
             for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False):
                 yield np.array(encoding.ids, np.int32)
 

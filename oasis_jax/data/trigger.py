@@ -1,10 +1,12 @@
-"""Corpus `trigger`: trigger-conditional averaging (arXiv 2603.11487), a task on which softmax attention has to form a sink.
+"""Corpus `trigger`: trigger-conditional averaging (arXiv 2603.11487), a task on which softmax attention has
+to form a sink.
 
-A sequence of T vectors [begin indicator, trigger indicator, content]. Content is drawn from N(0, 1) at every position; with a
-begin token position 0 is the vector [1, 0, 0 ...] instead. Every position but the first two of a sequence with a begin token
-(the first without one) carries the trigger with probability `trigger_rate`: the target there is the mean of the content up to and
-including that position, the begin token left out, as in the published code; everywhere else it is zero. One softmax head solves
-this exactly by spreading a trigger's attention evenly over the content and putting all of any other row on the begin token.
+A sequence of T vectors [begin indicator, trigger indicator, content]. Content is drawn from N(0, 1) at every position;
+with a begin token position 0 is the vector [1, 0, 0 ...] instead. Every position but the first two of a sequence with a
+begin token (the first without one) carries the trigger with probability `trigger_rate`: the target there is the mean of
+the content up to and including that position, the begin token left out, as in the published code; everywhere else it is
+zero. One softmax head solves this exactly by spreading a trigger's attention evenly over the content and putting all of
+any other row on the begin token.
 """
 
 import hashlib
@@ -17,7 +19,8 @@ from oasis_jax.data.corpus import HELDOUT, TRAIN, Corpus, seed_sequence
 from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError
 
-# Examples are made when they are read, so these only bound the indices: an epoch of training, and the set evaluations spread over.
+# Examples are made when they are read, so these only bound the indices: an epoch of training, and the set evaluations
+# spread over.
 _TRAIN_EXAMPLES = 2**30
 _HELDOUT_EXAMPLES = 2**16
 
@@ -25,8 +28,8 @@ _HELDOUT_EXAMPLES = 2**16
 class TriggerSource:
     """Example i is a function of (seed, stream, i) alone.
 
-    An example is {"inputs": float32 [T, V], "targets": float32 [T, V], "weights": float32 [T], all 1, "trigger": bool [T]} with
-    V = trigger_dim + 2; the indicator channels of the targets are 0.
+    An example is {"inputs": float32 [T, V], "targets": float32 [T, V], "weights": float32 [T], all 1, "trigger": bool
+    [T]} with V = trigger_dim + 2; the indicator channels of the targets are 0.
     """
 
     def __init__(self, config: DataConfig, *, seed: int, stream: int, length: int):
@@ -52,7 +55,12 @@ class TriggerSource:
         inputs[:, 1] = trigger
         inputs[:, 2:] = content
         targets[trigger, 2:] = mean[trigger]
-        return {"inputs": inputs, "targets": targets, "weights": np.ones(config.sequence_length, np.float32), "trigger": trigger}
+        return {
+            "inputs": inputs,
+            "targets": targets,
+            "weights": np.ones(config.sequence_length, np.float32),
+            "trigger": trigger,
+        }
 
 
 def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpus:
@@ -60,7 +68,10 @@ def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpu
     del tokenizer  # vectors have none
     shortest = 3 if config.begin_token else 2
     if config.sequence_length < shortest:
-        raise UserError(f"data.sequence_length: a trigger has content before it, so at least {shortest}, got {config.sequence_length}")
+        raise UserError(
+            f"data.sequence_length: a trigger has content before it, so at least {shortest}, got "
+            f"{config.sequence_length}"
+        )
     parameters = {
         "seed": seed,
         "trigger_dim": config.trigger_dim,

@@ -1,4 +1,6 @@
-"""Measures of a model: perplexity, outliers, sinks, depth routing. The report over runs is in `oasis_jax.evaluation.runs`."""
+"""Measures of a model: perplexity, outliers, sinks, depth routing. The report over runs is in
+`oasis_jax.evaluation.runs`.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,13 +11,15 @@ from oasis_jax.evaluation.families import DEFAULT, DEFINITIONS, EVALUATORS, choo
 from oasis_jax.evaluation.library import measure
 
 
-def evaluate_model(model: nnx.Module, batches: Iterable[Batch], evaluators: Mapping[str, Evaluator] | None = None) -> dict[str, Value]:
+def evaluate_model(
+    model: nnx.Module, batches: Iterable[Batch], evaluators: Mapping[str, Evaluator] | None = None
+) -> dict[str, Value]:
     """Measures a model with one compiled forward pass per batch, whatever the number of evaluators.
 
     Args:
       model: an `oasis_jax.decoder.Decoder`; `measure` takes any other.
-      batches: dicts of arrays [B, T, ...] with "inputs", "targets" and "weights", as `oasis_jax.data.eval_batches` gives them;
-        at least one. "bytes" [B, T], the bytes that each target stands for, adds bits per byte.
+      batches: dicts of arrays [B, T, ...] with "inputs", "targets" and "weights", as `oasis_jax.data.eval_batches`
+        gives them; at least one. "bytes" [B, T], the bytes that each target stands for, adds bits per byte.
       evaluators: name -> Evaluator; the default set where not given.
 
     Returns:

@@ -1,4 +1,6 @@
-"""Whole attention rows: sinks at every token and threshold, entropy, largest probability (Gu et al., arXiv 2410.10781)."""
+"""Whole attention rows: sinks at every token and threshold, entropy, largest probability (Gu et al., arXiv
+2410.10781).
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +42,12 @@ def _definitions() -> dict[str, dict[str, str]]:
         found |= {
             f"sink_rate_by_key{suffix}": of(a, _RATES, applies_to),
             f"token_mass_by_key{suffix}": of(a, _KEYS, applies_to),
-            f"secondary_sink_rate{suffix}": of(f"{_SECONDARY}; {a}", f"share of (l, h) above {EPSILON}, mean over sequences", applies_to),
-            f"secondary_sink_mass_by_head{suffix}": of(f"{_SECONDARY}; {a}", "mean over sequences; layer x head", applies_to),
+            f"secondary_sink_rate{suffix}": of(
+                f"{_SECONDARY}; {a}", f"share of (l, h) above {EPSILON}, mean over sequences", applies_to
+            ),
+            f"secondary_sink_mass_by_head{suffix}": of(
+                f"{_SECONDARY}; {a}", "mean over sequences; layer x head", applies_to
+            ),
         }
     rows = {
         "attention_entropy": (_ENTROPY, _KNOWN),
@@ -50,7 +56,10 @@ def _definitions() -> dict[str, dict[str, str]]:
         "max_probability_conditional": (_LARGEST_CONDITIONAL, _NULL),
     }
     for name, (tensor, applies_to) in rows.items():
-        found |= {name: of(tensor, _EVERYWHERE, applies_to, _OASIS), f"{name}_by_head": of(tensor, _BY_HEAD, applies_to, _OASIS)}
+        found |= {
+            name: of(tensor, _EVERYWHERE, applies_to, _OASIS),
+            f"{name}_by_head": of(tensor, _BY_HEAD, applies_to, _OASIS),
+        }
     return found
 
 
@@ -91,7 +100,9 @@ def read(reading: Reading) -> Rows | None:
     rows["max_probability"] = jnp.stack([p.max_probability.mean(-1) for p in reading.probabilities], 1)
     if has_null(reading.attention):
         rows |= _of_keys(jnp.stack([p.conditional_column_sums for p in reading.probabilities], 1), "_conditional")
-        rows["attention_entropy_conditional"] = jnp.stack([conditional_entropy(p).mean(-1) for p in reading.probabilities], 1)
+        rows["attention_entropy_conditional"] = jnp.stack(
+            [conditional_entropy(p).mean(-1) for p in reading.probabilities], 1
+        )
         largest = [per_mass(p.max_probability, p.token_mass).mean(-1) for p in reading.probabilities]
         rows["max_probability_conditional"] = jnp.stack(largest, 1)
     return rows
@@ -112,7 +123,10 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
         found[f"secondary_sink_mass_by_head{suffix}"] = secondary.mean(0).tolist()
         for name in ("attention_entropy", "max_probability"):
             values = rows[name + suffix]
-            found |= {name + suffix: per_sequence(values.mean((1, 2))), f"{name}{suffix}_by_head": values.mean(0).tolist()}
+            found |= {
+                name + suffix: per_sequence(values.mean((1, 2))),
+                f"{name}{suffix}_by_head": values.mean(0).tolist(),
+            }
     return found
 
 

@@ -1,7 +1,8 @@
 """What attention rows tell beyond the first token, at any length: tiles of queries, never a T x T array.
 
-A tile of queries computes its probabilities against the keys that its mask can reach, p = exp(s - lse) for the normalizers of the
-fused operator, and is reduced at once: along the keys to the row's maximum and entropy, along the queries into the column sums.
+A tile of queries computes its probabilities against the keys that its mask can reach, p = exp(s - lse) for the
+normalizers of the fused operator, and is reduced at once: along the keys to the row's maximum and entropy, along the
+queries into the column sums.
 """
 
 from collections.abc import Callable
@@ -61,7 +62,9 @@ def conditional_mass(mass: Float[Array, "*rows"], null_mass: Float[Array, "*rows
 
 
 def per_mass(value: Array | float, token_mass: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """`value` over the row's mass on tokens 1 - omega, summed without the cancellation of 1 - omega; 0 up to ATTENDING."""
+    """`value` over the row's mass on tokens 1 - omega, summed without the cancellation of 1 - omega; 0 up to
+    ATTENDING.
+    """
     attending = token_mass > ATTENDING
     return jnp.where(attending, value / jnp.where(attending, token_mass, 1.0), 0.0)
 
@@ -72,7 +75,8 @@ def has_null(layers: list[AttentionStatistics]) -> bool:
 
 
 def probabilities(layer: AttentionStatistics, segment_ids: Int[Array, "B T"] | None = None) -> Probabilities:
-    """Reads one layer's attention probabilities block by block; memory linear in T (but for the clipped, entmax, ... baselines).
+    """Reads one layer's attention probabilities block by block; memory linear in T (but for the clipped, entmax, ...
+    baselines).
 
     Args:
       layer: statistics of a causal self-attention layer that say how it normalizes (`static`).
@@ -139,24 +143,34 @@ def _tile(
             p, largest, negative_entropy = _from_lse(scores, allowed, rows(layer.lse, 2))
         mass = p.sum(-1)
         weights = jnp.stack([jnp.ones_like(mass), per_mass(1.0, mass)], 2)
-        # In this order of dimensions, the sums over queries are one matrix product; as a transposed one a CPU took twice the time.
+        # In this order of dimensions, the sums over queries are one matrix product; as a transposed one a CPU took
+        # twice the time.
         sums += jnp.matmul(weights, p, precision=lax.Precision.HIGHEST)
         return sums, jnp.stack([mass, largest, negative_entropy, p[..., : max(0, PREFIX - group.low)].sum(-1)])
 
     return tile
 
 
-def _scores(query: Float[Array, "B K G t H"], key: Float[Array, "B K H S"], config: AttentionConfig) -> Float[Array, "B N t S"]:
+def _scores(
+    query: Float[Array, "B K G t H"], key: Float[Array, "B K H S"], config: AttentionConfig
+) -> Float[Array, "B N t S"]:
     batch, key_heads, group, length, size = query.shape
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("BKGTH,BKHS->BKGTS", query, key, precision=lax.Precision.HIGHEST, preferred_element_type=wide) * size**-0.5
+    scores = (
+        jnp.einsum("BKGTH,BKHS->BKGTS", query, key, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
+        * size**-0.5
+    )
     if config.logit_softcap:
         scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
     return scores.reshape(batch, key_heads * group, length, key.shape[3])
 
 
-def _from_lse(scores: Float[Array, "B N t S"], allowed: Bool[Array, "#B 1 t S"], lse: Float[Array, "B N t"]) -> tuple[Array, Array, Array]:
-    """p = exp(s - lse), its largest and sum p log p = E_p[s] - lse sum p. Every query sees its own key, so lse is finite."""
+def _from_lse(
+    scores: Float[Array, "B N t S"], allowed: Bool[Array, "#B 1 t S"], lse: Float[Array, "B N t"]
+) -> tuple[Array, Array, Array]:
+    """p = exp(s - lse), its largest and sum p log p = E_p[s] - lse sum p. Every query sees its own key, so lse is
+    finite.
+    """
     logs = jnp.where(allowed, scores - lse[..., None], -jnp.inf)
     p = jnp.exp(logs)
     return p, jnp.exp(logs.max(-1)), jnp.where(p > 0, p * logs, 0.0).sum(-1)

@@ -53,7 +53,9 @@ class Estimate(NamedTuple):
         return float(self.reduce(self.totals.sum(0) / counts)) if counts.all() else None
 
 
-def per_sequence(values: Float[np.ndarray, "S ..."], reduce: Callable[[np.ndarray], np.ndarray] | None = None) -> Estimate:
+def per_sequence(
+    values: Float[np.ndarray, "S ..."], reduce: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Estimate:
     """The estimate that averages one value, or K values, of every sequence."""
     values = values.reshape(len(values), -1)
     return Estimate(values, np.ones((len(values), 1)), reduce or only)
@@ -68,7 +70,10 @@ def _weights(sequences: int) -> Float[np.ndarray, "draws S"]:
 def _resampled(estimate: Estimate, weights: Float[np.ndarray, "draws S"]) -> Float[np.ndarray, " draws"]:
     parts = max(1, len(weights) * estimate.totals.shape[1] // 2**22)  # 32 MiB of means at a time
     with np.errstate(divide="ignore", invalid="ignore"):  # a draw without any count is left out
-        drawn = [estimate.reduce((part @ estimate.totals) / (part @ estimate.counts)) for part in np.array_split(weights, parts)]
+        drawn = [
+            estimate.reduce((part @ estimate.totals) / (part @ estimate.counts))
+            for part in np.array_split(weights, parts)
+        ]
     return np.concatenate(drawn)
 
 
@@ -94,7 +99,8 @@ def intervals(estimates: Mapping[str, Estimate]) -> dict[str, Interval | None]:
 def paired_differences(
     first: Mapping[str, Estimate], second: Mapping[str, Estimate], identities: tuple[Mapping, Mapping]
 ) -> dict[str, dict[str, object]]:
-    """first - second of every measure both have, with the interval of the difference over the same draws of the same sequences.
+    """first - second of every measure both have, with the interval of the difference over the same draws of the same
+    sequences.
 
     Args:
       identities: what each of the two was read from; see `oasis_jax.evaluation.evaluator.Identity`.
@@ -107,7 +113,9 @@ def paired_differences(
     if differing:
         found = "; ".join(f"{name}: {one.get(name)!r} and {other.get(name)!r}" for name in differing)
         raise UserError(f"these runs cannot be paired, they differ in {found}")
-    names = [name for name in first if name in second and first[name].value is not None and second[name].value is not None]
+    names = [
+        name for name in first if name in second and first[name].value is not None and second[name].value is not None
+    ]
     weights = _weights(one["sequences"]) if one["sequences"] > 1 else None
     found = {}
     for name in names:

@@ -98,7 +98,15 @@ def show(value: float | None) -> str:
         return f"{value:.2e}"
     if size < 0.1:
         return f"{value:.3g}"
-    return f"{value:.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
+    return (
+        f"{value:.0f}"
+        if size >= 1000
+        else f"{value:.1f}"
+        if size >= 100
+        else f"{value:.2f}"
+        if size >= 10
+        else f"{value:.3f}"
+    )
 
 
 def cell(row: Row, run: MeasuredRun) -> str:
@@ -124,7 +132,9 @@ def change_text(change: float | None) -> str:
 
 
 def best(row: Row, runs: Sequence[MeasuredRun]) -> set[str]:
-    """Labels of the runs with the best value as shown; empty where no direction is better or nothing is to choose from."""
+    """Labels of the runs with the best value as shown; empty where no direction is better or nothing is to
+    choose from.
+    """
     values = {run.label: run.metrics[row.name] for run in runs if run.metrics[row.name] is not None}
     shown = {label: show(value) for label, value in values.items()}
     if row.direction == "none" or len(set(shown.values())) < 2:
@@ -141,7 +151,9 @@ def having(runs: Sequence[MeasuredRun], name: str) -> list[MeasuredRun]:
 def method(config: Config) -> str:
     """The preset, and the method's fields that were set otherwise: "residual, normalizer=softmax1"."""
     preset = PRESETS[config.model.preset]
-    changed = [f"{name}={getattr(config.model, name)}" for name in METHOD_FIELDS if getattr(config.model, name) != preset[name]]
+    changed = [
+        f"{name}={getattr(config.model, name)}" for name in METHOD_FIELDS if getattr(config.model, name) != preset[name]
+    ]
     return ", ".join([config.model.preset, *changed])
 
 
@@ -173,8 +185,17 @@ def differences(runs: Sequence[MeasuredRun]) -> list[str]:
 def describe_data(runs: Sequence[MeasuredRun]) -> str:
     """The held-out examples of one group: "64 held-out sequences of 256 byte tokens (corpus stdlib)"."""
     run = runs[0]
-    kind = "vectors" if run.tokenizer is None else "byte tokens" if run.tokenizer["kind"] == "bytes" else f"{run.tokenizer['kind']} tokens"
-    return f"{run.samples['sequences']} held-out sequences of {run.config.data.sequence_length} {kind} (corpus {run.corpus['name']})"
+    kind = (
+        "vectors"
+        if run.tokenizer is None
+        else "byte tokens"
+        if run.tokenizer["kind"] == "bytes"
+        else f"{run.tokenizer['kind']} tokens"
+    )
+    return (
+        f"{run.samples['sequences']} held-out sequences of {run.config.data.sequence_length} {kind} "
+        f"(corpus {run.corpus['name']})"
+    )
 
 
 def not_comparable(runs: Sequence[MeasuredRun]) -> str | None:
@@ -182,7 +203,8 @@ def not_comparable(runs: Sequence[MeasuredRun]) -> str | None:
     if not differences(runs):
         return None
     return (
-        f"The runs differ in {listed(differences(runs))}: their perplexities and losses are not comparable, and best values are marked only "
+        f"The runs differ in {listed(differences(runs))}: their perplexities and losses are not comparable, and "
+        "best values are marked only "
         "among runs that read the same examples. Bits per byte may be compared across tokenizers, for similar text."
     )
 

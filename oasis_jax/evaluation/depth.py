@@ -1,4 +1,6 @@
-"""Where the depth routers look: weights router by source, their null mass, entropy, depth sinks, and the coupling beta."""
+"""Where the depth routers look: weights router by source, their null mass, entropy, depth sinks, and the
+coupling beta.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,10 @@ _ALPHA = "depth weights alpha of every router, token and source"
 _BY_SOURCE = "mean over tokens and sequences; router x source, null where a router does not read a source"
 _OASIS = "OASIS, arXiv 2605.17887"
 _ROUTED = "models with depth routers"
-_SINK = f"share of routers with at least {MINIMUM_SOURCES} sources in which the mean weight over tokens and sequences exceeds {EPSILON}"
+_SINK = (
+    f"share of routers with at least {MINIMUM_SOURCES} sources in which the mean weight over tokens and "
+    f"sequences exceeds {EPSILON}"
+)
 DEFINITIONS = {
     "depth_weights": {"tensor": _ALPHA, "average": _BY_SOURCE, "source": _OASIS, "applies_to": _ROUTED},
     "depth_weight_variance": {
@@ -111,8 +116,12 @@ def source_columns(config: ModelConfig) -> tuple[list[str], dict[str, list[int]]
 
 
 def foreign_columns(sources: dict[str, int]) -> tuple[list[str], dict[str, list[int]]]:
-    """The same for routers of a foreign model, of which only the numbers of sources are known: "source0" is the oldest."""
-    return [f"source{i}" for i in range(max(sources.values()))], {name: list(range(count)) for name, count in sources.items()}
+    """The same for routers of a foreign model, of which only the numbers of sources are known: "source0" is
+    the oldest.
+    """
+    return [f"source{i}" for i in range(max(sources.values()))], {
+        name: list(range(count)) for name, count in sources.items()
+    }
 
 
 def _rows_of(place: str, router: RouterStatistics) -> Rows:
@@ -128,7 +137,9 @@ def _rows_of(place: str, router: RouterStatistics) -> Rows:
 
 
 def read(reading: Reading) -> Rows | None:
-    """ "<what>/<number>/<router>" -> means over tokens: weights and variance [B, sources], the others [B]; beta [B], the same for all."""
+    """ "<what>/<number>/<router>" -> means over tokens: weights and variance [B, sources], the others [B]; beta [B],
+    the same for all.
+    """
     rows = {}
     for index, (name, router) in enumerate(reading.statistics.routers.items()):
         place = f"{index:04d}/{name}"  # rows come out of jit in alphabetical order
@@ -138,13 +149,19 @@ def read(reading: Reading) -> Rows | None:
     return rows or None
 
 
-def _matrix(by_router: dict[str, np.ndarray], columns: tuple[list[str], dict[str, list[int]]]) -> list[list[float | None]]:
+def _matrix(
+    by_router: dict[str, np.ndarray], columns: tuple[list[str], dict[str, list[int]]]
+) -> list[list[float | None]]:
     names, places = columns
-    return [[dict(zip(places[name], row.tolist())).get(i) for i in range(len(names))] for name, row in by_router.items()]
+    return [
+        [dict(zip(places[name], row.tolist())).get(i) for i in range(len(names))] for name, row in by_router.items()
+    ]
 
 
 def depth_sinks(weights: list[list[float | None]]) -> list[float | None]:
-    """Per column of a router x source matrix of mean weights: share of the routers that read it in which it is a sink."""
+    """Per column of a router x source matrix of mean weights: share of the routers that read it in which it
+    is a sink.
+    """
     wide = [row for row in weights if sum(w is not None for w in row) >= MINIMUM_SOURCES]
     given = [[row[i] for row in wide if row[i] is not None] for i in range(len(weights[0]))]
     return [sum(w > EPSILON for w in column) / len(column) if column else None for column in given]
@@ -181,9 +198,15 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     if any(values.any() for values in found["null"].values()):  # depth softmax has a null mass of exactly 0
         metrics["depth_null_mass"] = average("null")
     if wide:
-        metrics |= {"depth_sink_rate": per_sequence(np.stack(wide, -1), _share_of_sinks), "depth_sink_rate_by_source": depth_sinks(weights)}
+        metrics |= {
+            "depth_sink_rate": per_sequence(np.stack(wide, -1), _share_of_sinks),
+            "depth_sink_rate_by_source": depth_sinks(weights),
+        }
     if "beta" in found:
-        metrics |= {"beta": average("beta").value, "beta_by_router": [float(values[0]) for values in found["beta"].values()]}
+        metrics |= {
+            "beta": average("beta").value,
+            "beta_by_router": [float(values[0]) for values in found["beta"].values()],
+        }
     return metrics
 
 

@@ -33,7 +33,9 @@ class Reading:
     outputs: Float[Array, "B T V"]
     statistics: Statistics
     config: ModelConfig | None = None  # None: a foreign model
-    gains: Mapping[str, list[Float[Array, " D"]]] = dataclasses.field(default_factory=dict)  # of the norms, by kind of tap
+    gains: Mapping[str, list[Float[Array, " D"]]] = dataclasses.field(
+        default_factory=dict
+    )  # of the norms, by kind of tap
 
     @property
     def attention(self) -> list[AttentionStatistics]:
@@ -41,7 +43,9 @@ class Reading:
 
     @functools.cached_property
     def probabilities(self) -> list[Probabilities] | None:
-        """Per layer what only the whole rows of its attention tell, read block by block once for all measures; None where unknown."""
+        """Per layer what only the whole rows of its attention tell, read block by block once for all measures; None
+        where unknown.
+        """
         if not self.attention or any(layer.static is None for layer in self.attention):
             return None
         return [probabilities(layer, self.batch.get("segment_ids")) for layer in self.attention]
@@ -87,7 +91,10 @@ class ReadModel:
     def __call__(self, state, batch: Batch) -> Reading:
         model = nnx.merge(self.graphdef, state)
         outputs, statistics = model(batch["inputs"], segment_ids=batch.get("segment_ids"))
-        norms = {kind: [getattr(layer, kind).parameters.get("scale") for layer in model.layers] for kind in ("attention_norm", "mlp_norm")}
+        norms = {
+            kind: [getattr(layer, kind).parameters.get("scale") for layer in model.layers]
+            for kind in ("attention_norm", "mlp_norm")
+        }
         norms["final_norm"] = [model.final_norm.parameters.get("scale")]
         gains = {kind: scales for kind, scales in norms.items() if scales[0] is not None}
         return Reading(batch, outputs, statistics, model.config, gains)
@@ -107,7 +114,9 @@ def _replicated(state) -> NamedSharding | None:
 
 
 @functools.partial(jax.jit, static_argnames=("read_model", "evaluators", "sharding"))
-def _read(read_model, state, batch, evaluators: tuple[Evaluator, ...], sharding: NamedSharding | None) -> list[Rows | None]:
+def _read(
+    read_model, state, batch, evaluators: tuple[Evaluator, ...], sharding: NamedSharding | None
+) -> list[Rows | None]:
     reading = read_model(state, batch)
     rows = [evaluator.read(reading) for evaluator in evaluators]
     rows = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), rows)
@@ -140,11 +149,17 @@ def run_evaluators(
         estimates |= {name: result for name, result in results.items() if isinstance(result, Estimate)}
         found |= dict.fromkeys(evaluator.definitions) | results
     values = {name: value.value if isinstance(value, Estimate) else value for name, value in found.items()}
-    return Measurements(values, estimates, identity(batches, config.num_layers if config else _layers(read_model, state, batches[0])))
+    return Measurements(
+        values, estimates, identity(batches, config.num_layers if config else _layers(read_model, state, batches[0]))
+    )
 
 
 def _layers(read_model, state, batch: Batch) -> int:
-    return len(jax.eval_shape(lambda state, batch: [layer.null_mass for layer in read_model(state, batch).attention], state, batch))
+    return len(
+        jax.eval_shape(
+            lambda state, batch: [layer.null_mass for layer in read_model(state, batch).attention], state, batch
+        )
+    )
 
 
 def identity(batches: Sequence[Batch], layers: int) -> Identity:

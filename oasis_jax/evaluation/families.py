@@ -32,8 +32,11 @@ EVALUATORS: dict[str, Evaluator] = {
 # What evaluations read when nothing is asked for; benchmarks/measures.py says what it and the rest cost.
 DEFAULT = ("perplexity", "outliers", "sinks", "depth", "trigger")
 
-# Metric name -> {"tensor": what is read, "average": how it is reduced, "source": who defined it, "applies_to": where not everywhere}.
-DEFINITIONS = {name: definition for evaluator in EVALUATORS.values() for name, definition in evaluator.definitions.items()}
+# Metric name -> {"tensor": what is read, "average": how it is reduced, "source": who defined it, "applies_to": where
+# not everywhere}.
+DEFINITIONS = {
+    name: definition for evaluator in EVALUATORS.values() for name, definition in evaluator.definitions.items()
+}
 
 
 def choose(names: Iterable[str], where: str = "measures") -> dict[str, Evaluator]:

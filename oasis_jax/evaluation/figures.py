@@ -1,4 +1,5 @@
-"""The pictures of a report, each a row of small panels: as SVG for the page, one panel each, and as one PNG and one SVG file.
+"""The pictures of a report, each a row of small panels: as SVG for the page, one panel each, and as one PNG
+and one SVG file.
 
 The ink of an SVG is a CSS variable, so that the page's light and dark colours hold inside the pictures too.
 """
@@ -142,7 +143,9 @@ def heat_map(
     return Panel(title, 0.75 + 0.29 * max(len(rows), 2) + (0.055 * longest if longest > 3 else 0), draw)
 
 
-def strip_map(title: str, values: Sequence[Sequence[float]], top: float, *, rows: Sequence[str], across: str, down: str) -> Panel:
+def strip_map(
+    title: str, values: Sequence[Sequence[float]], top: float, *, rows: Sequence[str], across: str, down: str
+) -> Panel:
     """A heat map with many columns: an image, without numbers."""
     table = 100 * np.array(values)
 
@@ -158,9 +161,17 @@ def strip_map(title: str, values: Sequence[Sequence[float]], top: float, *, rows
 
 
 def curves(
-    title: str, lines: Mapping[int, tuple[Sequence[float], Sequence[float]]], *, across: str, along: str, marks: bool, linear: bool
+    title: str,
+    lines: Mapping[int, tuple[Sequence[float], Sequence[float]]],
+    *,
+    across: str,
+    along: str,
+    marks: bool,
+    linear: bool,
 ) -> Panel:
-    """Lines, by the index of their model: x and y of each. Unless `linear`, the y axis is logarithmic, and says so, where values differ widely."""
+    """Lines, by the index of their model: x and y of each. Unless `linear`, the y axis is logarithmic, and says so,
+    where values differ widely.
+    """
     values = np.concatenate([np.asarray(y, float) for _, y in lines.values()])
     logarithmic = not linear and np.nanmin(values) > 0 and np.nanmax(values) > _WIDE * np.nanmin(values)
 
@@ -185,12 +196,21 @@ def curves(
 
 
 def histograms(title: str, shares: Mapping[int, Sequence[float]], edges: Sequence[float], *, across: str) -> Panel:
-    """Outlines of histograms over bins of equal width in the logarithm, by the index of their model; both axes logarithmic."""
+    """Outlines of histograms over bins of equal width in the logarithm, by the index of their model; both axes
+    logarithmic.
+    """
 
     def draw(axes: Axes, ink: Ink) -> None:
         for index, values in shares.items():
             heights = 100 * np.where(np.asarray(values, float) > 0, values, np.nan)
-            axes.stairs(heights, edges, color=color(index), linewidth=1.6, linestyle="-" if index < len(COLORS) else "--", baseline=None)
+            axes.stairs(
+                heights,
+                edges,
+                color=color(index),
+                linewidth=1.6,
+                linestyle="-" if index < len(COLORS) else "--",
+                baseline=None,
+            )
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -208,9 +228,16 @@ Bar = tuple[float, float | None, float | None]  # value, and the ends of its int
 
 
 def bars(
-    title: str, values: Mapping[int, Sequence[Bar | None]], names: Sequence[str], *, across: str, form: Callable[[float], str]
+    title: str,
+    values: Mapping[int, Sequence[Bar | None]],
+    names: Sequence[str],
+    *,
+    across: str,
+    form: Callable[[float], str],
 ) -> Panel:
-    """Horizontal bars, a group a name, by the index of their model; None leaves a gap, and says that there is nothing."""
+    """Horizontal bars, a group a name, by the index of their model; None leaves a gap, and says that there is
+    nothing.
+    """
     sizes = np.abs([bar[0] for group in values.values() for bar in group if bar is not None])
     logarithmic = len(sizes) > 0 and sizes.max() > _WIDE * np.median(sizes) > 0
     ends = [end for group in values.values() for bar in group if bar for end in bar if end is not None]
@@ -222,7 +249,13 @@ def bars(
                 y = row - 0.4 + (place + 0.5) * thick
                 if bar is None:
                     axes.annotate(
-                        "not finite", (0, y), (4, 0), textcoords="offset points", va="center", color=ink.muted, fontsize=FONT_SIZE - 1
+                        "not finite",
+                        (0, y),
+                        (4, 0),
+                        textcoords="offset points",
+                        va="center",
+                        color=ink.muted,
+                        fontsize=FONT_SIZE - 1,
                     )
                     continue
                 value, low, high = bar
@@ -230,7 +263,15 @@ def bars(
                 if low is not None:
                     axes.plot([low, high], [y, y], color=ink.text, linewidth=1.1)
                 at = max(0.0, *(end for end in bar if end is not None))
-                axes.annotate(form(value), (at, y), (4, 0), textcoords="offset points", va="center", color=ink.text, fontsize=FONT_SIZE - 1)
+                axes.annotate(
+                    form(value),
+                    (at, y),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=ink.text,
+                    fontsize=FONT_SIZE - 1,
+                )
         axes.axvline(0, color=ink.muted, linewidth=0.8)
         if logarithmic:
             axes.set_xscale("symlog", linthresh=float(np.median(sizes)))
@@ -254,11 +295,21 @@ def token_grid(title: str, text: Sequence[str], values: Sequence[float], top: fl
     table[: len(values)] = 100 * np.asarray(values, float)
 
     def draw(axes: Axes, ink: Ink) -> None:
-        axes.imshow(np.ma.masked_invalid(table.reshape(lines, columns)), cmap=HEAT, vmin=0, vmax=100 * top, aspect="auto")
+        axes.imshow(
+            np.ma.masked_invalid(table.reshape(lines, columns)), cmap=HEAT, vmin=0, vmax=100 * top, aspect="auto"
+        )
         for i, token in enumerate(text):
             dark = table[i] > 56 * top
-            axes.text(i % columns, i // columns, token[:4].replace("$", r"\$"), ha="center", va="center", family="monospace",
-                      fontsize=FONT_SIZE - 2, color="#ffffff" if dark else "#1c2430")  # fmt: skip
+            axes.text(
+                i % columns,
+                i // columns,
+                token[:4].replace("$", r"\$"),
+                ha="center",
+                va="center",
+                family="monospace",
+                fontsize=FONT_SIZE - 2,
+                color="#ffffff" if dark else "#1c2430",
+            )
         axes.set_xticks([])
         axes.set_yticks([])
         _plain(axes, ink, grid=False)
@@ -293,7 +344,9 @@ def _for_page(text: str) -> str:
 
 
 def save(picture: Picture, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes all panels of a picture, three a row at most, with title, legend and colour bar; returns the PNG and the SVG file."""
+    """Writes all panels of a picture, three a row at most, with title, legend and colour bar; returns the PNG
+    and the SVG file.
+    """
     figure = _figure(picture)
     png, vector = folder / f"{picture.name}.png", folder / f"{picture.name}.svg"
     FigureCanvasAgg(figure)
@@ -309,7 +362,11 @@ def _figure(picture: Picture) -> Figure:
     columns = min(len(picture.panels), 3 if len(picture.panels) != 4 else 2)
     lines = -(-len(picture.panels) // columns)
     height = max(panel.height for panel in picture.panels) + 0.35
-    figure = Figure(figsize=(PANEL_WIDTH * columns + (0.6 if picture.scale else 0), height * lines + 0.55), layout="constrained", dpi=150)
+    figure = Figure(
+        figsize=(PANEL_WIDTH * columns + (0.6 if picture.scale else 0), height * lines + 0.55),
+        layout="constrained",
+        dpi=150,
+    )
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(picture.panels) :]:

@@ -1,7 +1,8 @@
-"""What happens to the loss when something is taken away: mass is not causal importance, a source may be read much and matter little.
+"""What happens to the loss when something is taken away: mass is not causal importance, a source may be read
+much and matter little.
 
-Every intervention runs the trained model on the same batches with one thing changed and reports the change in loss, with the
-interval of that change over sequences, beside the mean weight that was taken away.
+Every intervention runs the trained model on the same batches with one thing changed and reports the change in loss,
+with the interval of that change over sequences, beside the mean weight that was taken away.
 """
 
 import dataclasses
@@ -28,11 +29,14 @@ BANDS = ("early", "middle", "late")
 
 # Name -> what is changed; "sources" is many interventions.
 INTERVENTIONS = {
-    "sources": "the weights of a family of depth sources (embedding; current: what the router's own layer or the newest sublayer made; "
-    "older: all others) set to 0 in the routers of one kind of sublayer and one third of the depth; renormalized: the rest, the depth "
+    "sources": "the weights of a family of depth sources (embedding; current: what the router's own layer or the "
+    "newest sublayer made; "
+    "older: all others) set to 0 in the routers of one kind of sublayer and one third of the depth; renormalized: "
+    "the rest, the depth "
     "null included, divided by what is left",
     "beta": "the inter-layer null signal's strength beta set to 0",
-    "evidence": "the null evidence psi of every source set to 0; the centred evidence is then 0 too, so the loss has to be that of beta",
+    "evidence": "the null evidence psi of every source set to 0; the centred evidence is then 0 too, so the loss "
+    "has to be that of beta",
     "softmax": "token attention normalized by softmax instead, the null taken away",
     "depth_softmax": "depth weights normalized by softmax instead, the depth null taken away",
     "begin_token": "the first token of every sequence removed; the loss over the other targets, before and after",
@@ -40,7 +44,9 @@ INTERVENTIONS = {
 
 
 class Effect(NamedTuple):
-    """One intervention. `loss` and `change` in nats per token, or squared error; None: does not apply, `reason` says why."""
+    """One intervention. `loss` and `change` in nats per token, or squared error; None: does not apply, `reason` says
+    why.
+    """
 
     intervention: str
     family: str | None = None
@@ -55,7 +61,9 @@ class Effect(NamedTuple):
 
 
 class _Changes(NamedTuple):
-    """What a pass does otherwise: per router which sources are kept [L], whether the rest is renormalized, a factor on the evidence."""
+    """What a pass does otherwise: per router which sources are kept [L], whether the rest is renormalized, a
+    factor on the evidence.
+    """
 
     keep: dict[str, Float[Array, " L"]]
     renormalize: Float[Array, ""]
@@ -69,7 +77,9 @@ class _ChangedRouter(nnx.Module):
         self.router, self.keep = router, nnx.data(keep)
         self.renormalize, self.evidence = nnx.data(changes.renormalize), nnx.data(changes.evidence)
 
-    def __call__(self, sources: Sequence[Array], evidence: Sequence[Array], **options) -> tuple[Array, RouterStatistics]:
+    def __call__(
+        self, sources: Sequence[Array], evidence: Sequence[Array], **options
+    ) -> tuple[Array, RouterStatistics]:
         output, statistics = self.router(sources, [psi * self.evidence for psi in evidence], **options)
         kept = statistics.weights * self.keep
         left = kept.sum(-1) + statistics.null_mass
@@ -81,7 +91,9 @@ class _ChangedRouter(nnx.Module):
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _pass(graphdef, state, batch, changes: _Changes) -> tuple[Array, Array, dict[str, Array]]:
-    """Per sequence: the weighted loss of every target [B, T], its weight [B, T] and each router's mean weights [B, L]."""
+    """Per sequence: the weighted loss of every target [B, T], its weight [B, T] and each router's mean
+    weights [B, L].
+    """
     model = nnx.merge(graphdef, state)
     for index, name in enumerate(router_names(model.config)):
         model.routers[index] = _ChangedRouter(model.routers[index], changes.keep[name], changes)
@@ -105,7 +117,9 @@ def _run(model: nnx.Module, batches: Sequence[Batch], changes: _Changes) -> _Mea
 
 
 def _effect(effect: Effect, base: _Measured, changed: _Measured, first: int = 0) -> Effect:
-    """Fills in loss, change and interval; targets before `first` are left out of `base`, which `changed` does not have."""
+    """Fills in loss, change and interval; targets before `first` are left out of `base`, which `changed` does
+    not have.
+    """
     losses, counts = base.losses[:, first:].sum(1), base.weights[:, first:].sum(1)
     difference = Estimate((changed.losses.sum(1) - losses)[:, None], counts[:, None])
     interval = intervals({"change": difference})["change"]
@@ -118,7 +132,11 @@ def families(config: ModelConfig, counts: dict[str, int]) -> dict[str, dict[str,
     for index, name in enumerate(router_names(config)):
         count = counts[name]
         newest = index % 2 + 1 if config.wiring == "cumulative" else 1
-        found[name] = {"embedding": [0], "older": list(range(1, count - newest)), "current": list(range(count - newest, count))}
+        found[name] = {
+            "embedding": [0],
+            "older": list(range(1, count - newest)),
+            "current": list(range(count - newest, count)),
+        }
     return found
 
 
@@ -156,16 +174,22 @@ def _mask_sources(model: nnx.Module, batches: Sequence[Batch], base: _Measured, 
             keep = dict(unchanged.keep)
             for name, sources in masked.items():
                 keep[name] = np.where(np.isin(np.arange(len(keep[name])), sources), 0, 1).astype(np.float32)
-            mean_weight = float(np.mean([base.depth[name][:, sources].sum(1).mean() for name, sources in masked.items()]))
+            mean_weight = float(
+                np.mean([base.depth[name][:, sources].sum(1).mean() for name, sources in masked.items()])
+            )
             for renormalized in (False, True):
                 changed = _run(model, batches, unchanged._replace(keep=keep, renormalize=np.float32(renormalized)))
-                found.append(_effect(Effect("sources", family, sublayers, band, renormalized, mean_weight), base, changed))
+                found.append(
+                    _effect(Effect("sources", family, sublayers, band, renormalized, mean_weight), base, changed)
+                )
     return found
 
 
 def _copy(model: nnx.Module) -> nnx.Module:
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x, state))  # variables of its own; split and merge alone share them
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda x: x, state)
+    )  # variables of its own; split and merge alone share them
 
 
 def without_beta(model: nnx.Module) -> nnx.Module:
@@ -204,7 +228,10 @@ def _why_not(name: str, config: ModelConfig, begin_token: bool) -> str | None:
         "beta": (config.coupling, "models with the inter-layer null signal"),
         "evidence": (config.coupling, "models with the inter-layer null signal"),
         "softmax": (config.normalizer in ("softmax1", "learned_sink"), "normalizers softmax1 and learned_sink"),
-        "depth_softmax": (config.wiring != "residual" and config.depth_normalizer == "softmax1", "depth routers with Softmax1"),
+        "depth_softmax": (
+            config.wiring != "residual" and config.depth_normalizer == "softmax1",
+            "depth routers with Softmax1",
+        ),
         "begin_token": (begin_token, "data whose sequences start with a begin token"),
     }
     fits, only_for = applies[name]
@@ -242,7 +269,11 @@ def intervene(
         raise UserError("interventions: batches is empty; give at least one")
     unchanged = _unchanged(model, batches[0])
     base = _run(model, batches, unchanged)
-    changed_models: dict[str, Callable] = {"beta": without_beta, "softmax": with_softmax, "depth_softmax": with_depth_softmax}
+    changed_models: dict[str, Callable] = {
+        "beta": without_beta,
+        "softmax": with_softmax,
+        "depth_softmax": with_depth_softmax,
+    }
     found = []
     for name in chosen:
         reason = _why_not(name, model.config, begin_token)

@@ -1,7 +1,9 @@
-"""Depth and tokens together: the mass q(i, j) = alpha_i p_i(j) that a token gives to token j of source i (OASIS, appendix D.4).
+"""Depth and tokens together: the mass q(i, j) = alpha_i p_i(j) that a token gives to token j of source i (OASIS,
+appendix D.4).
 
-q is never formed. With p_i the attention of the layer that source i stems from, one head at a time, the chain rule gives
-leakage sum_i alpha_i L(p_i), concentration max_i alpha_i C(p_i) and negative entropy sum alpha log alpha + sum_i alpha_i E(p_i).
+q is never formed. With p_i the attention of the layer that source i stems from, one head at a time, the chain rule
+gives leakage sum_i alpha_i L(p_i), concentration max_i alpha_i C(p_i) and negative entropy sum alpha log alpha + sum_i
+alpha_i E(p_i).
 """
 
 from typing import NamedTuple
@@ -33,14 +35,16 @@ _VARIANTS = {
 }
 _FILTERS = {
     "": "all of them",
-    "_near_no_op": f"those whose head output norm, the largest over the sources' layers, is not above the {NEAR_NO_OP} quantile, "
+    "_near_no_op": "those whose head output norm, the largest over the sources' layers, is not above the "
+    f"{NEAR_NO_OP} quantile, "
     "pooled over the routers, heads and queries of a sequence",
 }
 _MEASURES = {
     "leakage_first_token": "mass on the first token, sum_i alpha_i p_i(0); the first query left out",
     "leakage_prefix_4": f"mass on the first {PREFIX} tokens; queries inside the prefix left out",
     "concentration": "largest q; the first query left out",
-    "negative_entropy": "sum of q log q in nats, the depth null and every token null outcomes too; the first query left out",
+    "negative_entropy": "sum of q log q in nats, the depth null and every token null outcomes too; the first query "
+    "left out",
 }
 
 
@@ -51,10 +55,21 @@ def _definitions() -> dict[str, dict[str, str]]:
         for variant, how in _VARIANTS.items():
             for suffix, which in _FILTERS.items():
                 average = f"mean over routers, heads, queries and sequences, of {which}"
-                found[f"joint_{measure}_{variant}{suffix}"] = {"tensor": f"{_Q}: {what}; {how}", "average": average, **common}
+                found[f"joint_{measure}_{variant}{suffix}"] = {
+                    "tensor": f"{_Q}: {what}; {how}",
+                    "average": average,
+                    **common,
+                }
             average = "mean over heads, queries and sequences; one value a router"
-            found[f"joint_{measure}_{variant}_by_router"] = {"tensor": f"{_Q}: {what}; {how}", "average": average, **common}
-    coverage = {"tensor": "attention layers that a router's sources stem from", "average": "share of all attention layers"}
+            found[f"joint_{measure}_{variant}_by_router"] = {
+                "tensor": f"{_Q}: {what}; {how}",
+                "average": average,
+                **common,
+            }
+    coverage = {
+        "tensor": "attention layers that a router's sources stem from",
+        "average": "share of all attention layers",
+    }
     return found | {"joint_layer_coverage": coverage | common}
 
 
@@ -62,7 +77,9 @@ DEFINITIONS = _definitions()
 
 
 def source_layers(config: ModelConfig) -> dict[str, list[int]] | None:
-    """For every router the layers that its sources after the embedding stem from; None where a block mixes several layers."""
+    """For every router the layers that its sources after the embedding stem from; None where a block mixes several
+    layers.
+    """
     names, sublayers = router_names(config), sublayer_names(config)
     if config.wiring == "cumulative":
         return {name: [*range(index // 2), *[index // 2] * (index % 2 + 1)] for index, name in enumerate(names)}
@@ -80,7 +97,9 @@ def source_layers(config: ModelConfig) -> dict[str, list[int]] | None:
 
 
 class _Layer(NamedTuple):
-    """One layer's attention, [B, N, T] each: leakage by sink set, concentration, negative entropy with the null, head output norm."""
+    """One layer's attention, [B, N, T] each: leakage by sink set, concentration, negative entropy with the
+    null, head output norm.
+    """
 
     leakage: dict[str, Array]
     concentration: Array
@@ -97,14 +116,20 @@ def _layers(reading: Reading) -> list[_Layer]:
     return found
 
 
-def _combine(weights: Float[Array, "I B 1 T"], null: Float[Array, "B 1 T"], sources: list[_Layer], rest) -> dict[str, Array]:
-    """The measures [B, N, T] of some sources; `rest` is the weight of an outcome of its own, the embedding's token, or None."""
+def _combine(
+    weights: Float[Array, "I B 1 T"], null: Float[Array, "B 1 T"], sources: list[_Layer], rest
+) -> dict[str, Array]:
+    """The measures [B, N, T] of some sources; `rest` is the weight of an outcome of its own, the embedding's
+    token, or None.
+    """
 
     def total(values: list[Array]) -> Array:
         return sum(weight * value for weight, value in zip(weights, values))
 
     peaks = [weight * source.concentration for weight, source in zip(weights, sources)]
-    entropy = xlogy(weights, weights).sum(0) + xlogy(null, null) + total([source.negative_entropy for source in sources])
+    entropy = (
+        xlogy(weights, weights).sum(0) + xlogy(null, null) + total([source.negative_entropy for source in sources])
+    )
     if rest is not None:
         peaks, entropy = [*peaks, jnp.broadcast_to(rest, peaks[0].shape)], entropy + xlogy(rest, rest)
     found = {f"leakage_{name}": total([source.leakage[name] for source in sources]) for name in SINK_SETS}
@@ -136,13 +161,17 @@ def read(reading: Reading) -> Rows | None:
     by_router: dict[str, list[Array]] = {}
     for name, sources in places.items():
         near_no_op = norms[name] <= threshold
-        for variant, (measures, counted) in _of_router(reading.statistics.routers[name], [layers[i] for i in sources]).items():
+        for variant, (measures, counted) in _of_router(
+            reading.statistics.routers[name], [layers[i] for i in sources]
+        ).items():
             for measure, values in measures.items():
                 prefix = SINK_SETS.get(measure.removeprefix("leakage_"), 1)
                 outside = counted & (jnp.arange(values.shape[-1]) >= prefix)
                 for suffix, mask in (("", jnp.ones_like(near_no_op)), ("_near_no_op", near_no_op)):
                     chosen = outside & mask
-                    by_router.setdefault(f"sum/{measure}_{variant}{suffix}", []).append(jnp.where(chosen, values, 0.0).sum((1, 2)))
+                    by_router.setdefault(f"sum/{measure}_{variant}{suffix}", []).append(
+                        jnp.where(chosen, values, 0.0).sum((1, 2))
+                    )
                     by_router.setdefault(f"count/{measure}_{variant}{suffix}", []).append(chosen.sum((1, 2)))
     return {name: jnp.stack(values, 1) for name, values in by_router.items()}
 
@@ -155,7 +184,9 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig) -> dict[str, Value 
         found[f"joint_{name}"] = Estimate(totals.sum(1, keepdims=True), counts.sum(1, keepdims=True))
         if not name.endswith("_near_no_op"):
             sums, numbers = totals.sum(0).tolist(), counts.sum(0).tolist()
-            found[f"joint_{name}_by_router"] = [total / number if number else None for total, number in zip(sums, numbers)]
+            found[f"joint_{name}_by_router"] = [
+                total / number if number else None for total, number in zip(sums, numbers)
+            ]
     read_layers = {layer for layers in source_layers(config).values() for layer in layers}
     return found | {"joint_layer_coverage": len(read_layers) / config.num_layers}
 

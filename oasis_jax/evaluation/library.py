@@ -24,34 +24,40 @@ class _ReadFunction:
 
 
 def as_statistics(found: Statistics | AttentionStatistics | Sequence[AttentionStatistics]) -> Statistics:
-    """What a model said about itself as `Statistics`; a list of attention layers says nothing about routers and taps."""
+    """What a model said about itself as `Statistics`; a list of attention layers says nothing about routers
+    and taps.
+    """
     if isinstance(found, Statistics):
         return found
     layers = [found] if isinstance(found, AttentionStatistics) else list(found)
     for layer in layers:
         if not isinstance(layer, AttentionStatistics):
             raise UserError(
-                "measure: apply_fn has to return outputs, or (outputs, statistics) with the statistics an oasis_jax.Statistics or a "
+                "measure: apply_fn has to return outputs, or (outputs, statistics) with the statistics an "
+                "oasis_jax.Statistics or a "
                 f"list of oasis_jax.AttentionStatistics, got {type(layer).__name__} among them"
             )
     return Statistics(layers, {}, {})
 
 
-def measure(apply_fn: Callable[..., Any], params: Any, batches: Iterable[Batch], *, measures: Iterable[str] = ("default",)) -> Measurements:
+def measure(
+    apply_fn: Callable[..., Any], params: Any, batches: Iterable[Batch], *, measures: Iterable[str] = ("default",)
+) -> Measurements:
     """Measures any JAX model whose attention is this library's, with or without its stack and routers.
 
     Args:
-      apply_fn: (params, inputs) -> outputs [B, T, V], or (outputs, statistics): the `oasis_jax.AttentionStatistics` of its attention
-        layers as a list, or an `oasis_jax.Statistics` with routers by name and taps by kind, as far as the model has them.
-        It is called under `jax.jit`, with `segment_ids` too where the batches have them.
+      apply_fn: (params, inputs) -> outputs [B, T, V], or (outputs, statistics): the `oasis_jax.AttentionStatistics` of
+        its attention layers as a list, or an `oasis_jax.Statistics` with routers by name and taps by kind, as far as
+        the model has them. It is called under `jax.jit`, with `segment_ids` too where the batches have them.
       params: its parameters, sharded or not.
-      batches: dicts of arrays [B, T, ...]: "inputs"; "targets" and optionally "weights" for the loss; "bytes", the bytes that each target
-        stands for, for bits per byte; all batches of one shape compile once.
-      measures: names of families of measures, see `oasis_jax.evaluation.EVALUATORS`; "default" and "all" stand for several.
+      batches: dicts of arrays [B, T, ...]: "inputs"; "targets" and optionally "weights" for the loss; "bytes", the
+        bytes that each target stands for, for bits per byte; all batches of one shape compile once.
+      measures: names of families of measures, see `oasis_jax.evaluation.EVALUATORS`; "default" and "all" stand for
+        several.
 
     Returns:
-      Measurements: `values` {name: float, nested lists, or None where the model gives no data for it}, and `intervals()`, the confidence
-      interval of each scalar. `oasis_jax.evaluation.DEFINITIONS` says what each value is.
+      Measurements: `values` {name: float, nested lists, or None where the model gives no data for it}, and
+      `intervals()`, the confidence interval of each scalar. `oasis_jax.evaluation.DEFINITIONS` says what each value is.
 
     Raises:
       UserError: an unknown measure, no batch, or statistics of another kind.

@@ -14,7 +14,10 @@ from oasis_jax.evaluation.order_statistics import median
 MAGNITUDE = 100.0
 RATIO = 1000.0  # over the median magnitude of the sequence's layer output
 
-_MASSIVE = f"elements h of each layer's output [T, D] with |h| > {MAGNITUDE:g} and |h| >= {RATIO:g} x median |h| of the sequence"
+_MASSIVE = (
+    f"elements h of each layer's output [T, D] with |h| > {MAGNITUDE:g} and |h| >= {RATIO:g} x median |h| "
+    "of the sequence"
+)
 _SOURCE, _TAPS = "Sun et al., arXiv 2402.17762", "models that give their layers' outputs"
 DEFINITIONS = {
     "massive_activations": {
@@ -31,13 +34,15 @@ DEFINITIONS = {
     },
     "massive_activation_places": {
         "tensor": _MASSIVE,
-        "average": "none; per layer that has any: how many of all sequences lie at which position and channel, the most frequent 8 of each",
+        "average": "none; per layer that has any: how many of all sequences lie at which position and channel, the "
+        "most frequent 8 of each",
         "source": _SOURCE,
         "applies_to": _TAPS,
     },
     "largest_activation_by_layer": {
         "tensor": "element of each layer's output [T, D] with the largest |h|",
-        "average": "none; the largest of all sequences with its value, position, channel and ratio to its sequence's median |h|",
+        "average": "none; the largest of all sequences with its value, position, channel and ratio to its "
+        "sequence's median |h|",
         "source": _SOURCE,
         "applies_to": _TAPS,
     },
@@ -68,7 +73,9 @@ def _layer(h: Float[Array, "B T D"]) -> Rows:
 
 
 def read(reading: Reading) -> Rows | None:
-    """Per layer: the largest element [B, L] and the numbers of massive ones by position [B, L, T] and channel [B, L, D]."""
+    """Per layer: the largest element [B, L] and the numbers of massive ones by position [B, L, T] and channel [B, L,
+    D].
+    """
     layers = [_layer(h) for h in reading.statistics.taps.get("layer_output", [])]
     return jax.tree.map(lambda *x: jnp.stack(x, 1), *layers) if layers else None
 
@@ -81,7 +88,10 @@ def _places(counts: Float[np.ndarray, " places"]) -> dict[str, int]:
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
     """Counts per sequence first, then the mean over sequences."""
     del config
-    counts, ratios = rows["at_channel"].sum(-1), np.abs(rows["value"]) / np.maximum(rows["median"], np.finfo(np.float32).tiny)
+    counts, ratios = (
+        rows["at_channel"].sum(-1),
+        np.abs(rows["value"]) / np.maximum(rows["median"], np.finfo(np.float32).tiny),
+    )
     largest = []
     for layer, sequence in enumerate(np.abs(rows["value"]).argmax(0)):
         place = {name: int(rows[name][sequence, layer]) for name in ("position", "channel")}

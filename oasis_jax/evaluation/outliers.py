@@ -1,4 +1,6 @@
-"""Outliers of the activations: infinity norm and kurtosis at every tap (Bondarenko et al., arXiv 2306.12929, section 3)."""
+"""Outliers of the activations: infinity norm and kurtosis at every tap (Bondarenko et al., arXiv 2306.12929, section
+3).
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,10 @@ from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
 from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
 
 _SOURCE = "Bondarenko et al., arXiv 2306.12929"
-_TAPS = "all taps: norm outputs, attention outputs after the output projection, MLP outputs, layer outputs, final norm output"
+_TAPS = (
+    "all taps: norm outputs, attention outputs after the output projection, MLP outputs, layer outputs, "
+    "final norm output"
+)
 _NORM = "max |x| of each sequence, mean over sequences, largest over the tensors named"
 _KURTOSIS = "kurtosis (not excess, ddof 1) of each sequence flattened to [T*D], mean over sequences"
 DEFINITIONS = {
@@ -30,7 +35,11 @@ _TOKEN_KURTOSIS = "kurtosis (not excess, ddof 1) of each token's D channels, mea
 TOKEN_DEFINITIONS = {
     "avg_token_kurtosis": {"tensor": _TAPS, "average": f"{_TOKEN_KURTOSIS}, mean over taps", "source": _SOURCE},
     "max_token_kurtosis": {"tensor": _TAPS, "average": f"{_TOKEN_KURTOSIS}, largest over taps", "source": _SOURCE},
-    "token_kurtosis_by_tap": {"tensor": _TAPS, "average": f"{_TOKEN_KURTOSIS}; kind of tap -> layers", "source": _SOURCE},
+    "token_kurtosis_by_tap": {
+        "tensor": _TAPS,
+        "average": f"{_TOKEN_KURTOSIS}; kind of tap -> layers",
+        "source": _SOURCE,
+    },
 }
 
 
@@ -92,7 +101,9 @@ def _by_tap(kinds: dict[str, np.ndarray]) -> dict[str, list[float]]:
 
 def read_tokens(reading: Reading) -> Rows | None:
     """Kind of tap -> per-token kurtosis [B, number of taps of that kind]."""
-    return {kind: jnp.stack([token_kurtosis(x) for x in taps], -1) for kind, taps in reading.statistics.taps.items()} or None
+    return {
+        kind: jnp.stack([token_kurtosis(x) for x in taps], -1) for kind, taps in reading.statistics.taps.items()
+    } or None
 
 
 def finish_tokens(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:

@@ -36,7 +36,9 @@ DEFINITIONS = {
 
 
 def read(reading: Reading) -> Rows | None:
-    """Per sequence: the sum of weighted losses by its name, of weights and, where the batch has "bytes" [B, T], of its targets' bytes."""
+    """Per sequence: the sum of weighted losses by its name, of weights and, where the batch has "bytes" [B,
+    T], of its targets' bytes.
+    """
     if "targets" not in reading.batch:
         return None
     targets = reading.batch["targets"]

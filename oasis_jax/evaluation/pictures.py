@@ -1,4 +1,6 @@
-"""Which pictures a report has, made from measured runs. Colour scales are shared by all runs, colours by all pictures."""
+"""Which pictures a report has, made from measured runs. Colour scales are shared by all runs, colours by all
+pictures.
+"""
 
 import math
 from collections.abc import Sequence
@@ -17,13 +19,21 @@ _TAPS = {"attention_output": "attention outputs", "mlp_output": "MLP outputs", "
 def pictures(runs: Runs) -> list[Picture]:
     """All pictures that apply to at least one of the runs."""
     found = [
-        _by_head(runs, "first_token_mass_by_head", "sink_mass", "Attention on the first token, by layer and head", _SINK_CAPTION),
+        _by_head(
+            runs,
+            "first_token_mass_by_head",
+            "sink_mass",
+            "Attention on the first token, by layer and head",
+            _SINK_CAPTION,
+        ),
         _by_head(runs, "null_mass_by_head", "null_mass", "Attention on the null, by layer and head", _NULL_CAPTION),
         _by_position(runs),
         *_tokens(runs),
         _depth(runs),
         _per_layer(runs, "inf_norm_by_tap", "inf_norm", "Largest activation, by layer", "max |x|", _NORM_CAPTION),
-        _per_layer(runs, "kurtosis_by_tap", "kurtosis", "Kurtosis of activations, by layer", "kurtosis", _KURTOSIS_CAPTION),
+        _per_layer(
+            runs, "kurtosis_by_tap", "kurtosis", "Kurtosis of activations, by layer", "kurtosis", _KURTOSIS_CAPTION
+        ),
         _histograms(runs),
         _quantization(runs),
         _training(runs),
@@ -31,8 +41,12 @@ def pictures(runs: Runs) -> list[Picture]:
     return [picture for picture in found if picture.panels]
 
 
-_SINK_CAPTION = "Mean over queries and held-out sequences, in percent of a query's attention. Above 30 a head counts as a sink."
-_NULL_CAPTION = "Mean over queries and held-out sequences, in percent of a query's attention: what a head sends to no token at all."
+_SINK_CAPTION = (
+    "Mean over queries and held-out sequences, in percent of a query's attention. Above 30 a head counts as a sink."
+)
+_NULL_CAPTION = (
+    "Mean over queries and held-out sequences, in percent of a query's attention: what a head sends to no token at all."
+)
 _NORM_CAPTION = "max |x| of a sequence, mean over held-out sequences."
 _KURTOSIS_CAPTION = "Mean over held-out sequences; 3 is a normal distribution, more means heavier tails."
 
@@ -71,14 +85,20 @@ def _by_position(runs: Runs) -> Picture:
     for _, run in having:
         table = run.metrics[name]
         rows = _numbers(len(table))
-        panels.append(strip_map(run.label, table, top, rows=rows, across="position of the query in the sequence", down="layer"))
+        panels.append(
+            strip_map(run.label, table, top, rows=rows, across="position of the query in the sequence", down="layer")
+        )
     caption = "Mean over heads and held-out sequences, in percent of a query's attention, for every position."
-    return Picture(name, "Attention on the null, by layer and position", caption, panels, (0.0, top, "% of attention, or more"))
+    return Picture(
+        name, "Attention on the null, by layer and position", caption, panels, (0.0, top, "% of attention, or more")
+    )
 
 
 def _short(name: str) -> str:
     """ "layer0.attention" -> "0 attn", "own mlp" -> "own mlp"."""
-    return name.removeprefix("layer").replace(".attention", " attn").replace(".mlp", " mlp").replace("attention", "attn")
+    return (
+        name.removeprefix("layer").replace(".attention", " attn").replace(".mlp", " mlp").replace("attention", "attn")
+    )
 
 
 def _depth(runs: Runs) -> Picture:
@@ -90,9 +110,20 @@ def _depth(runs: Runs) -> Picture:
             "layer " + name.removeprefix("layer") if name.removeprefix("layer").isdigit() else _short(name)
             for name in run.metrics["depth_sources"]
         ]
-        panels.append(heat_map(run.label, run.metrics["depth_weights"], 1.0, rows=routers, columns=columns, across="source", down="router"))
+        panels.append(
+            heat_map(
+                run.label,
+                run.metrics["depth_weights"],
+                1.0,
+                rows=routers,
+                columns=columns,
+                across="source",
+                down="router",
+            )
+        )
     caption = (
-        "Mean weight over tokens, in percent. A row is the router after (delta wiring: before) a sublayer; empty cells are sources it does not "
+        "Mean weight over tokens, in percent. A row is the router after (delta wiring: before) a sublayer; empty "
+        "cells are sources it does not "
         "read. A row adds up to 100 less what goes to the depth null."
     )
     return Picture("depth_weights", "Depth weights, router by source", caption, panels, scale=(0.0, 1.0, "% of weight"))
@@ -105,7 +136,9 @@ def _legend(runs: Runs) -> dict[str, int]:
 def _per_layer(runs: Runs, name: str, file: str, title: str, unit: str, caption: str) -> Picture:
     panels = []
     for kind, words in _TAPS.items():
-        values = {i: np.array(run.metrics[name][kind], float) for i, run in _having(runs, name)}  # None, not finite, becomes NaN
+        values = {
+            i: np.array(run.metrics[name][kind], float) for i, run in _having(runs, name)
+        }  # None, not finite, becomes NaN
         lines = {i: (range(len(y)), y) for i, y in values.items() if np.isfinite(y).any()}
         if lines:
             panels.append(curves(words, lines, across="layer", along=unit, marks=True, linear=False))
@@ -117,13 +150,20 @@ def _histograms(runs: Runs) -> Picture:
     viewed = {index: run.view for index, run in enumerate(runs) if run.view}
     for kind, words in _TAPS.items() if viewed else ():
         shares = {index: view["histograms"][kind] for index, view in viewed.items()}
-        panels.append(histograms(words, shares, next(iter(viewed.values()))["edges"], across="|x| / root mean square (log scale)"))
-    caption = "Share of the values of one held-out batch by size, over layers; each tensor in units of its own root mean square. Outliers are the tail on the right."
+        panels.append(
+            histograms(words, shares, next(iter(viewed.values()))["edges"], across="|x| / root mean square (log scale)")
+        )
+    caption = (
+        "Share of the values of one held-out batch by size, over layers; each tensor in units of its own "
+        "root mean square. Outliers are the tail on the right."
+    )
     return Picture("histograms", "How large activations are", caption, panels, legend=_legend(runs))
 
 
 def token_scale(runs: Runs, name: str) -> float:
-    """The end of the colour scale of a token view, shared by all runs: the largest value but for the two largest per cent."""
+    """The end of the colour scale of a token view, shared by all runs: the largest value but for the two largest per
+    cent.
+    """
     values = [run.view["tokens"][name] for run in runs if run.view and run.view["tokens"] and run.view["tokens"][name]]
     return _top([[[np.quantile(row, 0.98)]] for row in values]) if values else 1.0
 
@@ -146,7 +186,9 @@ def _tokens(runs: Runs) -> list[Picture]:
                 text = [token.replace("\n", "\u21b5") for token in tokens["text"]]
                 panels.append(token_grid(run.label, text, tokens[name], top, columns=_GRID_COLUMNS))
         caption = f"The first held-out sequence; {average}."
-        found.append(Picture(f"tokens_{name}", title, caption, panels, (0.0, top, "% of attention, or more"), on_page=False))
+        found.append(
+            Picture(f"tokens_{name}", title, caption, panels, (0.0, top, "% of attention, or more"), on_page=False)
+        )
     return found
 
 
@@ -160,10 +202,15 @@ def _quantization(runs: Runs) -> Picture:
     for index, run in enumerate(runs):
         if run.quantization:
             values[index] = [_bar(run.quantization[name]) for name in names]
-    panels = [bars("change from float", values, names, across="%", form=lambda value: change_text(value / 100))] if values else []
+    panels = (
+        [bars("change from float", values, names, across="%", form=lambda value: change_text(value / 100))]
+        if values
+        else []
+    )
     units = {"squared error" if run.tokenizer is None else "perplexity" for run in runs}
     caption = (
-        f"Change in {' or '.join(sorted(units))} from float, in per cent; lines are 95 % intervals of the change, over held-out sequences. "
+        f"Change in {' or '.join(sorted(units))} from float, in per cent; lines are 95 % intervals of the change, "
+        "over held-out sequences. "
         "What is rounded is listed below."
     )
     return Picture("quantization", "What quantization costs", caption, panels, legend=_legend(runs))
@@ -188,7 +235,9 @@ def _series(runs: Runs, key: str, *, needs: str | None, scale: float) -> dict[in
     lines = {}
     for index, run in enumerate(runs):
         points = [
-            (line["step"], scale * line[key]) for line in run.history if isinstance(line.get(key), int | float) and math.isfinite(line[key])
+            (line["step"], scale * line[key])
+            for line in run.history
+            if isinstance(line.get(key), int | float) and math.isfinite(line[key])
         ]
         if points and (needs is None or run.metrics[needs] is not None):
             lines[index] = _windows(points)
@@ -209,6 +258,7 @@ def _training(runs: Runs) -> Picture:
         if lines:
             panels.append(curves(title, lines, across="step", along=unit, marks=False, linear=key != "loss"))
     caption = (
-        f"From each run's metrics.jsonl, on training batches; runs with more than {_MOST_POINTS} logged steps are averaged in windows."
+        f"From each run's metrics.jsonl, on training batches; runs with more than {_MOST_POINTS} logged "
+        "steps are averaged in windows."
     )
     return Picture("training", "Training", caption, panels, legend=_legend(runs))

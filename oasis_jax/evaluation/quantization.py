@@ -44,9 +44,10 @@ class Scheme:
       weights: format of the weights of linear layers, symmetric.
       activations: format of the inputs of linear layers; None: they stay as they are.
       group: how many terms of the contraction share a scale; 0: all.
-      per_tensor: one scale a tensor, activations asymmetric with running ranges from calibration, and also the embedding table,
-        attention scores, probabilities, context, residual sums and depth mixtures (the reference of arXiv 2605.17887, after
-        arXiv 2306.12929). Else weights have a scale per output channel, activations one per token, taken as they come.
+      per_tensor: one scale a tensor, activations asymmetric with running ranges from calibration, and also the
+        embedding table, attention scores, probabilities, context, residual sums and depth mixtures (the reference of
+        arXiv 2605.17887, after arXiv 2306.12929). Else weights have a scale per output channel, activations one per
+        token, taken as they come.
       mse, smooth, float_head, integer: the options of `OPTIONS`.
     """
 
@@ -80,7 +81,9 @@ OPTIONS = {
 
 
 def parse_scheme(text: str) -> Scheme:
-    """'w8a8_tensor+mse+float_head' as a Scheme; raises UserError for a name there is not, and for an option that has no meaning."""
+    """'w8a8_tensor+mse+float_head' as a Scheme; raises UserError for a name there is not, and for an option
+    that has no meaning.
+    """
     name, *options = text.split("+")
     if name not in SCHEMES:
         raise unknown_name("--quantize", name, SCHEMES)
@@ -89,7 +92,9 @@ def parse_scheme(text: str) -> Scheme:
             raise unknown_name(f"--quantize: option of {name}", option, OPTIONS)
     scheme = dataclasses.replace(SCHEMES[name], **dict.fromkeys(options, True))
     if scheme.integer and scheme.activations is None:
-        raise UserError(f"--quantize: {text}: activations stay in float, so there is no integer product; leave out +integer")
+        raise UserError(
+            f"--quantize: {text}: activations stay in float, so there is no integer product; leave out +integer"
+        )
     return scheme
 
 
@@ -104,7 +109,9 @@ def parse_schemes(names: Sequence[str]) -> dict[str, Scheme]:
 
 
 class Calibration(NamedTuple):
-    """What was seen of activations, by full name: running (lowest, highest), and largest |x| of each channel of a layer's input."""
+    """What was seen of activations, by full name: running (lowest, highest), and largest |x| of each channel of a
+    layer's input.
+    """
 
     ranges: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
     channels: dict[str, Float[Array, " D"]]
@@ -123,14 +130,18 @@ class _Named(Numerics):
 
 
 def smoothing_factors(channels: Float[Array, " D"], weight: Float[Array, "D M"]) -> Float[Array, " D"]:
-    """SmoothQuant (arXiv 2211.10438, eq. 4): what a layer's input is divided by and its weight multiplied by, per channel."""
+    """SmoothQuant (arXiv 2211.10438, eq. 4): what a layer's input is divided by and its weight multiplied by, per
+    channel.
+    """
     largest = jnp.abs(weight).max(axis=1)
     factors = channels**SMOOTHING / jnp.where(largest > 0, largest, 1.0) ** (1 - SMOOTHING)
     return jnp.where((channels > 0) & (largest > 0), factors, 1.0)
 
 
 class Recorder(_Named):
-    """Float numerics that record one batch's ranges, those of linear layers after smoothing where `channels` are given."""
+    """Float numerics that record one batch's ranges, those of linear layers after smoothing where `channels`
+    are given.
+    """
 
     materializes_attention = True
 
@@ -160,8 +171,11 @@ def _record(graphdef, state, batch, channels) -> Calibration:
     return Calibration(recorder.ranges, recorder.channels)
 
 
-def calibrate(model: nnx.Module, batches: Iterable[Batch], *, channels: Mapping[str, Array] | None = None) -> Calibration:
-    """Ranges of activations: running minimum and maximum with momentum 0.9 over batches; channel maxima over all of them.
+def calibrate(
+    model: nnx.Module, batches: Iterable[Batch], *, channels: Mapping[str, Array] | None = None
+) -> Calibration:
+    """Ranges of activations: running minimum and maximum with momentum 0.9 over batches; channel maxima over all of
+    them.
 
     Args:
       model: takes `numerics`, as an `oasis_jax.decoder.Decoder` does.
@@ -228,7 +242,10 @@ class Quantized(_Named):
         if scheme.smooth:
             factors = smoothing_factors(self.calibration.channels[self.scope + name], columns)
             rows, columns = rows / factors, columns * factors[:, None]
-        rows, codes = grouped(rows.astype(jnp.float32), 1, scheme.group), self._weight(grouped(columns, 0, scheme.group))
+        rows, codes = (
+            grouped(rows.astype(jnp.float32), 1, scheme.group),
+            self._weight(grouped(columns, 0, scheme.group)),
+        )
         if scheme.activations is None:
             y = jnp.einsum("RGD,GDM->RM", rows, codes.values(), precision=jax.lax.Precision.HIGHEST)
         else:
@@ -254,7 +271,10 @@ def describe(scheme: Scheme) -> str:
     """How a linear layer is computed, in words."""
     group = f" and group of {scheme.group}" if scheme.group else ""
     fit = "least squared error of 100 ranges" if scheme.mse else "min-max"
-    weight = f"weight {scheme.weights}, {'one scale a tensor' if scheme.per_tensor else f'a scale per output channel{group}'}, {fit}"
+    weight = (
+        f"weight {scheme.weights}, "
+        f"{'one scale a tensor' if scheme.per_tensor else f'a scale per output channel{group}'}, {fit}"
+    )
     if scheme.activations is None:
         inputs = "input in float"
     elif scheme.per_tensor:
@@ -284,8 +304,12 @@ def _losses(graphdef, state, batch, scheme: Scheme | None, calibration: Calibrat
     return {"loss": rows["nats" if model.config.inputs == "tokens" else "squared_error"], "weight": rows["weight"]}
 
 
-def losses(model: nnx.Module, batches: Sequence[Batch], scheme: Scheme | None, calibration: Calibration) -> dict[str, np.ndarray]:
-    """Per sequence the summed "loss" (nats, or squared error of vectors) and its "weight", under a scheme; None: in float."""
+def losses(
+    model: nnx.Module, batches: Sequence[Batch], scheme: Scheme | None, calibration: Calibration
+) -> dict[str, np.ndarray]:
+    """Per sequence the summed "loss" (nats, or squared error of vectors) and its "weight", under a scheme; None: in
+    float.
+    """
     graphdef, state = nnx.split(model)
     rows = [jax.device_get(_losses(graphdef, state, dict(batch), scheme, calibration)) for batch in batches]
     return {name: np.concatenate([np.asarray(part[name], np.float64) for part in rows]) for name in rows[0]}
@@ -323,7 +347,8 @@ def quantization(
       schemes: by name, as `parse_schemes` gives them.
 
     Returns:
-      Name -> {"value": perplexity, or the squared error of vectors; "float": the same in float; "relative_change": value / float - 1;
+      Name -> {"value": perplexity, or the squared error of vectors; "float": the same in float; "relative_change":
+      value / float - 1;
       "interval": of the relative change, as `bootstrap.DESCRIPTION` says, paired by sequence;
       "samples"; "tensors": as `rounded_tensors`}.
     """

@@ -1,7 +1,9 @@
-"""Rounding of tensors to few bits, and matrix products of the rounded ones: simulated in float32, or on the integers themselves.
+"""Rounding of tensors to few bits, and matrix products of the rounded ones: simulated in float32, or on the integers
+themselves.
 
 A `Format` is a grid: b-bit integers, or E4M3. `Codes` are a tensor on a grid, value = scale * (code - zero point).
-Everything here is 2-D: rows of activations [R, D] times a weight [D, M], the contraction in groups of g: [R, G, g] and [G, g, M].
+Everything here is 2-D: rows of activations [R, D] times a weight [D, M], the contraction in groups of g: [R, G, g] and
+[G, g, M].
 """
 
 from typing import NamedTuple
@@ -60,7 +62,9 @@ def symmetric(x: Array, form: Format, axes: tuple[int, ...] | None) -> Codes:
 
 
 def symmetric_mse(x: Array, form: Format, axes: tuple[int, ...] | None) -> Codes:
-    """As `symmetric`, clipped to the share i / 100 of the largest |x|, i = 1 .. 100, that has the least mean squared error."""
+    """As `symmetric`, clipped to the share i / 100 of the largest |x|, i = 1 .. 100, that has the least mean squared
+    error.
+    """
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(axis=axes, keepdims=axes is not None)
 
@@ -76,7 +80,9 @@ def symmetric_mse(x: Array, form: Format, axes: tuple[int, ...] | None) -> Codes
 
 
 def asymmetric(x: Array, bits: int, low: Array, high: Array) -> Codes:
-    """With a zero point, from a range that is widened to hold 0; unsigned codes, shifted by half so that 8 bits fit int8."""
+    """With a zero point, from a range that is widened to hold 0; unsigned codes, shifted by half so that 8 bits fit
+    int8.
+    """
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     half, steps = 2.0 ** (bits - 1), 2.0**bits - 1
     scale = _nonzero((high - low) / steps)
@@ -107,7 +113,9 @@ def as_matrices(equation: str, x: Array, weight: Array) -> tuple[Array, Array, t
 
 
 def grouped(x: Array, axis: int, group: int) -> Array:
-    """Splits the contraction into groups of `group` (0: one group of all); the last is filled up with zeros, which round to zero."""
+    """Splits the contraction into groups of `group` (0: one group of all); the last is filled up with zeros, which
+    round to zero.
+    """
     size = x.shape[axis]
     group = min(group or size, size)
     count = -(-size // group)
@@ -121,13 +129,17 @@ def product(x: Codes, weight: Codes) -> Float[Array, "R M"]:
 
 
 def integer_product(x: Codes, weight: Codes) -> Float[Array, "R M"]:
-    """The same product on the codes: int8 with int32 sums, E4M3 with float32 sums, one matrix product a group, scaled after it."""
+    """The same product on the codes: int8 with int32 sums, E4M3 with float32 sums, one matrix product a
+    group, scaled after it.
+    """
     total = jnp.float32 if x.codes.dtype == jnp.float8_e4m3fn else jnp.int32
     rows, groups, _ = x.codes.shape
 
     def add(sum_so_far, part):
         codes, x_scale, weights, scale = part
-        dot = lax.dot_general(codes, weights, (((1,), (0,)), ((), ())), preferred_element_type=total).astype(jnp.float32)
+        dot = lax.dot_general(codes, weights, (((1,), (0,)), ((), ())), preferred_element_type=total).astype(
+            jnp.float32
+        )
         # sum (c - z) w = sum c w - z sum w
         dot -= x.zero_point * weights.astype(total).sum(0).astype(jnp.float32)
         return sum_so_far + dot * x_scale * scale, None

@@ -1,4 +1,6 @@
-"""Residual sinks: channels of the stream that are large for every token, and how the norms answer (Unified View, arXiv 2601.22966)."""
+"""Residual sinks: channels of the stream that are large for every token, and how the norms answer (Unified
+View, arXiv 2601.22966).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -22,31 +24,43 @@ def _of(tensor: str, average: str, applies_to: str = _TAPS) -> dict[str, str]:
 
 DEFINITIONS = {
     "residual_sink_ratio": _of(
-        f"{_H}: mean |h_j| of each channel j", "mean over tokens and sequences, largest over median channel, largest over layers"
+        f"{_H}: mean |h_j| of each channel j",
+        "mean over tokens and sequences, largest over median channel, largest over layers",
     ),
     "residual_sink_ratio_by_layer": _of(
-        f"{_H}: mean |h_j| of each channel j", "mean over tokens and sequences, largest over median channel; one value a layer"
+        f"{_H}: mean |h_j| of each channel j",
+        "mean over tokens and sequences, largest over median channel; one value a layer",
     ),
     "residual_sink_channel_by_layer": _of(f"{_H}: {_D}", "none; one channel a layer"),
-    "residual_sink_share_by_layer": _of(f"{_H}: tokens whose largest |h_j| lies at {_D}", "share of all tokens; one value a layer"),
-    "residual_sink_share": _of(f"{_H}: tokens whose largest |h_j| lies at {_D}", "share of all tokens, largest over layers"),
+    "residual_sink_share_by_layer": _of(
+        f"{_H}: tokens whose largest |h_j| lies at {_D}", "share of all tokens; one value a layer"
+    ),
+    "residual_sink_share": _of(
+        f"{_H}: tokens whose largest |h_j| lies at {_D}", "share of all tokens, largest over layers"
+    ),
     "residual_sink_norm_share": _of(
         f"{_H}: r = |h_d| / ||h|| at {_D}", "mean over tokens and sequences, largest over layers"
     ),
-    "residual_sink_norm_share_by_layer": _of(f"{_H}: r = |h_d| / ||h|| at {_D}", "mean over tokens and sequences; one value a layer"),
+    "residual_sink_norm_share_by_layer": _of(
+        f"{_H}: r = |h_d| / ||h|| at {_D}", "mean over tokens and sequences; one value a layer"
+    ),
     "norm_gain_at_sink": _of(
         "gain of the norm that reads each layer's output, |gain_d| / median |gain_j| at the layer's sink channel",
         "none; one value a layer",
         "models of this library whose norm has a gain",
     ),
-}  # fmt: skip
+}
 
 
 def _layer(h: Float[Array, "B T D"]) -> Rows:
     size = jnp.abs(h.astype(jnp.promote_types(h.dtype, jnp.float32)))
     inverse = 1 / jnp.maximum(jnp.sqrt(jnp.square(size).sum(-1)), jnp.finfo(jnp.float32).tiny)
     at = size.argmax(-1)[..., None] == jnp.arange(h.shape[-1])
-    return {"size": size.mean(1), "norm_share": jnp.einsum("BTD,BT->BD", size, inverse) / h.shape[1], "argmax": at.mean(1)}
+    return {
+        "size": size.mean(1),
+        "norm_share": jnp.einsum("BTD,BT->BD", size, inverse) / h.shape[1],
+        "argmax": at.mean(1),
+    }
 
 
 def read(reading: Reading) -> Rows | None:
@@ -62,7 +76,9 @@ def read(reading: Reading) -> Rows | None:
 
 
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
-    """The sink channel is found over all sequences and then kept; only the ratio of largest to median finds its own in every draw."""
+    """The sink channel is found over all sequences and then kept; only the ratio of largest to median finds
+    its own in every draw.
+    """
     del config
     sizes = rows["size"]
     channels = sizes.mean(0).argmax(-1)  # [L]

@@ -1,4 +1,6 @@
-"""From workdirs to a report: load each run from its checkpoint alone, measure it on its held-out data, write down what was found."""
+"""From workdirs to a report: load each run from its checkpoint alone, measure it on its held-out data, write
+down what was found.
+"""
 
 import itertools
 import json
@@ -65,7 +67,9 @@ def evaluate(
 
 
 def unique_labels(workdirs: Sequence[str | os.PathLike]) -> list[str]:
-    """The shortest ends of the paths that tell them apart; raises UserError where two are one folder, or there is none."""
+    """The shortest ends of the paths that tell them apart; raises UserError where two are one folder, or
+    there is none.
+    """
     if not workdirs:
         raise UserError("--workdir: give at least one")
     paths = [pathlib.Path(workdir).resolve() for workdir in workdirs]
@@ -112,7 +116,9 @@ def measure_run(
     measurements = measure_model(run.model, batches, evaluators)
     metrics = measurements.values
     begin_token = run.tokenizer is not None and run.config.data.begin_token
-    effects = intervene(run.model, batches, interventions=interventions, begin_token=begin_token) if interventions else []
+    effects = (
+        intervene(run.model, batches, interventions=interventions, begin_token=begin_token) if interventions else []
+    )
     return MeasuredRun(
         label=label,
         workdir=str(workdir),
@@ -133,7 +139,9 @@ def measure_run(
     )
 
 
-def _quantized(run: LoadedRun, corpus: Corpus, batches: Sequence[Batch], schemes: Mapping[str, Scheme]) -> dict[str, dict]:
+def _quantized(
+    run: LoadedRun, corpus: Corpus, batches: Sequence[Batch], schemes: Mapping[str, Scheme]
+) -> dict[str, dict]:
     """Calibrated on as many batches of training data as are measured."""
     if not schemes:
         return {}
@@ -161,7 +169,11 @@ def _finite(value):
 def _why_absent(name: str, metrics: Mapping) -> str:
     if name not in metrics:
         return "not measured: --measures does not name it"
-    return f"not applicable: only for {DEFINITIONS[name]['applies_to']}" if metrics[name] is None else f"not finite: {metrics[name]}"
+    return (
+        f"not applicable: only for {DEFINITIONS[name]['applies_to']}"
+        if metrics[name] is None
+        else f"not finite: {metrics[name]}"
+    )
 
 
 def as_json(runs: Sequence[MeasuredRun]) -> dict:
@@ -181,7 +193,11 @@ def _paired(runs: Sequence[MeasuredRun]) -> list[dict]:
     for one, other in itertools.combinations([run for run in runs if run.measurements], 2):
         first, second = one.measurements, other.measurements
         try:
-            pair = {"differences": bootstrap.paired_differences(first.estimates, second.estimates, (first.identity, second.identity))}
+            pair = {
+                "differences": bootstrap.paired_differences(
+                    first.estimates, second.estimates, (first.identity, second.identity)
+                )
+            }
         except UserError as error:
             pair = {"refused": str(error)}
         found.append({"first": one.workdir, "second": other.workdir, **_finite(pair)})
@@ -204,7 +220,8 @@ def _run_as_json(run: MeasuredRun) -> dict:
         "read": run.measurements and run.measurements.identity,
         "metrics": metrics,
         "interventions": [
-            _finite(effect._asdict()) | {"what": INTERVENTIONS[effect.intervention], "samples": run.samples} for effect in run.interventions
+            _finite(effect._asdict()) | {"what": INTERVENTIONS[effect.intervention], "samples": run.samples}
+            for effect in run.interventions
         ],
         "quantization": run.quantization,
         "view": run.view,

@@ -1,4 +1,6 @@
-"""Parts of the report that are neither the comparison nor a picture: text with its attention, quantization, interventions."""
+"""Parts of the report that are neither the comparison nor a picture: text with its attention, quantization,
+interventions.
+"""
 
 import html
 import re
@@ -41,21 +43,27 @@ def _with_interval(value: str, interval: str) -> str:
 
 
 def token_views(runs: Runs) -> str:
-    """The first held-out sequence of each run, every token on the colour of what it receives and of what it sends to the null."""
+    """The first held-out sequence of each run, every token on the colour of what it receives and of what it sends to
+    the null.
+    """
     shown = [run for run in runs if run.view and run.view["tokens"]]
     if not shown:
         return ""
     parts = []
     for name, (title, average) in TOKEN_VIEWS.items():
         top = token_scale(runs, name)
-        key = f'<div class="key"><span>0</span><span class="bar"></span><span>{100 * top:.0f} % of attention, or more</span></div>'
+        key = (
+            f'<div class="key"><span>0</span><span class="bar"></span><span>{100 * top:.0f} % of '
+            "attention, or more</span></div>"
+        )
         texts = ""
         for run in shown:
             values = run.view["tokens"][name]
             body = f'<p class="text">{_tokens(run.view["tokens"]["text"], values, top)}</p>' if values else _NO_NULL
             texts += _heading(runs, run) + body
         parts.append(
-            f'<h2>{title}</h2><p class="note">The start of the first held-out sequence; {average}. ▯ is a token without text, such as the begin token.</p>{key}{texts}'
+            f'<h2>{title}</h2><p class="note">The start of the first held-out sequence; {average}. ▯ is a token '
+            f"without text, such as the begin token.</p>{key}{texts}"
         )
     return f"<section>{''.join(parts)}</section>\n"
 
@@ -96,14 +104,18 @@ def quantized(runs: Runs) -> str:
             for name, q in run.quantization.items()
         ]
         tables += _heading(runs, run) + _table(
-            ("scheme", f"{kind}, {show(next(iter(run.quantization.values()))['float'])} in float", "change"), lines, left=1
+            ("scheme", f"{kind}, {show(next(iter(run.quantization.values()))['float'])} in float", "change"),
+            lines,
+            left=1,
         )
     lists = "".join(_rounded(name, having) for name in names)
     floats = f"<p class='note'>Always in float: {_text('; '.join(ALWAYS_FLOAT))}.</p>"
     return (
-        "<section><h2>Quantization schemes</h2><p class='note'>The change is relative to float on the same held-out sequences; below it its 95 % interval, "
+        "<section><h2>Quantization schemes</h2><p class='note'>The change is relative to float on the same "
+        "held-out sequences; below it its 95 % interval, "
         "paired by sequence. Schemes with static ranges were calibrated on training data.</p>"
-        f"{tables}<details><summary>What each scheme rounds, tensor by tensor</summary>{floats}<dl>{lists}</dl></details></section>\n"
+        f"{tables}<details><summary>What each scheme rounds, tensor by "
+        f"tensor</summary>{floats}<dl>{lists}</dl></details></section>\n"
     )
 
 
@@ -137,18 +149,29 @@ def interventions(runs: Runs) -> str:
     if not having:
         return ""
     used = {effect.intervention for run in having for effect in run.interventions}
-    meanings = "".join(f"<dt>{_text(name)}</dt><dd>{_text(what)}.</dd>" for name, what in INTERVENTIONS.items() if name in used)
+    meanings = "".join(
+        f"<dt>{_text(name)}</dt><dd>{_text(what)}.</dd>" for name, what in INTERVENTIONS.items() if name in used
+    )
     heads = ("taken away", "sublayers", "depth", "mean weight", "change in loss")
-    tables = "".join(f"{_heading(runs, run)}{_table(heads, [_effect(effect) for effect in run.interventions], left=3)}" for run in having)
+    tables = "".join(
+        f"{_heading(runs, run)}{_table(heads, [_effect(effect) for effect in run.interventions], left=3)}"
+        for run in having
+    )
     return (
-        "<section><h2>Interventions</h2><p class='note'>The change in loss, in nats per token or squared error, when something is taken from the "
-        "trained model: mass is not causal importance, so it stands beside the mean weight. Below a change its 95 % interval over sequences.</p>"
+        "<section><h2>Interventions</h2><p class='note'>The change in loss, in nats per token or squared error, "
+        "when something is taken from the "
+        "trained model: mass is not causal importance, so it stands beside the mean weight. Below a change its 95 "
+        "% interval over sequences.</p>"
         f"<details><summary>Every intervention, run by run</summary>{tables}<dl>{meanings}</dl></details></section>\n"
     )
 
 
 def _effect(effect: Effect) -> tuple[str, ...]:
-    name = effect.intervention if effect.family is None else f"{effect.family}{', renormalized' if effect.renormalized else ''}"
+    name = (
+        effect.intervention
+        if effect.family is None
+        else f"{effect.family}{', renormalized' if effect.renormalized else ''}"
+    )
     change = _text(effect.reason) if effect.reason else ABSENT if effect.change is None else f"{effect.change:+.4f}"
     change = _with_interval(change, interval_text(effect.interval, lambda x: f"{x:+.4f}"))
     return _text(name), _text(effect.sublayers or ""), _text(effect.band or ""), show(effect.mean_weight), change

@@ -1,4 +1,6 @@
-"""Attention sinks over tokens: mass on the first token (Gu et al., arXiv 2410.10781, section 3) and mass on the null."""
+"""Attention sinks over tokens: mass on the first token (Gu et al., arXiv 2410.10781, section 3) and mass on
+the null.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,8 @@ EPSILON = 0.3  # a head whose mean mass on the first token exceeds this has a si
 
 _P = "attention probability p of the first token (key 0), every layer l, head h and query, the first query included"
 _CONDITIONAL = (
-    f"p / (1 - omega) of the first token, every layer, head and query with 1 - omega > {ATTENDING:g}; 0 for a head without such a query"
+    f"p / (1 - omega) of the first token, every layer, head and query with 1 - omega > {ATTENDING:g}; 0 "
+    "for a head without such a query"
 )
 _OMEGA = "null mass omega = max(0, 1 - sum of p), every layer, head and query"
 _RATE = f"a(l, h) = mean over queries of one sequence; share of (l, h) with a > {EPSILON}, mean over sequences"
@@ -26,10 +29,20 @@ DEFINITIONS = {
     "sink_rate": {"tensor": _P, "average": _RATE, "source": _GU},
     "sink_rate_conditional": {"tensor": _CONDITIONAL, "average": _RATE, "source": _GU, "applies_to": _NULL},
     "first_token_mass": {"tensor": _P, "average": _EVERYWHERE, "source": _GU},
-    "first_token_mass_conditional": {"tensor": _CONDITIONAL, "average": _EVERYWHERE, "source": _GU, "applies_to": _NULL},
+    "first_token_mass_conditional": {
+        "tensor": _CONDITIONAL,
+        "average": _EVERYWHERE,
+        "source": _GU,
+        "applies_to": _NULL,
+    },
     "null_mass": {"tensor": _OMEGA, "average": _EVERYWHERE, "source": _OASIS, "applies_to": _NULL},
     "first_token_mass_by_head": {"tensor": _P, "average": _BY_HEAD, "source": _GU},
-    "first_token_mass_conditional_by_head": {"tensor": _CONDITIONAL, "average": _BY_HEAD, "source": _GU, "applies_to": _NULL},
+    "first_token_mass_conditional_by_head": {
+        "tensor": _CONDITIONAL,
+        "average": _BY_HEAD,
+        "source": _GU,
+        "applies_to": _NULL,
+    },
     "null_mass_by_head": {"tensor": _OMEGA, "average": _BY_HEAD, "source": _OASIS, "applies_to": _NULL},
     "first_token_mass_by_position": {"tensor": _P, "average": _BY_POSITION, "source": _GU},
     "null_mass_by_position": {"tensor": _OMEGA, "average": _BY_POSITION, "source": _OASIS, "applies_to": _NULL},
@@ -60,7 +73,11 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     """Thresholds every sequence's heads before averaging over sequences."""
     del config
     metrics = {}
-    for name, source in (("first_token_mass", "first"), ("first_token_mass_conditional", "conditional"), ("null_mass", "null")):
+    for name, source in (
+        ("first_token_mass", "first"),
+        ("first_token_mass_conditional", "conditional"),
+        ("null_mass", "null"),
+    ):
         if f"{source}_sum" not in rows:
             continue
         # Divides in float64: a head whose mean is exactly EPSILON stays below the threshold.

@@ -51,7 +51,11 @@ def interventions_table(run: MeasuredRun) -> Table:
     for heading in ("mean weight", "change in loss", "95 % interval"):
         found.add_column(heading, justify="right")
     for effect in run.interventions:
-        name = effect.intervention if effect.family is None else f"{effect.family}{', renormalized' if effect.renormalized else ''}"
+        name = (
+            effect.intervention
+            if effect.family is None
+            else f"{effect.family}{', renormalized' if effect.renormalized else ''}"
+        )
         interval = f"{effect.interval[0]:+.4f} to {effect.interval[1]:+.4f}" if effect.interval else ABSENT
         change = effect.reason or f"{effect.change:+.4f}"
         found.add_row(name, effect.sublayers or "", effect.band or "", show(effect.mean_weight), change, interval)

@@ -12,7 +12,10 @@ from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
 _SOURCE = "trigger-conditional averaging, arXiv 2603.11487"
 _TASK, _NULL_TASK = "the trigger task", "the trigger task and normalizers that leave mass to a null"
 _P, _OMEGA = "attention probability of the first token (key 0)", "null mass omega"
-_KINDS = {"non_trigger": "queries that carry no trigger, the first query left out", "trigger": "queries that carry the trigger"}
+_KINDS = {
+    "non_trigger": "queries that carry no trigger, the first query left out",
+    "trigger": "queries that carry the trigger",
+}
 
 
 def _definitions() -> dict[str, dict[str, str]]:
@@ -20,8 +23,12 @@ def _definitions() -> dict[str, dict[str, str]]:
     for kind, rows in _KINDS.items():
         for name, tensor, applies_to in (("first_token_mass", _P, _TASK), ("null_mass", _OMEGA, _NULL_TASK)):
             common = {"tensor": f"{tensor} of {rows}", "source": _SOURCE, "applies_to": applies_to}
-            definitions[f"{kind}_{name}"] = {"average": "mean over those queries of all sequences, then over layers and heads"} | common
-            definitions[f"{kind}_{name}_by_head"] = {"average": "mean over those queries of all sequences; layer x head"} | common
+            definitions[f"{kind}_{name}"] = {
+                "average": "mean over those queries of all sequences, then over layers and heads"
+            } | common
+            definitions[f"{kind}_{name}_by_head"] = {
+                "average": "mean over those queries of all sequences; layer x head"
+            } | common
     strongest = {"average": "mean over those queries of all sequences, the largest over layers and heads"}
     return definitions | {"non_trigger_first_token_mass_max": definitions["non_trigger_first_token_mass"] | strongest}
 
@@ -54,7 +61,9 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
                 by_head = Estimate(totals.reshape(len(totals), -1), counts, bootstrap.mean)
                 metrics |= {name: by_head, f"{name}_by_head": (totals.sum(0) / counts.sum()).tolist()}
     if "non_trigger_first_token_mass" in metrics:
-        metrics["non_trigger_first_token_mass_max"] = metrics["non_trigger_first_token_mass"]._replace(reduce=bootstrap.largest)
+        metrics["non_trigger_first_token_mass_max"] = metrics["non_trigger_first_token_mass"]._replace(
+            reduce=bootstrap.largest
+        )
     return metrics
 
 

@@ -1,4 +1,6 @@
-"""What a report shows of one batch and no measure reduces: how large activations are, and which tokens carry the attention."""
+"""What a report shows of one batch and no measure reduces: how large activations are, and which tokens carry the
+attention.
+"""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -14,13 +16,15 @@ from oasis_jax.evaluation.attention_statistics import has_null
 from oasis_jax.evaluation.evaluator import Batch, of_model
 
 TOKENS = 320  # of the first held-out sequence that the token view shows
-# Edges of the bins of |x| / root mean square; everything below the first or above the last counts in the outermost bins.
+# Edges of the bins of |x| / root mean square; everything below the first or above the last counts in the outermost
+# bins.
 EDGES = tuple(float(2 ** (i / 2)) for i in range(-12, 21))
 
 DEFINITIONS = {
     "histograms": {
         "tensor": "|x| / (root mean square of x), every layer's attention output, MLP output and layer output",
-        "average": "share of the values of one batch in each bin, over layers; kind of tap -> bins, whose edges are given",
+        "average": "share of the values of one batch in each bin, over layers; kind of tap -> bins, whose edges "
+        "are given",
     },
     "tokens": {
         "tensor": "received: a_k, mean over the queries i >= k of p_i(k); null: omega of the token's own query",
@@ -45,7 +49,10 @@ def histogram(taps: Sequence[Float[Array, "B T D"]]) -> Float[Array, " bins"]:
 def _look(read_model, state, batch) -> dict[str, dict[str, Array]]:
     reading = read_model(state, batch)
     taps = reading.statistics.taps
-    found = {"histograms": {kind: histogram(taps[kind]) for kind in ("attention_output", "mlp_output", "layer_output")}, "tokens": {}}
+    found = {
+        "histograms": {kind: histogram(taps[kind]) for kind in ("attention_output", "mlp_output", "layer_output")},
+        "tokens": {},
+    }
     if reading.probabilities is not None:
         length = reading.outputs.shape[1]
         sums = jnp.stack([layer.column_sums[0] for layer in reading.probabilities]).mean((0, 1))
@@ -69,8 +76,8 @@ def look(model: nnx.Module, batch: Batch, tokenizer: Tokenizer | None) -> dict:
       tokenizer: None for a model of vectors, which has no token view.
 
     Returns:
-      {"edges", "histograms": kind of tap -> shares, "tokens": {"text", "received", "null"} or None, "samples", "definitions"}; "null" is None
-      where the normalizer has no null.
+      {"edges", "histograms": kind of tap -> shares, "tokens": {"text", "received", "null"} or None, "samples",
+      "definitions"}; "null" is None where the normalizer has no null.
     """
     read_model, state, _ = of_model(model)
     found: Mapping = jax.device_get(_look(read_model, state, dict(batch)))

@@ -21,7 +21,9 @@ def _labelled(runs: Runs, name: str, form: Form) -> str:
 
 
 def _each(runs: Runs, name: str, form: Form = show) -> str:
-    """ "0.31 in a and 0.24 in b" over the runs to which a metric applies; "0.31", or "0.31 in all runs", where one number says it."""
+    """ "0.31 in a and 0.24 in b" over the runs to which a metric applies; "0.31", or "0.31 in all runs", where one
+    number says it.
+    """
     values = {form(run.metrics[name]) for run in having(runs, name)}
     if len(values) == 1 and having(runs, name) == list(runs):
         return values.pop() + (" in all runs" if len(runs) > 1 else "")
@@ -44,21 +46,32 @@ def summary(runs: Runs) -> str:
         f"On {describe_data(runs)}, the {title}": (name, show),
         "The largest activation": ("max_inf_norm", show),
         "The mean kurtosis of activations": ("avg_kurtosis", show),
-        f"The sink rate, the share of heads that give the first token more than {percent(EPSILON)} of their attention,": (
+        f"The sink rate, the share of heads that give the first token more than {percent(EPSILON)} of their "
+        "attention,": (
             "sink_rate",
             percent,
         ),
     }
-    texts = [f"{subject} is {_lowest(runs, name, form)}." for subject, (name, form) in measures.items() if having(runs, name)]
+    texts = [
+        f"{subject} is {_lowest(runs, name, form)}." for subject, (name, form) in measures.items() if having(runs, name)
+    ]
     texts += _quantization(runs)
-    texts += _behind(runs, {name: title, "max_inf_norm": "largest activation", "avg_kurtosis": "kurtosis", "sink_rate": "sink rate"})
+    texts += _behind(
+        runs, {name: title, "max_inf_norm": "largest activation", "avg_kurtosis": "kurtosis", "sink_rate": "sink rate"}
+    )
     return " ".join(texts + ["Each run was trained once, so small differences may be chance."] * (len(runs) > 1))
 
 
 def _quantization(runs: Runs) -> list[str]:
     """Which scheme costs each run least and most; or what the only one costs."""
-    costs = {run.label: {name: found["relative_change"] for name, found in run.quantization.items()} for run in runs if run.quantization}
-    finite = {label: {name: change for name, change in cost.items() if change is not None} for label, cost in costs.items()}
+    costs = {
+        run.label: {name: found["relative_change"] for name, found in run.quantization.items()}
+        for run in runs
+        if run.quantization
+    }
+    finite = {
+        label: {name: change for name, change in cost.items() if change is not None} for label, cost in costs.items()
+    }
     what = "perplexity" if having(runs, "perplexity") else "squared error"
     parts = []
     for label, cost in finite.items():
@@ -67,7 +80,9 @@ def _quantization(runs: Runs) -> list[str]:
         diverges = f"{listed(broken)} breaks it" if broken else ""
         least, most = (pick(cost, key=lambda name: abs(cost[name]), default=None) for pick in (min, max))
         span = [f"{change_text(cost[name])} ({name})" for name in dict.fromkeys((least, most)) if name]
-        parts.append(f"the {what}{where}" + (f" by {' to '.join(span)}" if span else "") + (f"; {diverges}" if broken else ""))
+        parts.append(
+            f"the {what}{where}" + (f" by {' to '.join(span)}" if span else "") + (f"; {diverges}" if broken else "")
+        )
     return [f"Quantization changes {' and '.join(parts)}."] if parts else []
 
 
@@ -102,9 +117,14 @@ def _chance(runs: Runs) -> list[str]:
     if found["interval"] is None:
         return ["One sequence was read, so no difference has an interval."]
     low, high = found["interval"]
-    said = "is more than the choice of sequences explains" if low > 0 else "may be chance of the sequences that were read"
+    said = (
+        "is more than the choice of sequences explains" if low > 0 else "may be chance of the sequences that were read"
+    )
     title = name.replace("_", " ")
-    between = f"{show(found['difference'])} between {order[1].label} and {order[0].label} (95\N{NO-BREAK SPACE}% interval {show(low)} to {show(high)})"
+    between = (
+        f"{show(found['difference'])} between {order[1].label} and {order[0].label} "
+        f"(95\N{NO-BREAK SPACE}% interval {show(low)} to {show(high)})"
+    )
     return [f"Paired by sequence, the difference in {title} of {between} {said}."]
 
 
@@ -123,7 +143,8 @@ def _sink_task(runs: Runs) -> list[str]:
         return []
     first = _each(runs, "non_trigger_first_token_mass_max", percent)
     texts = [
-        f"Rows without a trigger have nothing to look for; the head that relies most on the first token gives it {first} of such a row."
+        "Rows without a trigger have nothing to look for; the head that relies most on the first token gives it "
+        f"{first} of such a row."
     ]
     if having(runs, "non_trigger_null_mass"):
         texts.append(f"Of such rows the null takes, over all heads, {_each(runs, 'non_trigger_null_mass', percent)}.")
@@ -133,7 +154,9 @@ def _sink_task(runs: Runs) -> list[str]:
 def _depth(runs: Runs) -> list[str]:
     texts = []
     if having(runs, "depth_embedding_weight"):
-        texts.append(f"Depth routers give the embedding a mean weight of {_each(runs, 'depth_embedding_weight', percent)}.")
+        texts.append(
+            f"Depth routers give the embedding a mean weight of {_each(runs, 'depth_embedding_weight', percent)}."
+        )
     if having(runs, "depth_null_mass"):
         texts.append(f"Their own null takes {_each(runs, 'depth_null_mass', percent)}.")
     if having(runs, "beta"):

@@ -1,4 +1,6 @@
-"""Checkpoints that say what they are: arrays, the place in the data, the full config, tokenizer, corpus and versions."""
+"""Checkpoints that say what they are: arrays, the place in the data, the full config, tokenizer, corpus and
+versions.
+"""
 
 import contextlib
 import dataclasses
@@ -27,8 +29,8 @@ from oasis_jax.training.sharding import parameter_shapes
 from oasis_jax.training.state import TrainState, abstract_state, build_model, placed
 
 _PACKAGES = ("oasis_jax", "jax", "flax", "optax", "orbax-checkpoint")
-# What may be another when a run is resumed: how it computes and what it shows, never what it computes. The files of a pattern
-# are compared by content. run.steps shapes the schedule, so it joins them only where the schedule is constant.
+# What may be another when a run is resumed: how it computes and what it shows, never what it computes. The files of a
+# pattern are compared by content. run.steps shapes the schedule, so it joins them only where the schedule is constant.
 _MAY_DIFFER = {
     *("model.remat", "model.stack", "model.attention_implementation", "model.depth_implementation"),
     *("data.pattern", "optimizer.accumulation_steps"),
@@ -81,12 +83,20 @@ def versions() -> dict[str, str]:
 def describe(config: Config, corpus: Corpus) -> dict:
     """What every checkpoint of a run says about itself, JSON-able."""
     tokenizer = corpus.tokenizer and {"identity": corpus.tokenizer.identity, "json": corpus.tokenizer.to_json()}
-    return {"config": to_dict(config), "corpus": corpus.identity, "tokenizer": tokenizer, "versions": versions(), "layout": _LAYOUT}
+    return {
+        "config": to_dict(config),
+        "corpus": corpus.identity,
+        "tokenizer": tokenizer,
+        "versions": versions(),
+        "layout": _LAYOUT,
+    }
 
 
 def differing_fields(asked: Config, stored: Config) -> list[str]:
     """In words, every field in which a config differs from a checkpoint's and must not; see `_MAY_DIFFER`."""
-    free = _MAY_DIFFER | ({"run.steps"} if asked.optimizer.schedule == stored.optimizer.schedule == "constant" else set())
+    free = _MAY_DIFFER | (
+        {"run.steps"} if asked.optimizer.schedule == stored.optimizer.schedule == "constant" else set()
+    )
     found = []
     for section, cls in sections().items():
         for field in dataclasses.fields(cls):
@@ -103,7 +113,9 @@ def check_corpus(corpus: Corpus, identity: dict) -> None:
     differing = [name for name in {**identity, **corpus.identity} if identity.get(name) != corpus.identity.get(name)]
     if differing:
         found = "; ".join(f"{name} was {identity.get(name)!r}, is {corpus.identity.get(name)!r}" for name in differing)
-        raise UserError(f"data: the corpus is not the one this run was trained on ({found}); restore it or take another workdir")
+        raise UserError(
+            f"data: the corpus is not the one this run was trained on ({found}); restore it or take another workdir"
+        )
 
 
 def stored_tokenizer(metadata: dict) -> Tokenizer | None:
@@ -124,7 +136,9 @@ def _one_line(error: Exception) -> str:
 
 
 class Keep(NamedTuple):
-    """Which checkpoints stay: the newest, those of every so many steps (0: none), and those with the lowest loss (0: none)."""
+    """Which checkpoints stay: the newest, those of every so many steps (0: none), and those with the lowest loss (0:
+    none).
+    """
 
     latest: int
     every: int = 0
@@ -140,7 +154,12 @@ class Keep(NamedTuple):
             policies.append(EveryNSteps(self.every))
         if self.best:
             policies.append(
-                BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=self.best, keep_checkpoints_without_metrics=False)
+                BestN(
+                    get_metric_fn=lambda metrics: metrics["loss"],
+                    reverse=True,
+                    n=self.best,
+                    keep_checkpoints_without_metrics=False,
+                )
             )
         return AnyPreservationPolicy(policies)
 
@@ -157,7 +176,8 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, *, keep: Keep | None, say: Callable[[str], None]):
         self.folder, self._broken_folder, self._say = workdir / "checkpoints", workdir / "checkpoints_broken", say
         if keep is not None and is_first():
-            # What a killed save left. The manager would do it in a thread that nobody waits for when a run ends before its first save.
+            # What a killed save left. The manager would do it in a thread that nobody waits for when a run ends before
+            # its first save.
             for unfinished in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(unfinished)
         options = ocp.CheckpointManagerOptions(
@@ -187,10 +207,13 @@ class Checkpoints:
             yield
         except (UserError, AssertionError):
             raise
-        except Exception as error:  # the storage library has no one kind of error; on other processes it repeats the text of the first's
+        # the storage library has no one kind of error; on other processes it repeats the text of the first's
+        except Exception as error:
             full = "No space left on device" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
             why = "the disk is full" if full else _one_line(error)
-            raise UserError(f"{self.folder}: checkpoint {self._saving} could not be written: {why}; {self.last_good()}") from error
+            raise UserError(
+                f"{self.folder}: checkpoint {self._saving} could not be written: {why}; {self.last_good()}"
+            ) from error
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, newest first."""
@@ -210,7 +233,9 @@ class Checkpoints:
         with self._storage():
             self._manager.wait_until_finished()
 
-    def save(self, state: TrainState, *, step: int, data_state: dict, description: dict, loss: float | None = None) -> None:
+    def save(
+        self, state: TrainState, *, step: int, data_state: dict, description: dict, loss: float | None = None
+    ) -> None:
         """Starts to write a checkpoint; returns when the state's arrays may be given up.
 
         Args:
@@ -240,12 +265,15 @@ class Checkpoints:
             raise RuntimeError(f"checkpoint {step} was not saved; there are {self.steps()}")
 
     def _check_space(self, state: TrainState) -> None:
-        """A disk that is full is found here, not by the storage library's threads, whose complaints fill the terminal."""
+        """A disk that is full is found here, not by the storage library's threads, whose complaints fill the
+        terminal.
+        """
         needed = sum(x.nbytes for x in jax.tree.leaves(state._replace(rng=None)))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
-                f"{self.folder}: no room for checkpoint {self._saving}: it takes up to {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; "
+                f"{self.folder}: no room for checkpoint {self._saving}: it takes up to {needed / 2**20:.1f} MiB, "
+                f"{free / 2**20:.1f} MiB are free; "
                 f"{self.last_good()}"
             )
 
@@ -254,13 +282,16 @@ class Checkpoints:
         if not is_first():
             return
         (folder,) = (path for path in self.folder.iterdir() if path.name.split(".")[0] == str(self._saving))
-        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.glob("*/**/*") if path.is_file()}
+        files = {
+            path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.glob("*/**/*") if path.is_file()
+        }
         (folder / _FILE_LIST).write_text(json.dumps(files))
 
     def _check_files(self, step: int) -> None:
         """Raises an error where a file of the checkpoint is missing or has another size than it was written with.
 
-        Reading arrays from damaged files fails too, but fills the terminal with what the storage library's threads have to say.
+        Reading arrays from damaged files fails too, but fills the terminal with what the storage library's threads have
+        to say.
         """
         folder = self.folder / str(step)
         if not (folder / _FILE_LIST).exists():
@@ -276,11 +307,13 @@ class Checkpoints:
         missing = [name for name in ("config", "corpus", "tokenizer", "versions") if name not in (found or {})]
         if missing:
             raise UserError(
-                f"{self.folder}: checkpoint {step} does not say its {', '.join(missing)}; without that its model cannot be built and measured"
+                f"{self.folder}: checkpoint {step} does not say its {', '.join(missing)}; without that its model "
+                "cannot be built and measured"
             )
         if found.get("layout") != _LAYOUT:
             raise UserError(
-                f"{self.folder}: checkpoint {step} holds its parameters layer by layer, this version reads them stacked; "
+                f"{self.folder}: checkpoint {step} holds its parameters layer by layer, this version reads them "
+                "stacked; "
                 f"use the oasis_jax that wrote it ({found['versions'].get('oasis_jax')}), or take another workdir"
             )
         return found
@@ -293,12 +326,16 @@ class Checkpoints:
         """The state of a checkpoint, laid out as `abstract` says."""
         rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
         restored = self._manager.restore(
-            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract.params), rest=ocp.args.StandardRestore(rest))
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params), rest=ocp.args.StandardRestore(rest)
+            ),
         )
         return TrainState(params=restored.params, **restored.rest)
 
     def first_whole(self, restore: Callable[[int], T], steps: list[int]) -> tuple[T, list[int]]:
-        """restore(step) of the first of these steps that it can read, and the ones before that it cannot, each named in a line.
+        """restore(step) of the first of these steps that it can read, and the ones before that it cannot,
+        each named in a line.
 
         Raises:
           UserError: none is whole, or `restore` refuses a whole one.
@@ -320,7 +357,8 @@ class Checkpoints:
         raise UserError(f"{self.folder}: no whole checkpoint ({reasons}); restore one or take another workdir")
 
     def resume(self, config: Config, mesh: Mesh) -> Resumed | None:
-        """The run of this workdir, on this mesh; None where there is no checkpoint. Broken newer ones are moved aside.
+        """The run of this workdir, on this mesh; None where there is no checkpoint. Broken newer ones are
+        moved aside.
 
         Raises:
           UserError: the checkpoint's run is another one (the differing fields are named), or none is whole.
@@ -334,7 +372,8 @@ class Checkpoints:
             differing = differing_fields(config, stored)
             if differing:
                 raise UserError(
-                    f"{self.folder.parent} holds a run with another config: {'; '.join(differing)}; take these values or another workdir"
+                    f"{self.folder.parent} holds a run with another config: {'; '.join(differing)}; take these "
+                    "values or another workdir"
                 )
             self._compare_versions(metadata["versions"])
             state = self.state(step, abstract_state(dataclasses.replace(stored, mesh=config.mesh), mesh))
@@ -346,12 +385,20 @@ class Checkpoints:
         return resumed
 
     def _compare_versions(self, stored: dict[str, str]) -> None:
-        changed = [f"{name} {stored.get(name)} -> {version}" for name, version in versions().items() if stored.get(name) != version]
+        changed = [
+            f"{name} {stored.get(name)} -> {version}"
+            for name, version in versions().items()
+            if stored.get(name) != version
+        ]
         if changed:
-            self._say(f"versions changed since the checkpoint ({', '.join(changed)}): losses may differ in their last bits")
+            self._say(
+                f"versions changed since the checkpoint ({', '.join(changed)}): losses may differ in their last bits"
+            )
 
     def _move_aside(self, step: int) -> None:
-        """Frees the step's name for the checkpoint that will come again, without destroying what is left of the old one."""
+        """Frees the step's name for the checkpoint that will come again, without destroying what is left of the old
+        one.
+        """
         if is_first():
             self._broken_folder.mkdir(exist_ok=True)
             there = {path.name for path in self._broken_folder.iterdir()}
@@ -379,7 +426,9 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> LoadedRun:
         if not steps:
             raise UserError(f"--workdir: the run in {str(workdir)!r} has no checkpoint yet")
         if step is not None and step not in steps:
-            raise UserError(f"step {step}: {str(workdir)!r} has no such checkpoint; allowed: {', '.join(map(str, steps))}")
+            raise UserError(
+                f"step {step}: {str(workdir)!r} has no such checkpoint; allowed: {', '.join(map(str, steps))}"
+            )
 
         def restore(step: int) -> LoadedRun:
             metadata = checkpoints.metadata(step)

@@ -5,12 +5,28 @@ import re
 from typing import NamedTuple
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", re.MULTILINE)
 _OPERATION = re.compile(r"= (\(?[^=]*?\)?) (" + "|".join(_KINDS) + r")(?:-start)?\(")
 _COMMENT = re.compile(r"/\*.*?\*/")  # the compiler numbers the elements of long tuples
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?")
+_CALLED = re.compile(
+    r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=\{?((?:%?[\w.\-]+(?:, )?)+)\}?"
+)
 _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"')
 _CHAIN = re.compile(r"channel_id=(\d+).*\bchain_id=")  # TPUs': the start, the middle and the end of one transfer
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
@@ -28,8 +44,8 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Counts the collectives of a compiled program (`compiled.as_text()`), those with the most bytes first.
 
-    A while loop counts as often as it runs: what the compiler says or, as TPUs' does not, the bound that its counter is compared with. One that
-    tells neither counts once. A transfer that is spread over several operations counts once.
+    A while loop counts as often as it runs: what the compiler says or, as TPUs' does not, the bound that its counter is
+    compared with. One that tells neither counts once. A transfer that is spread over several operations counts once.
     """
     bodies, entry = _computations(text)
     found: dict[str, list[int]] = {}
@@ -45,7 +61,9 @@ def collectives(text: str) -> list[Collective]:
             if match and not again:
                 totals = found.setdefault(match[2], [0, 0])
                 totals[0] += times
-                totals[1] += times * _size(_result(match[1]) if f"{match[2]}-start(" in line and match[2] != "all-reduce" else match[1])
+                totals[1] += times * _size(
+                    _result(match[1]) if f"{match[2]}-start(" in line and match[2] != "all-reduce" else match[1]
+                )
             turns = _turns(line, bodies) if " while(" in line else 1
             for called in _CALLED.findall(line):
                 for inner in called.replace("%", "").split(", "):
@@ -82,7 +100,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _result(shapes: str) -> str:
-    """The second of (operands, results, ...), which the start of an asynchronous collective gives; that of an all-reduce gives results only."""
+    """The second of (operands, results, ...), which the start of an asynchronous collective gives; that of an
+    all-reduce gives results only.
+    """
     depth, parts = 0, [""]
     for character in shapes.strip()[1:-1]:
         depth += (character in "([{") - (character in ")]}")

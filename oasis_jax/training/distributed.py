@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding
 
 from oasis_jax.errors import UserError
 
-# A process that is gone is noticed after this long at the latest; the others then end with an error instead of waiting for it.
+# A process that is gone is noticed after this long at the latest; the others then end with an error instead of waiting
+# for it.
 HEARTBEAT_SECONDS = 60
 
 
@@ -33,7 +34,9 @@ class Processes:
         if self.count < 1:
             raise UserError(f"--processes: must be at least 1, got {self.count}")
         if not 0 <= self.index < self.count:
-            raise UserError(f"--process: must lie between 0 and {self.count - 1} for --processes={self.count}, got {self.index}")
+            raise UserError(
+                f"--process: must lie between 0 and {self.count - 1} for --processes={self.count}, got {self.index}"
+            )
 
 
 def start(processes: Processes) -> None:
@@ -44,7 +47,9 @@ def start(processes: Processes) -> None:
     """
     found = {}
     if processes.coordinator:
-        found = dict(coordinator_address=processes.coordinator, num_processes=processes.count, process_id=processes.index)
+        found = dict(
+            coordinator_address=processes.coordinator, num_processes=processes.count, process_id=processes.index
+        )
     try:
         jax.distributed.initialize(**found, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
@@ -79,6 +84,7 @@ def batch_part(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
     flat = np.concatenate(parts)
     if len({len(part) for part in parts}) > 1 or len(set(flat.tolist())) != len(flat):
         raise UserError(
-            "mesh: processes hold overlapping parts of a batch; let data x fsdp be a multiple or a divisor of the number of processes"
+            "mesh: processes hold overlapping parts of a batch; let data x fsdp be a multiple or a divisor of the "
+            "number of processes"
         )
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)

@@ -40,16 +40,16 @@ def peak_flops(device_kind: str) -> float | None:
 def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
     """FLOPs of a forward pass, per token, by what needs them; a multiply-add is two.
 
-    Counted is what the mathematics needs, not what an implementation does: recomputation is not, and of causal attention only the
-    keys that a query sees.
+    Counted is what the mathematics needs, not what an implementation does: recomputation is not, and of causal
+    attention only the keys that a query sees.
 
     Args:
       config: with its vocabulary or vector size.
       length: tokens of a sequence.
 
     Returns:
-      "linear": attention's and the MLPs' projections; "attention": scores and weighted values; "routing": the routers' queries, scores and
-      weighted sums; "head": the output layer.
+      "linear": attention's and the MLPs' projections; "attention": scores and weighted values; "routing": the routers'
+      queries, scores and weighted sums; "head": the output layer.
     """
     norm = norm_parameters(config, config.width)
     layer = [attention_parameters(config), mlp_parameters(config.width, config.mlp_size), norm, norm]
@@ -83,7 +83,9 @@ def _mean_keys(length: int, window: int) -> float:
 
 
 def _routing(config: ModelConfig) -> float:
-    """A projected router makes its query with two products of width x key width; scores and sums are two FLOPs an element each."""
+    """A projected router makes its query with two products of width x key width; scores and sums are two FLOPs an
+    element each.
+    """
     names = router_names(config)
     if not names:
         return 0.0

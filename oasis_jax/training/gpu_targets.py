@@ -32,9 +32,12 @@ def gpu_descriptions() -> dict[str, str]:
     """
     path = plugin_library()
     if path is None:
-        raise UserError("no CUDA compiler: python -m pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12 (no GPU is needed)")
+        raise UserError(
+            "no CUDA compiler: python -m pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12 (no GPU is needed)"
+        )
     library, found = path.read_bytes(), {}
-    # Ends of a description are looked for from the word outwards: one pattern for the whole takes minutes in a library of this size.
+    # Ends of a description are looked for from the word outwards: one pattern for the whole takes minutes in a library
+    # of this size.
     for match in re.finditer(rb"gpu_device_info \{", library):
         before = _UNPRINTABLE.split(library[max(0, match.start() - 4096) : match.start()])[-1]
         end = _UNPRINTABLE.search(library, match.end())

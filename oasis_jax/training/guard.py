@@ -24,7 +24,8 @@ class Guard:
         self._in_a_row = 0
 
     def fetch(self, pending: Mapping[int, Mapping[str, jax.Array]]) -> dict[str, float]:
-        """The metrics of the newest step that was not skipped, after a look at all of them, and "skipped", the number of those that were.
+        """The metrics of the newest step that was not skipped, after a look at all of them, and "skipped",
+        the number of those that were.
 
         Where all were skipped there is no loss among them.
 

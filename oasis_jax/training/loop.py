@@ -40,36 +40,45 @@ def fit(
     evaluators: Mapping[str, Evaluator] | None = None,
     profile: tuple[int, int] | None = None,
 ) -> dict[str, float]:
-    """Trains a model; a workdir with checkpoints is resumed, and gives bitwise the losses of a run that was never stopped.
+    """Trains a model; a workdir with checkpoints is resumed, and gives bitwise the losses of a run that was never
+    stopped.
 
     Args:
       config: the run.
       workdir: gets metrics.jsonl, checkpoints/ and, where asked for, tensorboard/.
-      evaluators: each run(model, held-out batches) -> {name: value}, called every run.eval_interval steps; finite numbers
-        among the values are logged as "eval/<name>".
+      evaluators: each run(model, held-out batches) -> {name: value}, called every run.eval_interval steps; finite
+        numbers among the values are logged as "eval/<name>".
       profile: (first, end): a trace of steps first .. end - 1 is written to workdir/profile.
 
     Returns:
       The last line of metrics.jsonl.
 
     Raises:
-      UserError: something the user can mend: config, mesh, data, another run's workdir, a workdir that cannot be written.
-      TrainingStopped: loss, gradient or parameters are no longer finite (such a state is never saved), or the workdir cannot take more.
+      UserError: something the user can mend: config, mesh, data, another run's workdir, a workdir that cannot be
+        written.
+      TrainingStopped: loss, gradient or parameters are no longer finite (such a state is never saved), or the workdir
+        cannot take more.
       Preempted: SIGTERM came; the step it fell into was finished and saved.
     """
     mesh = make_mesh(config.mesh)
-    sharding = batch_sharding(config, mesh)  # a batch that cannot be split is refused before anything is read or written
+    sharding = batch_sharding(
+        config, mesh
+    )  # a batch that cannot be split is refused before anything is read or written
     part, parts = batch_part(sharding, config.data.batch_size)
     workdir = writable(workdir)
     with contextlib.ExitStack() as stack:
         # Where the run stands. Nothing is changed before the workdir's run is known to be this one.
         preemption = stack.enter_context(Preemption())
         progress = ProgressBar(
-            steps=config.run.steps, tokens_per_step=config.data.batch_size * config.data.sequence_length, silent=not is_first()
+            steps=config.run.steps,
+            tokens_per_step=config.data.batch_size * config.data.sequence_length,
+            silent=not is_first(),
         )
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=Keep.of(config.run), say=progress.say))
         resumed = checkpoints.resume(config, mesh)
-        start = stack.enter_context(starting_point(config, progress.say)) if config.run.init_from and not resumed else None
+        start = (
+            stack.enter_context(starting_point(config, progress.say)) if config.run.init_from and not resumed else None
+        )
         origin = resumed or start
         corpus = load_corpus(config.data, seed=config.run.seed, tokenizer=origin and origin.tokenizer)
         if resumed:
@@ -92,11 +101,26 @@ def fit(
 
         # Logs.
         first = resumed.step if resumed else 0
-        writer = stack.enter_context(MetricsWriter(workdir, step=first, tensorboard=config.run.tensorboard) if is_first() else NoWriter())
+        writer = stack.enter_context(
+            MetricsWriter(workdir, step=first, tensorboard=config.run.tensorboard) if is_first() else NoWriter()
+        )
         tracer = stack.enter_context(Profile(workdir, profile if is_first() else None))
         stack.enter_context(progress)
         progress.say(_header(config, state.params, mesh, first))
-        _train(config, mesh, state, batches, corpus, first, checkpoints, writer, progress, preemption, tracer, evaluators or {})
+        _train(
+            config,
+            mesh,
+            state,
+            batches,
+            corpus,
+            first,
+            checkpoints,
+            writer,
+            progress,
+            preemption,
+            tracer,
+            evaluators or {},
+        )
     return _last_line(workdir)
 
 
@@ -156,10 +180,14 @@ def _train(
 
         # After the log: the steps that a checkpoint has behind it are all in there.
         if due.save:
-            checkpoints.save(state, step=step, data_state=batches.get_state(), description=description, loss=values.get("eval/loss"))
+            checkpoints.save(
+                state, step=step, data_state=batches.get_state(), description=description, loss=values.get("eval/loss")
+            )
         if due.leave and step < config.run.steps:
             checkpoints.wait()
-            raise Preempted(f"step {step}: told to end (SIGTERM), saved in {checkpoints.folder}; the same command resumes")
+            raise Preempted(
+                f"step {step}: told to end (SIGTERM), saved in {checkpoints.folder}; the same command resumes"
+            )
         if due.evaluate or due.save or step == first + 1:
             speed.restart(step)
 
@@ -175,14 +203,18 @@ class _Due(NamedTuple):
 
 
 def _due(step: int, run: RunConfig, evaluators: Mapping[str, Evaluator], leave: bool) -> _Due:
-    """What the intervals of a run ask for at a step; 0 is never. The last step is logged and saved, and so is one to leave after."""
+    """What the intervals of a run ask for at a step; 0 is never. The last step is logged and saved, and so is one to
+    leave after.
+    """
 
     def at(interval: int) -> bool:
         return interval > 0 and step % interval == 0
 
     last = leave or step == run.steps
     look, evaluate = at(run.telemetry_interval), bool(evaluators) and at(run.eval_interval)
-    return _Due(look, evaluate, last or at(run.checkpoint_interval), last or look or evaluate or at(run.log_interval), leave)
+    return _Due(
+        look, evaluate, last or at(run.checkpoint_interval), last or look or evaluate or at(run.log_interval), leave
+    )
 
 
 def writable(workdir: str | os.PathLike) -> pathlib.Path:
@@ -217,7 +249,11 @@ def _evaluate(evaluators: Mapping[str, Evaluator], model: Decoder, batches: Sequ
     found = {}
     for run in evaluators.values():
         found |= run(model, batches)
-    return {f"eval/{name}": float(value) for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {
+        f"eval/{name}": float(value)
+        for name, value in found.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
 def _header(config: Config, params: dict, mesh: jax.sharding.Mesh, first: int) -> str:

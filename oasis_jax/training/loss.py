@@ -12,7 +12,9 @@ from oasis_jax.decoder import ends_parameters, padded_vocab, unembed
 from oasis_jax.parameters import Parameters
 
 
-def token_losses(outputs: Float[Array, "B T O"], batch: Mapping[str, Array], config: ModelConfig) -> Float[Array, "B T"]:
+def token_losses(
+    outputs: Float[Array, "B T O"], batch: Mapping[str, Array], config: ModelConfig
+) -> Float[Array, "B T"]:
     """The loss of every position, in float32 or better, unweighted.
 
     Args:
@@ -39,7 +41,10 @@ def total_weight(batch: Mapping[str, Array]) -> Float[Array, ""]:
 
 
 def mean_loss(
-    outputs: Float[Array, "B T O"], batch: Mapping[str, Array], config: ModelConfig, total: Float[Array, ""] | None = None
+    outputs: Float[Array, "B T O"],
+    batch: Mapping[str, Array],
+    config: ModelConfig,
+    total: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """The mean of `token_losses` under batch["weights"] [B, T].
 
@@ -47,11 +52,14 @@ def mean_loss(
       total: what to divide the weighted sum by, where it is not this batch's own weight: micro-batches divided by the
         weight of the whole batch sum to the loss of the whole batch.
     """
-    return (token_losses(outputs, batch, config) * batch["weights"]).sum() / (total_weight(batch) if total is None else total)
+    return (token_losses(outputs, batch, config) * batch["weights"]).sum() / (
+        total_weight(batch) if total is None else total
+    )
 
 
 def loss_chunks(config: ModelConfig, length: int) -> int:
-    """Into how many chunks of positions the loss is cut: a chunk's logits are no larger than twice all positions' activations of width D.
+    """Into how many chunks of positions the loss is cut: a chunk's logits are no larger than twice all positions'
+    activations of width D.
 
     The least divisor of the length that is enough.
     """
@@ -71,8 +79,9 @@ def chunked_mean_loss(
 ) -> Float[Array, ""]:
     """`mean_loss` of the outputs that `unembed` makes of `final`, without ever holding the logits of all positions.
 
-    Chunk k of n takes the positions k, k + n, ..., so that every device keeps its own; the backward pass makes a chunk's logits again. Each part of
-    the batch reads a copy of the output weights of its own: they are gathered once and their gradients summed over devices once, not for every chunk.
+    Chunk k of n takes the positions k, k + n, ..., so that every device keeps its own; the backward pass makes a
+    chunk's logits again. Each part of the batch reads a copy of the output weights of its own: they are gathered once
+    and their gradients summed over devices once, not for every chunk.
     """
     total = total_weight(batch) if total is None else total
     final = constrain(final, ("batch", "length", None))

@@ -80,7 +80,8 @@ def _summary_writer(folder: pathlib.Path, step: int):
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError(
-            "run.tensorboard: tensorboardX is not installed; python -m pip install 'oasis_jax[tensorboard]', or set it to false"
+            "run.tensorboard: tensorboardX is not installed; python -m pip install 'oasis_jax[tensorboard]', or "
+            "set it to false"
         ) from None
     return SummaryWriter(str(folder), purge_step=step + 1)
 
@@ -119,9 +120,10 @@ class Speed:
     def read(self, step: int) -> dict[str, float]:
         """{} before the first restart, later over the steps since the last look:
 
-        "tokens_per_second"; "step_seconds"; "data_share", waiting for the next batch (a data stall); "transfer_share", putting it on devices;
-        "device_share", waiting for results (high is good: the host keeps ahead); "mfu", model FLOP utilisation (Chowdhery et al., arXiv 2204.02311)
-        with the FLOPs of `flops.training_flops`, where the devices' peak is known.
+        "tokens_per_second"; "step_seconds"; "data_share", waiting for the next batch (a data stall); "transfer_share",
+        putting it on devices; "device_share", waiting for results (high is good: the host keeps ahead); "mfu", model
+        FLOP utilisation (Chowdhery et al., arXiv 2204.02311) with the FLOPs of `flops.training_flops`, where the
+        devices' peak is known.
         """
         if self._since is None:
             return {}
@@ -136,12 +138,19 @@ class Speed:
 
 
 class ProgressBar:
-    """Loss, tokens per second and time left: a bar on a terminal, now and then a plain line elsewhere; a context manager."""
+    """Loss, tokens per second and time left: a bar on a terminal, now and then a plain line elsewhere; a context
+    manager.
+    """
 
     def __init__(self, *, steps: int, tokens_per_step: int, silent: bool = False):
         self._steps, self._tokens_per_step = steps, tokens_per_step
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
-        self._bar = Progress(BarColumn(20), TextColumn("{task.description}"), console=self._console, disable=not self._console.is_terminal)
+        self._bar = Progress(
+            BarColumn(20),
+            TextColumn("{task.description}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
         self._task = self._bar.add_task("compiling", total=steps)
         self._last_line = time.monotonic()
         self._rate = 0.0
@@ -165,6 +174,8 @@ class ProgressBar:
             left = datetime.timedelta(seconds=round((self._steps - step) * self._tokens_per_step / self._rate))
             text += f"  {self._rate:,.0f} tokens/s  {left} left"
         self._bar.update(self._task, completed=step, description=text)
-        if self._bar.disable and (step == self._steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_PLAIN_LINES):
+        if self._bar.disable and (
+            step == self._steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_PLAIN_LINES
+        ):
             self._last_line = time.monotonic()
             self.say(text)

@@ -11,8 +11,8 @@ from oasis_jax.stacked import STACKS
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate by the number of updates made before, as optax counts them.
 
-    Counted from 1, update k of the warm-up has k / warmup_steps of the peak: none is wasted at 0, the peak is reached with
-    the last one of the warm-up, and the last update of the run has exactly final_fraction of it.
+    Counted from 1, update k of the warm-up has k / warmup_steps of the peak: none is wasted at 0, the peak is reached
+    with the last one of the warm-up, and the last update of the run has exactly final_fraction of it.
     """
     peak, decay_steps = config.learning_rate, max(steps - config.warmup_steps, 1)
     decay = {
@@ -28,7 +28,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params: dict) -> dict:
-    """Which parameters weight decay pulls to zero: matrices, not norms, biases, scalars, sinks and static router queries.
+    """Which parameters weight decay pulls to zero: matrices, not norms, biases, scalars, sinks and static router
+    queries.
 
     Args:
       params: stacked, see `oasis_jax.stacked`; a layer's own rank decides.

@@ -1,4 +1,6 @@
-"""Whether a run will fit: its training step compiled ahead of time for hardware that is not there, and what the compiler says of it."""
+"""Whether a run will fit: its training step compiled ahead of time for hardware that is not there, and what the
+compiler says of it.
+"""
 
 import dataclasses
 import importlib.util
@@ -24,10 +26,13 @@ from oasis_jax.training.sharding import batch_sharding, make_mesh
 from oasis_jax.training.state import abstract_state
 from oasis_jax.training.step import make_step
 
-# GiB of memory a device has for programs, by what precedes the colon of --plan; TPUs are named as their compiler names them.
+# GiB of memory a device has for programs, by what precedes the colon of --plan; TPUs are named as their compiler names
+# them.
 TPU_MEMORY = {"v4": 32.0, "v5e": 16.0, "v5p": 95.0, "v6e": 32.0, "tpu7x": 96.0}
 GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200 141GB HBM3e", "b200": "NVIDIA B200"}
-GPU_FRACTION = 0.92  # JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more; CUDA and NCCL need the rest
+GPU_FRACTION = (
+    0.92  # JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more; CUDA and NCCL need the rest
+)
 _GIB = 2.0**30
 
 
@@ -76,17 +81,24 @@ def target(text: str) -> Target:
     known = (*TPU_MEMORY, *GPUS)
     if name not in known or not re.fullmatch(r"\d+(x\d+)*", shape):
         hint = "" if name in known else nearest(name, known)
-        raise UserError(f"--plan: expected HARDWARE:SHAPE such as v5p:4x4x4 or h100:8, got {text!r}{hint}; hardware: {', '.join(known)}")
+        raise UserError(
+            f"--plan: expected HARDWARE:SHAPE such as v5p:4x4x4 or h100:8, got {text!r}{hint}; hardware: "
+            f"{', '.join(known)}"
+        )
     if name in GPUS and "x" in shape:
         raise UserError(f"--plan: GPUs are planned as one box: expected {name}:COUNT such as {name}:8, got {text!r}")
     if 0 in map(int, shape.split("x")):
         raise UserError(f"--plan: needs at least one device, got {text!r}")
     try:
-        return Target(text, tpu_devices(text), TPU_MEMORY[name]) if name in TPU_MEMORY else _gpu_target(name, int(shape))
+        return (
+            Target(text, tpu_devices(text), TPU_MEMORY[name]) if name in TPU_MEMORY else _gpu_target(name, int(shape))
+        )
     except UserError as error:
         raise UserError(f"--plan: {text}: {error}") from None
     except Exception as error:  # the compilers' plugins have no one kind of error
-        raise UserError(f"--plan: {text}: the compiler refuses this topology: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"--plan: {text}: the compiler refuses this topology: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def tpu_devices(topology: str) -> Sequence[jax.Device]:
@@ -97,7 +109,8 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("no TPU compiler: python -m pip install 'jax[tpu]' (no TPU is needed)")
-    # Without these the compiler looks for a TPU's metadata on the network, and refuses to be loaded twice on one machine.
+    # Without these the compiler looks for a TPU's metadata on the network, and refuses to be loaded twice on one
+    # machine.
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -112,9 +125,13 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
 def _gpu_target(name: str, count: int) -> Target:
     descriptions = gpu_descriptions()
     if GPUS[name] not in descriptions:
-        raise UserError(f"the installed CUDA plugin does not know {GPUS[name]}; it knows {', '.join(sorted(descriptions))}")
+        raise UserError(
+            f"the installed CUDA plugin does not know {GPUS[name]}; it knows {', '.join(sorted(descriptions))}"
+        )
     description = descriptions[GPUS[name]]
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=description, topology=f"1x1x{count}")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=description, topology=f"1x1x{count}"
+    )
     return Target(f"{name}:{count}", topology.devices, GPU_FRACTION * memory_bytes(description) / _GIB)
 
 
@@ -128,7 +145,9 @@ def make_plan(config: Config, hardware: Target) -> Plan:
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     parameters, optimizer, examples = (_bytes_per_device(x) for x in (state.params, state.opt_state, batch))
     arguments = parameters + optimizer + examples
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # kernels are chosen for the device that the step is compiled for
+    with jax.sharding.use_abstract_mesh(
+        mesh.abstract_mesh
+    ):  # kernels are chosen for the device that the step is compiled for
         lowered = make_step(config, mesh).lower(state, batch)
         try:
             compiled = lowered.compile()
@@ -139,9 +158,16 @@ def make_plan(config: Config, hardware: Target) -> Plan:
         else:
             used = _used_bytes(compiled)
     return Plan(
-        hardware, mesh, parameters, optimizer, examples, max(used - arguments, 0), collectives(compiled.as_text()) if compiled else None,
-        training_flops(config.model, config.data.sequence_length), config.data.batch_size * config.data.sequence_length,
-    )  # fmt: skip
+        hardware,
+        mesh,
+        parameters,
+        optimizer,
+        examples,
+        max(used - arguments, 0),
+        collectives(compiled.as_text()) if compiled else None,
+        training_flops(config.model, config.data.sequence_length),
+        config.data.batch_size * config.data.sequence_length,
+    )
 
 
 def run_plan(config: Config, text: str) -> bool:
@@ -150,7 +176,9 @@ def run_plan(config: Config, text: str) -> bool:
     Raises:
       UserError: see `target` and `make_plan`.
     """
-    jax.config.update("jax_platforms", "cpu")  # no device is needed: one that is there, or a library of one that is not, stays untouched
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # no device is needed: one that is there, or a library of one that is not, stays untouched
     config = with_vocabulary(config)
     plan = make_plan(config, target(text))
     print(describe(plan, config))
@@ -159,7 +187,12 @@ def run_plan(config: Config, text: str) -> bool:
 
 def _used_bytes(compiled: jax.stages.Compiled) -> int:
     memory = compiled.memory_analysis()
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
 
 
 def refused_bytes(message: str, arguments: int) -> int | None:
@@ -189,7 +222,9 @@ def with_vocabulary(config: Config) -> Config:
     if config.model.inputs != "tokens":
         raise UserError(f"--plan: plans models of tokens, got model.inputs={config.model.inputs}")
     data = config.data
-    size = config.model.vocab_size or (data.bpe_vocab_size if data.tokenizer == "bpe" else TOKENIZERS["bytes"].train((), 0).vocab_size)
+    size = config.model.vocab_size or (
+        data.bpe_vocab_size if data.tokenizer == "bpe" else TOKENIZERS["bytes"].train((), 0).vocab_size
+    )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
@@ -199,7 +234,8 @@ def describe(plan: Plan, config: Config) -> str:
     room = plan.target.memory_gib * _GIB
     verdict = f"{'fits' if plan.fits else 'DOES NOT FIT'} in {_size(room)} ({100 * plan.total / room:.0f} %)"
     lines = [
-        f"{config.model.preset} on {plan.target.name}: {plan.mesh.size} devices ({axes}), {plan.tokens_per_step:,} tokens a step; on each device:",
+        f"{config.model.preset} on {plan.target.name}: {plan.mesh.size} devices ({axes}), {plan.tokens_per_step:,} "
+        "tokens a step; on each device:",
         f"  parameters             {_size(plan.parameters):>11}   float32",
         f"  optimizer              {_size(plan.optimizer):>11}",
         f"  batch                  {_size(plan.batch):>11}",
@@ -210,7 +246,10 @@ def describe(plan: Plan, config: Config) -> str:
     for kind in plan.collectives or ():
         lines.append(f"  {kind.name:22} {_size(kind.bytes):>11}   a step, {kind.count} times")
     if plan.target.name.partition(":")[0] in GPUS:
-        lines.append(f"  counted are {GPU_FRACTION:.0%} of a GPU: start the run with XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_FRACTION}")
+        lines.append(
+            f"  counted are {GPU_FRACTION:.0%} of a GPU: start the run with "
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_FRACTION}"
+        )
     if not plan.fits:
         lines.append(f"  suggestion: {suggestion(plan, config)}")
     return "\n".join(lines)
@@ -223,7 +262,11 @@ def _size(count: float) -> str:
 
 def _bound(plan: Plan) -> str:
     peak = peak_flops(plan.mesh.devices.flat[0].device_kind)
-    return f"; at the peak of {peak / 1e12:.0f} TFLOP/s {1e3 * plan.step_flops / peak:.3g} ms a step, in practice more" if peak else ""
+    return (
+        f"; at the peak of {peak / 1e12:.0f} TFLOP/s {1e3 * plan.step_flops / peak:.3g} ms a step, in practice more"
+        if peak
+        else ""
+    )
 
 
 def suggestion(plan: Plan, config: Config) -> str:
@@ -234,15 +277,25 @@ def suggestion(plan: Plan, config: Config) -> str:
         ways = plan.mesh.shape["fsdp"] * math.ceil(held / (0.5 * room))
         most = plan.mesh.size // (plan.mesh.shape["tensor"] * plan.mesh.shape["sequence"])
         if ways <= most:
-            return f"parameters and moments take {held / _GIB:.1f} GiB: --set mesh.fsdp={_next_divisor(most, ways)} splits them further"
-        return f"parameters and moments take {held / _GIB:.1f} GiB, split over all that there is: take a larger topology"
+            return (
+                f"parameters and moments take {held / _GIB:.1f} GiB: --set "
+                f"mesh.fsdp={_next_divisor(most, ways)} splits them further"
+            )
+        return (
+            f"parameters and moments take {held / _GIB:.1f} GiB, split over all that there is: take a larger topology"
+        )
     loops = uses_scan(config.model, plan.mesh.devices.flat[0].platform)
     if config.model.remat == "none" and (follows_remat(config.model) or not loops):
         return "activations take most: --set model.remat=layer recomputes them in the backward pass"
     examples = config.data.batch_size // (plan.mesh.shape["data"] * plan.mesh.shape["fsdp"])
     if examples % (2 * config.optimizer.accumulation_steps) == 0:
-        return f"activations take most: --set optimizer.accumulation_steps={2 * config.optimizer.accumulation_steps} halves what is held at once"
-    return "activations take most: a larger mesh.tensor or mesh.sequence, a shorter data.sequence_length, or more devices"
+        return (
+            "activations take most: --set "
+            f"optimizer.accumulation_steps={2 * config.optimizer.accumulation_steps} halves what is held at once"
+        )
+    return (
+        "activations take most: a larger mesh.tensor or mesh.sequence, a shorter data.sequence_length, or more devices"
+    )
 
 
 def _next_divisor(number: int, least: int) -> int:

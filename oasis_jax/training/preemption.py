@@ -10,8 +10,8 @@ from jax.experimental import multihost_utils
 class Preemption:
     """Listens for SIGTERM; a context manager.
 
-    With several processes JAX's distributed runtime listens instead, and lets all of them agree on the step after which they save:
-    one notice to one of them is enough.
+    With several processes JAX's distributed runtime listens instead, and lets all of them agree on the step after which
+    they save: one notice to one of them is enough.
     """
 
     def __init__(self):

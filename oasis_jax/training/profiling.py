@@ -20,7 +20,9 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 class Profile:
-    """Traces steps first .. end - 1 into workdir/profile; a context manager that ends the trace however the run ends."""
+    """Traces steps first .. end - 1 into workdir/profile; a context manager that ends the trace however the
+    run ends.
+    """
 
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
         self._folder, self._steps, self._running = workdir / "profile", steps, False

@@ -39,12 +39,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = list(jax.devices() if devices is None else devices)
     check_rules(config.rules)
     rest = config.fsdp * config.sequence * config.tensor
-    others = f"fsdp={config.fsdp} x " + (f"sequence={config.sequence} x " if config.sequence > 1 else "") + f"tensor={config.tensor}"
+    others = (
+        f"fsdp={config.fsdp} x "
+        + (f"sequence={config.sequence} x " if config.sequence > 1 else "")
+        + f"tensor={config.tensor}"
+    )
     data = config.data if config.data > 0 else max(len(devices) // rest, 1)
     if data * rest > len(devices):
         raise UserError(f"mesh: data={data} x {others} needs {data * rest} devices, there are {len(devices)}")
     if config.data == -1 and len(devices) % rest:
-        raise UserError(f"mesh.data: {len(devices)} devices are not divisible by {others} = {rest}; give mesh.data to use fewer")
+        raise UserError(
+            f"mesh.data: {len(devices)} devices are not divisible by {others} = {rest}; give mesh.data to use fewer"
+        )
     sizes = (data, config.fsdp, config.sequence, config.tensor)
     # Split: tensor=4 may take half of an axis of 8 chips of a TPU's torus.
     grid = mesh_utils.create_device_mesh(sizes, devices[: data * rest], allow_split_physical_axes=True)
@@ -52,7 +58,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def check_rules(rules: Rules) -> None:
-    """Raises UserError for a rule of an unknown logical or mesh axis, which would otherwise leave arrays unsplit in silence."""
+    """Raises UserError for a rule of an unknown logical or mesh axis, which would otherwise leave arrays unsplit in
+    silence.
+    """
     for rule in rules:
         if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], tuple | list)):
             raise UserError(f"mesh.rules: expected (logical axis, (mesh axes ...)), got {rule!r}")
@@ -75,7 +83,9 @@ def logical_to_spec(rules: Rules, axes: LogicalAxes) -> PartitionSpec:
     claimed = [axis for dimension in split for axis in dimension]
     for axis in claimed:
         if claimed.count(axis) > 1:
-            raise UserError(f"mesh.rules: mesh axis {axis!r} is claimed more than once by an array with the logical axes {axes}")
+            raise UserError(
+                f"mesh.rules: mesh axis {axis!r} is claimed more than once by an array with the logical axes {axes}"
+            )
     return PartitionSpec(*(None if not names else names[0] if len(names) == 1 else names for names in split))
 
 
@@ -113,8 +123,9 @@ class Placement:
 def placement(config: Config, mesh: Mesh) -> Placement:
     """The placement of a run on a mesh.
 
-    Causal attention over a split sequence is balanced by the zigzag order. A window is balanced in the order of the text, and the normalizers
-    that make all probabilities are partitioned by XLA and mask by index: they keep that order.
+    Causal attention over a split sequence is balanced by the zigzag order. A window is balanced in the order of the
+    text, and the normalizers that make all probabilities are partitioned by XLA and mask by index: they keep that
+    order.
 
     Raises:
       UserError: examples that the sequence axis does not divide, or a rule that the operators cannot follow.
@@ -132,14 +143,16 @@ def placement(config: Config, mesh: Mesh) -> Placement:
     if config.data.sequence_length % parts:
         halves = " in two parts each" if layout == "zigzag" else ""
         raise UserError(
-            f"data.sequence_length: {config.data.sequence_length} is not divisible by mesh.{sequence[0]}={mesh.shape[sequence[0]]}{halves}; "
+            f"data.sequence_length: {config.data.sequence_length} is not divisible by "
+            f"mesh.{sequence[0]}={mesh.shape[sequence[0]]}{halves}; "
             f"take a multiple of {parts}"
         )
     stream, batch = table.get("stream", ()), table.get("batch", ())
     ways, text = _ways(stream, mesh)
     if config.data.sequence_length % ways:
         raise UserError(
-            f"data.sequence_length: {config.data.sequence_length} is not divisible by {text}, over which mesh.rules split the stream between "
+            f"data.sequence_length: {config.data.sequence_length} is not divisible by {text}, over which "
+            "mesh.rules split the stream between "
             f"sublayers; take a multiple of {math.lcm(ways, parts)}, another mesh or another rule of 'stream'"
         )
     operators = OperatorSharding(mesh, batch, table.get("heads", ()), sequence, layout)
@@ -199,11 +212,15 @@ def batch_sharding(config: Config, mesh: Mesh) -> NamedSharding:
     if size // steps % ways:
         micro = f" / optimizer.accumulation_steps={steps} = {size // steps}" if steps > 1 else ""
         raise UserError(
-            f"data.batch_size: {size}{micro} is not divisible by the {ways} devices of {text}; take a multiple of {ways * steps}"
+            f"data.batch_size: {size}{micro} is not divisible by the {ways} devices of {text}; take a multiple of "
+            f"{ways * steps}"
         )
     return NamedSharding(mesh, spec)
 
 
 def put_batch(batch: dict, sharding: NamedSharding, *, parts: int = 1) -> dict[str, Array]:
     """This process's part [B / parts, ...] of a batch as global arrays [B, ...]; see `distributed.batch_part`."""
-    return {name: jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * parts, *x.shape[1:])) for name, x in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * parts, *x.shape[1:]))
+        for name, x in batch.items()
+    }

@@ -33,9 +33,10 @@ def make_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple
 
     Returns:
       A function of the state and of a batch of global arrays [B, T, ...] ("inputs", "targets", "weights" and, where an
-      example holds several documents, "segment_ids"). Its metrics are float32 scalars: "loss" (the weighted mean over the
-      batch), "grad_norm" (before clipping), "parameter_norm" (after the update), "learning_rate" and, with
-      optimizer.nonfinite=skip, "skipped": 1 where loss or gradient were not finite and parameters and moments stayed as they were.
+      example holds several documents, "segment_ids"). Its metrics are float32 scalars: "loss" (the weighted mean over
+      the batch), "grad_norm" (before clipping), "parameter_norm" (after the update), "learning_rate" and, with
+      optimizer.nonfinite=skip, "skipped": 1 where loss or gradient were not finite and parameters and moments stayed as
+      they were.
 
     Raises:
       UserError: the batch or the model cannot be split over the mesh.
@@ -74,7 +75,7 @@ def _step(
     skipped = {}
     if config.optimizer.nonfinite == "skip":
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        keep = lambda new, old: jnp.where(finite, new, old)
         params, opt_state = jax.tree.map(keep, params, state.params), jax.tree.map(keep, opt_state, state.opt_state)
         skipped = {"skipped": 1.0 - finite.astype(jnp.float32)}
     metrics = {
@@ -86,7 +87,9 @@ def _step(
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
-def training_loss(params: dict, batch: Batch, config: ModelConfig, pin: Placement, total: Array | None = None, *, scan: bool) -> Array:
+def training_loss(
+    params: dict, batch: Batch, config: ModelConfig, pin: Placement, total: Array | None = None, *, scan: bool
+) -> Array:
     """The mean loss of a batch, with the layers as loops (`scan`) or one by one; equal values and gradients.
 
     Args:
@@ -98,15 +101,17 @@ def training_loss(params: dict, batch: Batch, config: ModelConfig, pin: Placemen
         stream = final_stream(params, config, batch["inputs"], segment_ids=segment_ids, constrain=pin)
         final = norm(params.get("final_norm", {}), config, stream)
     else:
-        final = with_parameters(config, params)(batch["inputs"], segment_ids=segment_ids, constrain=pin)[1].taps["final_norm"][0]
+        final = with_parameters(config, params)(batch["inputs"], segment_ids=segment_ids, constrain=pin)[1].taps[
+            "final_norm"
+        ][0]
     return chunked_mean_loss(params["ends"], final, batch, config, pin, total)
 
 
 def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Placement, scan: bool) -> tuple[Array, dict]:
     """Those of the whole batch, one micro-batch after the other: each gives its part of the whole, and parts add up.
 
-    Parameters and gradients are stacked. One by one, layers have gradients of their own, stacked once at the end: that of a slice would be as large
-    as all layers', for each of them.
+    Parameters and gradients are stacked. One by one, layers have gradients of their own, stacked once at the end: that
+    of a slice would be as large as all layers', for each of them.
     """
     batch = pin.ordered(batch)
     total = total_weight(batch)
@@ -142,7 +147,9 @@ def _telemetry(params: dict, batch: Batch, *, config: Config, pin: Placement) ->
 
 
 def _micro_batches(batch: Batch, config: Config, pin: Placement) -> Batch:
-    """[B, ...] -> [steps, B / steps, ...]. Micro-batch i takes the rows i, i + steps, ...: every device keeps its own rows."""
+    """[B, ...] -> [steps, B / steps, ...]. Micro-batch i takes the rows i, i + steps, ...: every device keeps
+    its own rows.
+    """
     steps = config.optimizer.accumulation_steps
 
     def deal(x):

@@ -1,4 +1,6 @@
-"""A run that starts from another's parameters, as fine-tuning does: step, optimizer, random key and data are its own."""
+"""A run that starts from another's parameters, as fine-tuning does: step, optimizer, random key and data are
+its own.
+"""
 
 import contextlib
 import pathlib
@@ -38,17 +40,21 @@ def starting_point(config: Config, say: Callable[[str], None]) -> Iterator[Start
     with Checkpoints(workdir, keep=None, say=say) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f"run.init_from: the run in {str(workdir)!r} has no checkpoint yet")
-        (step, metadata), _ = checkpoints.first_whole(lambda step: (step, checkpoints.metadata(step)), checkpoints.steps())
+        (step, metadata), _ = checkpoints.first_whole(
+            lambda step: (step, checkpoints.metadata(step)), checkpoints.steps()
+        )
         tokenizer = stored_tokenizer(metadata)
         if tokenizer and tokenizer.kind != config.data.tokenizer:
             raise UserError(
-                f"data.tokenizer: {config.data.tokenizer} asked for, but the model in run.init_from reads {tokenizer.kind}; take that"
+                f"data.tokenizer: {config.data.tokenizer} asked for, but the model in run.init_from reads "
+                f"{tokenizer.kind}; take that"
             )
         yield Start(checkpoints, step, from_dict(metadata["config"]), tokenizer)
 
 
 def starting_parameters(start: Start, config: Config, mesh: Mesh, say: Callable[[str], None]) -> dict:
-    """The checkpoint's parameters, bitwise, laid out for `mesh`; says how the two models differ where their parameters do not.
+    """The checkpoint's parameters, bitwise, laid out for `mesh`; says how the two models differ where their
+    parameters do not.
 
     Args:
       config: the new run, its model with its vocabulary or vector size.
@@ -71,7 +77,10 @@ def _check_shapes(start: Start, model: ModelConfig, differing: list[str]) -> Non
         if there.get(name) != here.get(name):
             what = [f"shape {shapes[name]}" if name in shapes else "no such array" for shapes in (there, here)]
             why = f" ({'; '.join(differing)})" if differing else ""
-            raise UserError(f"run.init_from: parameter {name}: {what[0]} in {start.checkpoints.folder}, {what[1]} in this model{why}")
+            raise UserError(
+                f"run.init_from: parameter {name}: {what[0]} in {start.checkpoints.folder}, {what[1]} in this "
+                f"model{why}"
+            )
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -38,7 +38,8 @@ def depth_route(
     sharding: OperatorSharding | None = None,
     implementation: str | None = None,
 ) -> DepthRoute:
-    """For every token, the weighted sum of L sources (earlier layers), with a null source of score `null_logit` and value zero.
+    """For every token, the weighted sum of L sources (earlier layers), with a null source of score `null_logit` and
+    value zero.
 
         g_i = score_scale * u.n(v_i) + bias_i - coupling * (psi_i - mean_j psi_j)      clamped to [-50, 50]
         alpha_i = exp(g_i) / (exp(b) + sum_j exp(g_j)),   output = sum_i alpha_i v_i
@@ -56,21 +57,31 @@ def depth_route(
       null_evidence: psi, [L, B, T] or a sequence of L arrays [B, T].
       coupling: beta, a scalar; only with null_evidence.
       null_logit: b, a scalar; -inf leaves the null out.
-      num_sources: only the first so many sources are live: the others have weight 0 and gradient 0, whatever they hold, and the
-        mean of psi is over the live ones. A Python number leaves dead sources unread; a traced one is a mask.
-      sharding: which mesh axes split batch and length; the kernels then run inside `jax.shard_map`, every device on its own tokens.
+      num_sources: only the first so many sources are live: the others have weight 0 and gradient 0, whatever they hold,
+        and the mean of psi is over the live ones. A Python number leaves dead sources unread; a traced one is a mask.
+      sharding: which mesh axes split batch and length; the kernels then run inside `jax.shard_map`, every device on its
+        own tokens.
       implementation: a name of `pallas_kernels.implementations("depth_route")`; None takes the fastest that can serve.
 
     Returns:
-      DepthRoute(output [B, T, D], weights [B, T, L], null_mass [B, T]); all differentiable in every floating-point argument.
+      DepthRoute(output [B, T, D], weights [B, T, L], null_mass [B, T]); all differentiable in every floating-point
+      argument.
 
     Raises:
       ValueError: an argument does not fit, or the named implementation does not exist or cannot serve.
     """
     inputs = route_inputs(
-        sources, query, key_norm_scale=key_norm_scale, score_scale=score_scale, bias=bias, null_evidence=null_evidence, coupling=coupling,
-        null_logit=null_logit, num_sources=num_sources, sharding=sharding,
-    )  # fmt: skip
+        sources,
+        query,
+        key_norm_scale=key_norm_scale,
+        score_scale=score_scale,
+        bias=bias,
+        null_evidence=null_evidence,
+        coupling=coupling,
+        null_logit=null_logit,
+        num_sources=num_sources,
+        sharding=sharding,
+    )
     serve = dispatch("depth_route", IMPLEMENTATIONS, implementation)
     with target_mesh(sharding.mesh) if sharding is not None else contextlib.nullcontext():
         result = serve(inputs)
@@ -79,13 +90,24 @@ def depth_route(
 
 
 def route_inputs(
-    sources, query, *, key_norm_scale=None, score_scale=1.0, bias=None, null_evidence=None, coupling=0.0, null_logit=0.0,
-    num_sources=None, sharding=None,
-) -> RouteInputs:  # fmt: skip
+    sources,
+    query,
+    *,
+    key_norm_scale=None,
+    score_scale=1.0,
+    bias=None,
+    null_evidence=None,
+    coupling=0.0,
+    null_logit=0.0,
+    num_sources=None,
+    sharding=None,
+) -> RouteInputs:
     """The arguments of `depth_route`, checked; raises ValueError as it says."""
     sources = _check_sources(sources)
     count, shape = len(sources), sources[0].shape
-    _check_shapes(count, shape, query=query, key_norm_scale=key_norm_scale, bias=bias, coupling=coupling, null_logit=null_logit)
+    _check_shapes(
+        count, shape, query=query, key_norm_scale=key_norm_scale, bias=bias, coupling=coupling, null_logit=null_logit
+    )
     evidence = _check_evidence(null_evidence, coupling, (count, *shape[:2]))
     if not isinstance(score_scale, int | float):
         raise ValueError(f"score_scale: must be a Python number, got {score_scale!r}")
@@ -95,9 +117,17 @@ def route_inputs(
     if sharding is not None:
         _check_sharding(sharding, shape)
     return RouteInputs(
-        sources, query, key_norm_scale, bias, evidence, jnp.asarray(coupling, wide), jnp.asarray(null_logit, wide),
-        num_sources, float(score_scale), sharding,
-    )  # fmt: skip
+        sources,
+        query,
+        key_norm_scale,
+        bias,
+        evidence,
+        jnp.asarray(coupling, wide),
+        jnp.asarray(null_logit, wide),
+        num_sources,
+        float(score_scale),
+        sharding,
+    )
 
 
 def _check_sharding(sharding, shape: tuple[int, ...]) -> None:
@@ -109,7 +139,9 @@ def _check_sharding(sharding, shape: tuple[int, ...]) -> None:
 def _check_sources(sources):
     if hasattr(sources, "ndim"):
         if sources.ndim != 4 or 0 in sources.shape:
-            raise ValueError(f"sources: an array must be [sources, batch, length, width], none of them 0, got shape {sources.shape}")
+            raise ValueError(
+                f"sources: an array must be [sources, batch, length, width], none of them 0, got shape {sources.shape}"
+            )
         sources, each = jnp.asarray(sources), [sources[0]]
     else:
         sources = each = tuple(jnp.asarray(source) for source in sources)
@@ -118,7 +150,8 @@ def _check_sources(sources):
     for i, source in enumerate(each):
         if source.ndim != 3 or source.shape != each[0].shape or source.dtype != each[0].dtype:
             raise ValueError(
-                f"sources: all must be [batch, length, width] of one shape and dtype, got {each[0].dtype} {each[0].shape} for "
+                f"sources: all must be [batch, length, width] of one shape and dtype, got {each[0].dtype} "
+                f"{each[0].shape} for "
                 f"source 0 and {source.dtype} {source.shape} for source {i}"
             )
     if not jnp.issubdtype(each[0].dtype, jnp.floating):
@@ -154,11 +187,14 @@ def _check_evidence(null_evidence, coupling, shape: tuple[int, ...]) -> Float[Ar
     if not hasattr(null_evidence, "ndim"):
         shapes = [jnp.shape(psi) for psi in null_evidence]
         if shapes != [shape[1:]] * shape[0]:
-            raise ValueError(f"null_evidence: a sequence must hold {shape[0]} arrays of shape {shape[1:]}, got {shapes}")
+            raise ValueError(
+                f"null_evidence: a sequence must hold {shape[0]} arrays of shape {shape[1:]}, got {shapes}"
+            )
         null_evidence = jnp.stack([jnp.asarray(psi) for psi in null_evidence])
     if null_evidence.shape != shape or not jnp.issubdtype(null_evidence.dtype, jnp.floating):
         raise ValueError(
-            f"null_evidence: must be floating-point of shape {shape}, got {null_evidence.dtype} of shape {null_evidence.shape}"
+            f"null_evidence: must be floating-point of shape {shape}, got {null_evidence.dtype} of shape "
+            f"{null_evidence.shape}"
         )
     return jnp.asarray(null_evidence)
 

@@ -1,4 +1,6 @@
-"""What the backends of depth_route share: the result, the arguments, the constants and the evidence's share of the scores."""
+"""What the backends of depth_route share: the result, the arguments, the constants and the evidence's share of the
+scores.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple

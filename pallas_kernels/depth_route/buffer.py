@@ -1,7 +1,8 @@
-"""Depth routing by XLA over one array of sources of which a traced number is live: a loop over the live ones, and a program of one size for any number.
+"""Depth routing by XLA over one array of sources of which a traced number is live: a loop over the live ones, and a
+program of one size for any number.
 
-Sums over the whole array, with the dead sources masked, would do without the inner loop; but XLA's CPU and TPU compilers then store products as large as
-all sources.
+Sums over the whole array, with the dead sources masked, would do without the inner loop; but XLA's CPU and TPU
+compilers then store products as large as all sources.
 """
 
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ def _put(x, i, new):
 def _score(options: RouteOptions, value, query, shift):
     """u.v and r (1 without key norm) of one source, and its score before it is clamped."""
     dot = jnp.sum(value * query, axis=-1)
-    inverse_rms = lax.rsqrt(jnp.mean(value * value, axis=-1) + KEY_NORM_EPSILON) if options.normalize else jnp.ones((), dot.dtype)
+    inverse_rms = (
+        lax.rsqrt(jnp.mean(value * value, axis=-1) + KEY_NORM_EPSILON) if options.normalize else jnp.ones((), dot.dtype)
+    )
     return dot, inverse_rms, dot * options.score_scale * inverse_rms + shift
 
 
@@ -71,7 +74,11 @@ def backward(options: RouteOptions, sources, query, shift, num_sources, weights,
 
     into = jnp.zeros_like(sources) if into is None else into
     return _over_live(
-        num_sources, len(sources), add, (into, jnp.zeros_like(query), jnp.zeros_like(shift)), (sources, query, weights, d_output)
+        num_sources,
+        len(sources),
+        add,
+        (into, jnp.zeros_like(query), jnp.zeros_like(shift)),
+        (sources, query, weights, d_output),
     )
 
 

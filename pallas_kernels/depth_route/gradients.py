@@ -1,6 +1,8 @@
-"""The derivative of depth_route by hand, for loops over depth that keep all sources, and all their gradients, in one array each.
+"""The derivative of depth_route by hand, for loops over depth that keep all sources, and all their gradients, in one
+array each.
 
-Differentiated by JAX, every route of a stack returns an array of gradients as large as all sources, most of it zeros, to be added to the others.
+Differentiated by JAX, every route of a stack returns an array of gradients as large as all sources, most of it zeros,
+to be added to the others.
 """
 
 import contextlib
@@ -48,7 +50,9 @@ _DIFFERENTIABLE = {
 
 def _arguments(inputs: RouteInputs) -> dict[str, Array]:
     given = {name: getattr(inputs, field) for name, field in _DIFFERENTIABLE.items()}
-    return {name: x for name, x in given.items() if x is not None and (name != "coupling" or inputs.evidence is not None)}
+    return {
+        name: x for name, x in given.items() if x is not None and (name != "coupling" or inputs.evidence is not None)
+    }
 
 
 def _with(inputs: RouteInputs, arguments: dict[str, Array]) -> RouteInputs:
@@ -62,7 +66,10 @@ def _by(backward: Callable, inputs: RouteInputs, into, result: DepthRoute, d_out
         return varying_alike(query_and_shift(_with(inputs, arguments)), (inputs.sources, d_output))
 
     (query, shift), pull = jax.vjp(prepared, _arguments(inputs))
-    delta, weights = jnp.sum(result.output.astype(inputs.wide) * d_output.astype(inputs.wide), axis=-1), jnp.moveaxis(result.weights, -1, 0)
+    delta, weights = (
+        jnp.sum(result.output.astype(inputs.wide) * d_output.astype(inputs.wide), axis=-1),
+        jnp.moveaxis(result.weights, -1, 0),
+    )
     arrays = inputs.sources, query, shift, live_number(inputs), weights, delta, d_output, jnp.zeros_like(weights), into
     into, d_query, d_shift = backward(RouteOptions.of(inputs), *varying_alike(arrays, arrays))
     return into, pull((d_query, d_shift))[0]
@@ -77,7 +84,9 @@ def _mosaic_tpu(inputs: RouteInputs, *arrays):
 
 
 def _mosaic_gpu(inputs: RouteInputs, *arrays):
-    """Serves what the kernel forward serves. XLA adds in place; the kernel backward would need one more array for what is to be added."""
+    """Serves what the kernel forward serves. XLA adds in place; the kernel backward would need one more array
+    for what is to be added.
+    """
     check_mosaic_gpu(inputs)
     return _xla(inputs, *arrays)
 
@@ -105,7 +114,8 @@ def add_route_gradients(
     implementation: str | None = None,
     **options,
 ) -> RouteGradients:
-    """What `jax.vjp(depth_route)` gives for a cotangent of its output alone, with the sources' gradients added to an array in place.
+    """What `jax.vjp(depth_route)` gives for a cotangent of its output alone, with the sources' gradients added to an
+    array in place.
 
     Args:
       into: the gradients of the sources so far; in what dtype it is, they are summed.

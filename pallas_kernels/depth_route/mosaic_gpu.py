@@ -30,10 +30,14 @@ def check_mosaic_gpu(inputs: RouteInputs) -> None:
         if device.platform != "gpu":
             raise Unavailable(f"runs on GPUs only, the call is compiled for {device.platform}")
         if not any(name in device.kind.replace("-", " ").split() for name in _HOPPER):
-            raise Unavailable(f"runs on Hopper GPUs only ({', '.join(_HOPPER)}), the call is compiled for {device.kind}")
+            raise Unavailable(
+                f"runs on Hopper GPUs only ({', '.join(_HOPPER)}), the call is compiled for {device.kind}"
+            )
     axes = unmapped_axes(inputs.sharding)
     if axes:
-        raise Unavailable(f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them")
+        raise Unavailable(
+            f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them"
+        )
     if jnp.dtype(inputs.dtype).name not in _DTYPES:
         raise Unavailable(f"takes sources of {', '.join(_DTYPES)}, got {inputs.dtype}")
     width = inputs.sources[0].shape[-1]

@@ -1,18 +1,21 @@
 """Depth routing as Mosaic GPU kernels for Hopper: memory-bound, so every live source crosses the memory bus once.
 
-A program is one warpgroup (four warps) and owns `rows` tokens: a warp a token up to width 2048, two warps a token up to 4096, four up to
-8192, so that a thread never holds more than 64 elements of the output it accumulates in float32 registers. The tokens' rows of a source lie
-together in memory; one bulk copy (cp.async.bulk) brings them into a ring of shared memory, several sources ahead of the one in use. A row
-is reduced inside its warp by shuffles, which is why a token gets a warp where its width allows.
+A program is one warpgroup (four warps) and owns `rows` tokens: a warp a token up to width 2048, two warps a token up to
+4096, four up to 8192, so that a thread never holds more than 64 elements of the output it accumulates in float32
+registers. The tokens' rows of a source lie together in memory; one bulk copy (cp.async.bulk) brings them into a ring of
+shared memory, several sources ahead of the one in use. A row is reduced inside its warp by shuffles, which is why a
+token gets a warp where its width allows.
 
-Forward, per source: u.v and |v|^2, the clamped score g, e = exp(g - max(b, 0)), then acc += e v and z += e. Scores lie in [-50, 50], so
-float32 needs no running maximum: exp(50) times any number of sources is far below its largest value and exp(-50) far above its smallest, and
-a null logit b above 0 takes the part of the maximum. The kernel writes e; XLA divides by z where it lays out the weights for the caller.
-Backward, per source: the dots with u, dO and itself in one pass over the row on chip, then dv in a second, written once; du stays in
-registers. A static query is shared by all tokens: a program walks several blocks of tokens and writes one partial sum.
+Forward, per source: u.v and |v|^2, the clamped score g, e = exp(g - max(b, 0)), then acc += e v and z += e. Scores lie
+in [-50, 50], so float32 needs no running maximum: exp(50) times any number of sources is far below its largest value
+and exp(-50) far above its smallest, and a null logit b above 0 takes the part of the maximum. The kernel writes e; XLA
+divides by z where it lays out the weights for the caller. Backward, per source: the dots with u, dO and itself in one
+pass over the row on chip, then dv in a second, written once; du stays in registers. A static query is shared by all
+tokens: a program walks several blocks of tokens and writes one partial sum.
 
-The number of live sources is read from memory and bounds the loops: a dead source is neither copied nor scored. Sources in a tuple stay where
-they are: a branch on the source's number chooses the reference to copy from, so the arithmetic is not unrolled.
+The number of live sources is read from memory and bounds the loops: a dead source is neither copied nor scored. Sources
+in a tuple stay where they are: a branch on the source's number chooses the reference to copy from, so the arithmetic is
+not unrolled.
 """
 
 import functools
@@ -28,7 +31,9 @@ from pallas_kernels.dispatch import interpreting
 
 _WARPS, _LANES = 4, 32
 _ELEMENTS_PER_THREAD = 64
-_RING_BYTES = 48 * 1024  # of sources in flight; with the query and dO beside it, two programs of half precision share a multiprocessor
+_RING_BYTES = (
+    48 * 1024
+)  # of sources in flight; with the query and dO beside it, two programs of half precision share a multiprocessor
 _MAX_STAGES = 4
 _BLOCKS_PER_PARTIAL = 4  # blocks of tokens whose gradient of a static query is summed on chip
 
@@ -40,7 +45,8 @@ class _Tile:
         limit = _ELEMENTS_PER_THREAD * _WARPS * _LANES
         self.rows = next(rows for rows in (4, 2, 1) if rows == 1 or (tokens % rows == 0 and rows * width <= limit))
         warps = _WARPS // self.rows
-        # neighbouring elements of a thread: with 4, half precision and float32 alike are read from shared memory without bank conflicts
+        # neighbouring elements of a thread: with 4, half precision and float32 alike are read from shared memory
+        # without bank conflicts
         vector = next(n for n in (4, 2, 1) if width % (warps * _LANES * n) == 0)
         chunk = _LANES * vector
         self.shape = (width,) if self.rows == 1 else (self.rows, width)
@@ -74,7 +80,11 @@ class _Tile:
         return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layout)
 
     def zeros_each(self):
-        return jnp.float32(0.0) if self.rows == 1 else plgpu.layout_cast(jnp.zeros((self.rows,), jnp.float32), self.layout.reduce(1))
+        return (
+            jnp.float32(0.0)
+            if self.rows == 1
+            else plgpu.layout_cast(jnp.zeros((self.rows,), jnp.float32), self.layout.reduce(1))
+        )
 
 
 class _Route:
@@ -137,14 +147,21 @@ class _Route:
 
     def call(self, body, name, out_type, programs, scratch):
         return plgpu.kernel(
-            body, out_type=out_type, grid=(programs,), grid_names=("program",), scratch_types=scratch, kernel_name=name,
+            body,
+            out_type=out_type,
+            grid=(programs,),
+            grid_names=("program",),
+            scratch_types=scratch,
+            kernel_name=name,
             compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=plgpu.InterpretGPUParams(detect_races=True) if interpreting() else None,
-        )  # fmt: skip
+        )
 
 
 def _store(ref, x):
-    """Stores rows or one number a token; the latter touch less than a memory sector, which has to be allowed by name from jax 0.12 on."""
+    """Stores rows or one number a token; the latter touch less than a memory sector, which has to be allowed by name
+    from jax 0.12 on.
+    """
     if hasattr(plgpu, "store"):
         plgpu.store(ref, x, optimized=False)
     else:
@@ -165,7 +182,9 @@ def forward(options, sources, query, shift, null_logit, num_sources):
     route = _Route(options, sources, query)
     tile = route.tile
 
-    def body(sources, query, shift, top, null, live, output, exponentials, total, ring, arrived, query_here, query_arrived):
+    def body(
+        sources, query, shift, top, null, live, output, exponentials, total, ring, arrived, query_here, query_arrived
+    ):
         at, live = tile.tokens(lax.axis_index("program")), live[0]
         route.fetch_first(sources, live, at, ring, arrived)
         _copy(query.at[at] if route.per_token else query, query_here, query_arrived)
@@ -189,11 +208,20 @@ def forward(options, sources, query, shift, null_logit, num_sources):
 
     count, tokens = route.count, route.tokens
     each = jax.ShapeDtypeStruct((tokens,), jnp.float32)
-    out_type = jax.ShapeDtypeStruct((tokens, route.width), route.dtype), jax.ShapeDtypeStruct((count, tokens), jnp.float32), each
+    out_type = (
+        jax.ShapeDtypeStruct((tokens, route.width), route.dtype),
+        jax.ShapeDtypeStruct((count, tokens), jnp.float32),
+        each,
+    )
     top = jnp.maximum(null_logit, 0.0)
     null = jnp.exp(jnp.minimum(null_logit, 0.0))
     output, exponentials, z = route.call(body, "depth_route_forward", out_type, route.blocks, route.ring + route.query)(
-        route.flat(sources), route.flat(query), shift.reshape(count, tokens), top[None], null[None], _live(num_sources, count)
+        route.flat(sources),
+        route.flat(query),
+        shift.reshape(count, tokens),
+        top[None],
+        null[None],
+        _live(num_sources, count),
     )
     z = jnp.where(z == 0.0, 1.0, z)
     weights = exponentials / z
@@ -209,8 +237,24 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
     tile, count, tokens = route.tile, route.count, route.tokens
     blocks_each = 1 if route.per_token else _BLOCKS_PER_PARTIAL
 
-    def body(sources, query, shift, weights, lift, d_output, live, d_sources, d_query, d_shift,
-             ring, arrived, query_here, query_arrived, d_output_here, d_output_arrived):  # fmt: skip
+    def body(
+        sources,
+        query,
+        shift,
+        weights,
+        lift,
+        d_output,
+        live,
+        d_sources,
+        d_query,
+        d_shift,
+        ring,
+        arrived,
+        query_here,
+        query_arrived,
+        d_output_here,
+        d_output_arrived,
+    ):
         program, live = lax.axis_index("program"), live[0]
         if not route.per_token:
             _copy(query, query_here, query_arrived)
@@ -238,7 +282,9 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
                 d_score = jnp.where(jnp.abs(raw) < MAX_SCORE, weight * (through_output + lift_i), 0.0)
                 _store(d_shift.at[i, at], d_score)
                 along_query = d_score * (inverse_rms * options.score_scale)
-                d_value = tile.along(weight) * tile.load(d_output_here) + tile.along(along_query) * tile.load(query_here)
+                d_value = tile.along(weight) * tile.load(d_output_here) + tile.along(along_query) * tile.load(
+                    query_here
+                )
                 if options.normalize:
                     d_value = d_value - tile.along(along_query * dot * inverse_rms * inverse_rms / route.width) * value
                 d_value = d_value.astype(route.dtype)

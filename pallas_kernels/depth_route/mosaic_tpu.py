@@ -1,16 +1,19 @@
 """Depth routing on TPUs: one Pallas kernel forward, one backward, each of which reads every live source once.
 
-The operator is bound by memory, so the tiling serves the traffic. A program owns a block of tokens, all of the width D, and goes through the
-sources. Clamped scores lie in [-50, 50], hence exp(score - max(null_logit, 0)) neither overflows nor loses precision in float32: the weighted
-sum accumulates as the sources pass, without a running maximum and without rescaling, and is divided once at the end. Backward, delta is known,
-so a source is finished when it has been read: its score is recomputed from the block in VMEM and its gradient is written once.
+The operator is bound by memory, so the tiling serves the traffic. A program owns a block of tokens, all of the width D,
+and goes through the sources. Clamped scores lie in [-50, 50], hence exp(score - max(null_logit, 0)) neither overflows
+nor loses precision in float32: the weighted sum accumulates as the sources pass, without a running maximum and without
+rescaling, and is divided once at the end. Backward, delta is known, so a source is finished when it has been read: its
+score is recomputed from the block in VMEM and its gradient is written once.
 
-Sources in one array [L, B, T, D]: the grid is (batch, block of tokens, source), blocks of about 1 MiB. Dead sources repeat the block index of
-the last live one, which the pipeline does not copy again. Sources in a tuple: L references to L buffers, which are never stacked; a program
-holds the same tokens of all of them, so blocks have fewer rows, 2 L blocks (double buffering) must fit in VMEM, and a dead source costs one
-block in all. Scores, weights and their gradients have a source a lane, [tokens, L].
+Sources in one array [L, B, T, D]: the grid is (batch, block of tokens, source), blocks of about 1 MiB. Dead sources
+repeat the block index of the last live one, which the pipeline does not copy again. Sources in a tuple: L references to
+L buffers, which are never stacked; a program holds the same tokens of all of them, so blocks have fewer rows, 2 L
+blocks (double buffering) must fit in VMEM, and a dead source costs one block in all. Scores, weights and their
+gradients have a source a lane, [tokens, L].
 
-Lengths that are not whole blocks: the rows beyond the end hold anything, and only the sum over rows for a static query has to leave them out.
+Lengths that are not whole blocks: the rows beyond the end hold anything, and only the sum over rows for a static query
+has to leave them out.
 """
 
 import functools
@@ -40,8 +43,10 @@ INTERPRETED_VMEM = 64 * MIB  # v5p's and tpu7x's, the smallest of those that are
 class Plan(NamedTuple):
     """What a kernel is compiled for, all static.
 
-    options: RouteOptions. stacked: the sources are one array [L, batch, length, width], else L arrays. per_token: the query is.
-    masked: only the first `live` sources count. adds: gradients of stacked sources are added to an array. rows: tokens of a block.
+    options: RouteOptions. stacked: the sources are one array [L, batch, length, width], else L arrays. per_token: the
+      query is.
+    masked: only the first `live` sources count. adds: gradients of stacked sources are added to an array. rows: tokens
+    of a block.
     """
 
     options: RouteOptions
@@ -80,15 +85,17 @@ def _plan(options, sources, query, num_sources, backward: bool, adds: bool = Fal
     capacity = INTERPRETED_VMEM if interpreting() else pltpu.get_tpu_info().vmem_capacity_bytes
     if vmem > capacity:
         raise Unavailable(
-            f"{count} sources of width {width} {dtype} need {vmem / MIB:.0f} MiB of VMEM, {target_device().kind} has {capacity / MIB:.0f}"
-            + ("" if stacked else "; one array of sources needs less than a list")
+            f"{count} sources of width {width} {dtype} need {vmem / MIB:.0f} MiB of VMEM, {target_device().kind} "
+            f"has {capacity / MIB:.0f}" + ("" if stacked else "; one array of sources needs less than a list")
         )
     return Plan(options, stacked, per_token, num_sources is not None, adds, count, batch, length, width, rows, vmem)
 
 
 def _tiles(plan: Plan, function: Callable) -> None:
     """Calls function(slice) for every tile of rows of a block: what is computed at a time then fits in registers."""
-    lax.fori_loop(0, plan.rows // ROW_TILE, lambda r, _: function(pl.ds(pl.multiple_of(r * ROW_TILE, ROW_TILE), ROW_TILE)), None)
+    lax.fori_loop(
+        0, plan.rows // ROW_TILE, lambda r, _: function(pl.ds(pl.multiple_of(r * ROW_TILE, ROW_TILE), ROW_TILE)), None
+    )
 
 
 def _lane(tile, i):
@@ -104,9 +111,13 @@ def _put(ref, rows, i, column) -> None:
 
 
 def _over_sources(plan: Plan, live_ref, start: Callable, live: Callable, dead: Callable, finish: Callable) -> None:
-    """Calls start(), then live(i) or dead(i) for every source i, then finish(), over steps of the grid where the sources are stacked."""
+    """Calls start(), then live(i) or dead(i) for every source i, then finish(), over steps of the grid where the
+    sources are stacked.
+    """
 
-    def each(i):  # also where all are live: what a branch computes is not mixed with the next one's, which would spill registers
+    def each(
+        i,
+    ):  # also where all are live: what a branch computes is not mixed with the next one's, which would spill registers
         pl.when(i < live_ref[0])(lambda: live(i))
         if plan.masked:
             pl.when(i >= live_ref[0])(lambda: dead(i))
@@ -229,14 +240,17 @@ def _before_the_end(plan: Plan, rows, x):
 
 
 def _specs(plan: Plan):
-    """Block specifications of: the sources, their gradients, [batch, length, width], [batch, length, L], and a static query."""
+    """Block specifications of: the sources, their gradients, [batch, length, width], [batch, length, L], and
+    a static query.
+    """
 
     def tokens(lanes):
         return pl.BlockSpec((None, plan.rows, lanes), lambda g, t, *_: (g, t, 0))
 
     def live_tokens(i):
         return pl.BlockSpec(
-            (None, plan.rows, plan.width), lambda g, t, live: (jnp.where(i < live[0], g, 0), jnp.where(i < live[0], t, 0), 0)
+            (None, plan.rows, plan.width),
+            lambda g, t, live: (jnp.where(i < live[0], g, 0), jnp.where(i < live[0], t, 0), 0),
         )
 
     if plan.stacked:
@@ -267,7 +281,9 @@ def _call(plan: Plan, kernel, name, in_specs, out_specs, out_shapes, scratch, *a
         ),
         out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=vary) for shape, dtype in out_shapes],
         # The interpreter takes no order of the axes together with vmap.
-        compiler_params=pltpu.CompilerParams(dimension_semantics=None if interpreting() else order, vmem_limit_bytes=plan.vmem),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=None if interpreting() else order, vmem_limit_bytes=plan.vmem
+        ),
         cost_estimate=cost,
         input_output_aliases={len(arguments) - 1: 0} if plan.adds else {},
         interpret=pltpu.InterpretParams(detect_races=True) if interpreting() else False,
@@ -276,7 +292,9 @@ def _call(plan: Plan, kernel, name, in_specs, out_specs, out_shapes, scratch, *a
 
 
 def _folded(plan: Plan, sources, query, num_sources):
-    """The sources as a list of the kernel's operands, the query with two or three axes, and the number of live sources [1]."""
+    """The sources as a list of the kernel's operands, the query with two or three axes, and the number of
+    live sources [1].
+    """
     tokens = (plan.batch, plan.length, plan.width)
     flat = [sources.reshape(plan.count, *tokens)] if plan.stacked else [source.reshape(tokens) for source in sources]
     live = jnp.full((1,), plan.count, jnp.int32) if num_sources is None else num_sources.reshape(1)
@@ -294,13 +312,22 @@ def _forward(options, sources, query, shift, null_logit, num_sources):
     live, flat, query = _folded(plan, sources, query, num_sources)
     source_specs, _, tokens, query_spec = _specs(plan)
     output, mass = _call(
-        plan, _forward_kernel, "depth_route_forward",
+        plan,
+        _forward_kernel,
+        "depth_route_forward",
         [pl.BlockSpec(memory_space=pltpu.SMEM), *source_specs, query_spec, tokens(plan.count)],
         [tokens(plan.width), tokens(plan.count + 1)],
-        [((plan.batch, plan.length, plan.width), sources[0].dtype), ((plan.batch, plan.length, plan.count + 1), jnp.float32)],
+        [
+            ((plan.batch, plan.length, plan.width), sources[0].dtype),
+            ((plan.batch, plan.length, plan.count + 1), jnp.float32),
+        ],
         [pltpu.VMEM((plan.rows, plan.width), jnp.float32)],
-        live, null_logit.reshape(1), *flat, query, _lanes_last(plan, shift),
-    )  # fmt: skip
+        live,
+        null_logit.reshape(1),
+        *flat,
+        query,
+        _lanes_last(plan, shift),
+    )
     mass = mass.reshape(*shape[:2], -1)
     return output.reshape(shape), jnp.moveaxis(mass[..., :-1], -1, 0), mass[..., -1]
 
@@ -313,18 +340,34 @@ def _backward(options, sources, query, shift, num_sources, weights, delta, d_out
     added = [(into.reshape(flat[0].shape), d_source_specs[0])] if plan.adds else []
     statistics = (plan.batch, plan.length, plan.count)
     d_query_shape = flat_query.shape if plan.per_token else (*plan.grid[:2], 1, plan.width)
-    d_query_spec = query_spec if plan.per_token else pl.BlockSpec((None, None, 1, plan.width), lambda g, t, *_: (g, t, 0, 0))
+    d_query_spec = (
+        query_spec if plan.per_token else pl.BlockSpec((None, None, 1, plan.width), lambda g, t, *_: (g, t, 0, 0))
+    )
     *d_sources, d_query, d_shift = _call(
-        plan, _backward_kernel, "depth_route_backward",
+        plan,
+        _backward_kernel,
+        "depth_route_backward",
         [*source_specs, query_spec, by_source, by_source, by_source, by_token, *(spec for _, spec in added)],
         [*d_source_specs, d_query_spec, by_source],
-        [*((x.shape, x.dtype) for x in ([into for into, _ in added] or flat)), (d_query_shape, jnp.float32), (statistics, jnp.float32)],
+        [
+            *((x.shape, x.dtype) for x in ([into for into, _ in added] or flat)),
+            (d_query_shape, jnp.float32),
+            (statistics, jnp.float32),
+        ],
         [] if plan.per_token else [pltpu.VMEM((SUM_ROWS, plan.width), jnp.float32)],
-        live, *flat, flat_query, *(_lanes_last(plan, x) for x in (shift, weights, d_weights - delta)),
-        d_output.reshape(plan.batch, plan.length, plan.width), *(into for into, _ in added),
-    )  # fmt: skip
+        live,
+        *flat,
+        flat_query,
+        *(_lanes_last(plan, x) for x in (shift, weights, d_weights - delta)),
+        d_output.reshape(plan.batch, plan.length, plan.width),
+        *(into for into, _ in added),
+    )
     d_query = d_query.reshape(query.shape) if plan.per_token else d_query.sum((0, 1, 2))
-    d_sources = d_sources[0].reshape(sources.shape) if plan.stacked else tuple(d.reshape(s.shape) for d, s in zip(d_sources, sources))
+    d_sources = (
+        d_sources[0].reshape(sources.shape)
+        if plan.stacked
+        else tuple(d.reshape(s.shape) for d, s in zip(d_sources, sources))
+    )
     return d_sources, d_query, jnp.moveaxis(d_shift.reshape(*sources[0].shape[:2], plan.count), -1, 0)
 
 
@@ -334,14 +377,17 @@ _serve, _sharded_backward = differentiable(_forward, _backward), sharded_backwar
 def depth_route_mosaic_tpu(inputs: RouteInputs) -> DepthRoute:
     """The contract of `depth_route`, for sources in float32 or bfloat16; the kernels compute in float32.
 
-    A traced number of live sources saves the traffic of the dead ones. Raises Unavailable where the call is not compiled for a TPU.
+    A traced number of live sources saves the traffic of the dead ones. Raises Unavailable where the call is not
+    compiled for a TPU.
     """
     _check(inputs)
     return _serve(inputs)
 
 
 def backward_mosaic_tpu(inputs: RouteInputs) -> Callable:
-    """The backward function of `vjp.sharded_backward` for a call; added to an array, it leaves what is there for dead sources unread."""
+    """The backward function of `vjp.sharded_backward` for a call; added to an array, it leaves what is there
+    for dead sources unread.
+    """
     _check(inputs)
     return _sharded_backward
 
@@ -352,6 +398,8 @@ def _check(inputs: RouteInputs) -> None:
         raise Unavailable(f"runs on TPUs only, the call is compiled for {device.platform}")
     axes = unmapped_axes(inputs.sharding)
     if axes:
-        raise Unavailable(f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them")
+        raise Unavailable(
+            f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them"
+        )
     if inputs.dtype not in (jnp.float32, jnp.bfloat16):
         raise Unavailable(f"takes sources of float32 and bfloat16, got {inputs.dtype}")

@@ -7,14 +7,13 @@ from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRo
 
 
 def depth_route_reference(inputs: RouteInputs) -> DepthRoute:
-    """Depth routing in float32 or better over stacked sources. In plain JAX, for a query [B, T, D] and all sources live:
+    """Depth routing in float32 or better over stacked sources. In plain JAX, for a query [B, T, D] and all sources
+    live:
 
-        keys = sources * lax.rsqrt(jnp.mean(sources**2, -1, keepdims=True) + 1e-6) * key_norm_scale    # or keys = sources
-        scores = score_scale * jnp.einsum("BTD,LBTD->LBT", query, keys) + bias
-        scores = jnp.clip(scores - coupling * (null_evidence - null_evidence.mean(0)), -50, 50)
-        total = jnp.exp(null_logit) + jnp.exp(scores).sum(0)
-        weights = jnp.exp(scores) / total
-        output = jnp.einsum("LBT,LBTD->BTD", weights, sources)
+        keys = sources * lax.rsqrt(jnp.mean(sources**2, -1, keepdims=True) + 1e-6) * key_norm_scale    # or keys =
+        sources scores = score_scale * jnp.einsum("BTD,LBTD->LBT", query, keys) + bias scores = jnp.clip(scores -
+        coupling * (null_evidence - null_evidence.mean(0)), -50, 50) total = jnp.exp(null_logit) +
+        jnp.exp(scores).sum(0) weights = jnp.exp(scores) / total output = jnp.einsum("LBT,LBTD->BTD", weights, sources)
         null_mass = jnp.exp(null_logit) / total
 
     The code below subtracts the maximum first and keeps whatever lies in dead sources out of values and gradients.

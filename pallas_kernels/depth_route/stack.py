@@ -1,13 +1,17 @@
-"""A whole stack of routed sublayers over an append-only buffer: memory and program size linear in depth (AttnRes, arXiv 2603.15031, full).
+"""A whole stack of routed sublayers over an append-only buffer: memory and program size linear in depth
+(AttnRes, arXiv 2603.15031, full).
 
-Sublayer s reads h_s and makes source s+1; router l reads sources 0..l and makes h_l; h_0 is source 0. The queries are known beforehand, so a
-source's scores under all later routers are made at its birth by one skinny matmul, and a route is one weighted sum.
+Sublayer s reads h_s and makes source s+1; router l reads sources 0..l and makes h_l; h_0 is source 0. The queries are
+known beforehand, so a source's scores under all later routers are made at its birth by one skinny matmul, and a route
+is one weighted sum.
 
-Backward, a source pulls its gradient once from all its consumers instead of every router pushing into all its sources: delta_l = <dO_l, out_l>
-is known as soon as dO_l is, so with dg_li = a_li (<dO_l, v_i> - delta_l), zero where the score was clamped,
+Backward, a source pulls its gradient once from all its consumers instead of every router pushing into all its sources:
+delta_l = <dO_l, out_l> is known as soon as dO_l is, so with dg_li = a_li (<dO_l, v_i> - delta_l), zero where the score
+was clamped,
 
-    dv_i = sum_l a_li dO_l + r_i sum_l dg_li u_l - r_i^3 / D (sum_l dg_li u_l.v_i) v_i            summed in float32, written once
-    dpsi_i = sum_l beta_l (S_l / n_l - dg_li),    S_l = sum_j dg_lj = omega_l delta_l where nothing is clamped
+    dv_i = sum_l a_li dO_l + r_i sum_l dg_li u_l - r_i^3 / D (sum_l dg_li u_l.v_i) v_i            summed in float32,
+    written once dpsi_i = sum_l beta_l (S_l / n_l - dg_li),    S_l = sum_j dg_lj = omega_l delta_l where nothing is
+    clamped
 
 Source l is needed last when dO_l is made, so dO_l takes its place in the buffer.
 """
@@ -24,7 +28,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.depth_route.base import MAX_SCORE
 from pallas_kernels.depth_route.two_phase import clamp, inverse_rms, wide_type
 
-# (parameters, context, h [B, T, D], psi [B, T]) -> (source [B, T, D], psi [B, T]); psi is the previous sublayer's evidence.
+# (parameters, context, h [B, T, D], psi [B, T]) -> (source [B, T, D], psi [B, T]); psi is the previous sublayer's
+# evidence.
 Sublayer = Callable[[Any, Any, Array, Array], tuple[Array, Array]]
 
 
@@ -69,8 +74,8 @@ def pull(
       reads: [R] of bool, which routers read this source.
 
     Returns:
-      In float32 or better: the gradients of the source, of its evidence (all that comes through these routers), and this source's share of
-      the gradients of the queries and of the couplings.
+      In float32 or better: the gradients of the source, of its evidence (all that comes through these routers), and
+      this source's share of the gradients of the queries and of the couplings.
     """
     wide = consumers.queries.dtype
     value, reads = source.astype(wide), reads[:, None, None]
@@ -103,10 +108,12 @@ def routed_stack(
     *,
     null_logit: float = 0.0,
 ) -> Float[Array, "B T D"]:
-    """The stream after a stack of S = n * P routed sublayers, P kinds in turn; sublayers are computed again in the backward pass.
+    """The stream after a stack of S = n * P routed sublayers, P kinds in turn; sublayers are computed again in the
+    backward pass.
 
     Args:
-      sublayers: P functions (parameters, context, h, psi) -> (source, psi) with psi the evidence of the source before (0 at first).
+      sublayers: P functions (parameters, context, h, psi) -> (source, psi) with psi the evidence of the source before
+        (0 at first).
       parameters: P trees whose arrays are stacked [n, ...].
       context: a tree of arrays given to every sublayer; no gradient flows into it.
       first: source 0, which the first sublayer reads unrouted; its psi is 0.
@@ -121,9 +128,14 @@ def routed_stack(
       ValueError: the number of queries is not that of the sublayers.
     """
     periods = {x.shape[0] for x in jax.tree.leaves(tuple(parameters))}
-    if len(sublayers) != len(parameters) or len(periods) != 1 or queries.shape != (len(sublayers) * max(periods), first.shape[-1]):
+    if (
+        len(sublayers) != len(parameters)
+        or len(periods) != 1
+        or queries.shape != (len(sublayers) * max(periods), first.shape[-1])
+    ):
         raise ValueError(
-            f"queries: must have shape (sublayers, {first.shape[-1]}) with {len(sublayers)} sublayers for each of {sorted(periods)} stacked "
+            f"queries: must have shape (sublayers, {first.shape[-1]}) with {len(sublayers)} sublayers for each of "
+            f"{sorted(periods)} stacked "
             f"parameters, got {queries.shape}"
         )
     wide = jnp.promote_types(wide_type(first), queries.dtype)
@@ -200,12 +212,24 @@ def _stack(static, parameters, context, first, queries, couplings):
 
 def _stack_forward(static, parameters, context, first, queries, couplings):
     state, kept = _run(static, parameters, context, first, queries, couplings)
-    saved = (parameters, context, queries, couplings, state.buffer, state.evidence, state.stream, state.clamped.any(), kept)
+    saved = (
+        parameters,
+        context,
+        queries,
+        couplings,
+        state.buffer,
+        state.evidence,
+        state.stream,
+        state.clamped.any(),
+        kept,
+    )
     return state.stream, saved
 
 
 class _Backward(NamedTuple):
-    buffer: Array  # slots up to the source at hand hold sources, later ones the gradients of the streams of their number
+    buffer: (
+        Array  # slots up to the source at hand hold sources, later ones the gradients of the streams of their number
+    )
     consumers: Consumers  # by router number; slot 0 is no router
     d_psi: Array  # of the evidence of the sublayer at hand, through the sublayer after it
     d_queries: Array
@@ -221,22 +245,30 @@ def _stack_backward(static, saved, d_stream):
     lse, mean = (jnp.pad(x.reshape(count, *x.shape[2:]), ((1, 0), (0, 0), (0, 0))) for x in by_router)
 
     def arrive(state: _Backward, router, d_output, output):
-        """Takes in the gradient of a router's output; its number's source has been read for the last time, or is read in `pull` before."""
+        """Takes in the gradient of a router's output; its number's source has been read for the last time, or
+        is read in `pull` before.
+        """
         delta = jnp.sum(d_output.astype(wide) * output.astype(wide), axis=-1)
         consumers = state.consumers._replace(delta=_put(state.consumers.delta, router, delta))
         if coupled:
             total = lax.cond(clamped, exact_sum, null_share, state, router, d_output, delta)
-            consumers = consumers._replace(mean_score_gradient=_put(consumers.mean_score_gradient, router, total / (router + 1)))
+            consumers = consumers._replace(
+                mean_score_gradient=_put(consumers.mean_score_gradient, router, total / (router + 1))
+            )
         return state._replace(consumers=consumers)
 
     def null_share(state, router, d_output, delta):
         return jnp.exp(null_logit - state.consumers.lse[router]) * delta
 
     def exact_sum(state, router, d_output, delta):
-        """The sum over a router's sources of the score gradients, where some are clamped: the sources are read again."""
+        """The sum over a router's sources of the score gradients, where some are clamped: the sources are
+        read again.
+        """
         values = jnp.where((slots <= router)[:, None, None, None], state.buffer, 0).astype(wide)
         dots = jnp.einsum("SBTD,D->SBT", values, state.consumers.queries[router], precision=lax.Precision.HIGHEST)
-        raw = dots * inverse_rms(values) - state.consumers.couplings[router] * (evidence - state.consumers.mean_evidence[router])
+        raw = dots * inverse_rms(values) - state.consumers.couplings[router] * (
+            evidence - state.consumers.mean_evidence[router]
+        )
         weights = jnp.exp(clamp(raw) - state.consumers.lse[router])
         d_scores = weights * (jnp.sum(values * d_output.astype(wide), axis=-1) - delta)
         unclamped = (slots <= router)[:, None, None] & (jnp.abs(raw) < MAX_SCORE)
@@ -246,7 +278,11 @@ def _stack_backward(static, saved, d_stream):
         d_source, d_psi, d_queries, d_couplings = pull(
             source, evidence[number], state.buffer, state.consumers, (slots >= number) & (slots > 0)
         )
-        return state._replace(d_queries=state.d_queries + d_queries, d_couplings=state.d_couplings + d_couplings), d_source, d_psi
+        return (
+            state._replace(d_queries=state.d_queries + d_queries, d_couplings=state.d_couplings + d_couplings),
+            d_source,
+            d_psi,
+        )
 
     def period(carry, xs):
         state, d_output, output = carry
@@ -259,15 +295,25 @@ def _stack_backward(static, saved, d_stream):
             source = lax.dynamic_index_in_dim(state.buffer, s + 1, keepdims=False)
             state = state._replace(buffer=_put(state.buffer, s + 1, d_output))
             state, d_source, d_psi = gather(state, source, s + 1)
-            outputs, pullback = jax.vjp(lambda p, h, psi, kind=kind: sublayers[kind](p, context, h, psi), own[kind], h, psi)
-            d_own[kind], d_output, d_before = pullback((d_source.astype(outputs[0].dtype), (d_psi + state.d_psi).astype(outputs[1].dtype)))
+            outputs, pullback = jax.vjp(
+                lambda p, h, psi, kind=kind: sublayers[kind](p, context, h, psi), own[kind], h, psi
+            )
+            d_own[kind], d_output, d_before = pullback(
+                (d_source.astype(outputs[0].dtype), (d_psi + state.d_psi).astype(outputs[1].dtype))
+            )
             state, output = state._replace(d_psi=d_before.astype(wide)), h
         return (state, d_output, output), tuple(d_own)
 
     zeros = jnp.zeros_like(lse)
-    padded = lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x])  # noqa: E731
+    padded = lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x])
     consumers = Consumers(padded(queries), padded(couplings), lse, mean, zeros, zeros)
-    state = _Backward(buffer, consumers, jnp.zeros_like(lse[0]), jnp.zeros_like(consumers.queries), jnp.zeros_like(consumers.couplings))
+    state = _Backward(
+        buffer,
+        consumers,
+        jnp.zeros_like(lse[0]),
+        jnp.zeros_like(consumers.queries),
+        jnp.zeros_like(consumers.couplings),
+    )
     steps = (jnp.arange(count // kinds), parameters, tuple(one[:2] for one in kept))
     (state, d_direct, _), d_parameters = lax.scan(period, (state, d_stream, stream), steps, reverse=True)
     state, d_first, _ = gather(state, lax.index_in_dim(state.buffer, 0, keepdims=False), 0)

@@ -1,13 +1,17 @@
-"""Depth routing in two phases, for blocks of sublayers whose queries are known before the block runs (AttnRes, arXiv 2603.15031).
+"""Depth routing in two phases, for blocks of sublayers whose queries are known before the block runs (AttnRes, arXiv
+2603.15031).
 
-Every router of a block reads the finished blocks and the block's own running sum. Phase 1 serves all routers of the block in one pass over the
-finished sources; phase 2 adds the running sum when it is there. With g_i the scores without the mean of psi, c = coupling * mean_i psi_i
+Every router of a block reads the finished blocks and the block's own running sum. Phase 1 serves all routers of the
+block in one pass over the finished sources; phase 2 adds the running sum when it is there. With g_i the scores without
+the mean of psi, c = coupling * mean_i psi_i
 
     phase 1   lse_1 = log sum_finished exp(g_i),   output_1 = sum_finished exp(g_i - lse_1) v_i
-    phase 2   lse = log(exp(b) + exp(lse_1 + c) + exp(g_r + c)),   output = exp(lse_1 + c - lse) output_1 + exp(g_r + c - lse) v_r
+    phase 2   lse = log(exp(b) + exp(lse_1 + c) + exp(g_r + c)),   output = exp(lse_1 + c - lse) output_1 + exp(g_r + c
+    - lse) v_r
 
-so the null and the mean shift, neither of which phase 1 can know, are applied once. Where a finished score may reach the clamp, whose place
-depends on c, phase 2 reads the finished sources again instead of using phase 1; that is a branch taken for no ordinary model.
+so the null and the mean shift, neither of which phase 1 can know, are applied once. Where a finished score may reach
+the clamp, whose place depends on c, phase 2 reads the finished sources again instead of using phase 1; that is a branch
+taken for no ordinary model.
 """
 
 from collections.abc import Sequence
@@ -133,7 +137,8 @@ def route_running(
     coupling: Float[Array, ""] | float = 0.0,
     null_logit: Float[Array, ""] | float = 0.0,
 ) -> RunningRoute:
-    """Phase 2: the route of one query over the finished sources and the running one; equals `depth_route` over [*sources, running].
+    """Phase 2: the route of one query over the finished sources and the running one; equals `depth_route` over
+    [*sources, running].
 
     Args:
       finished: phase 1 of this query, without the axis Q, made of the same sources and options.
@@ -175,7 +180,9 @@ def route_running(
 
 
 def merge_running(output, lse, running, running_score, null_logit):
-    """(output, lse, null mass) of a partial result with one more source and the null, which is added here and nowhere else."""
+    """(output, lse, null mass) of a partial result with one more source and the null, which is added here and
+    nowhere else.
+    """
     top = lax.stop_gradient(jnp.maximum(jnp.maximum(lse, running_score), null_logit))
     both, null = (jnp.exp(lse - top), jnp.exp(running_score - top)), jnp.exp(null_logit - top)
     total = both[0] + both[1] + null
@@ -187,10 +194,17 @@ def merge_running(output, lse, running, running_score, null_logit):
 def _check(sources, queries, **arguments) -> None:
     shape, count = jnp.shape(sources[0]) if len(sources) else (), len(sources)
     if len(shape) != 3 or any(jnp.shape(s) != shape or s.dtype != sources[0].dtype for s in sources):
-        raise ValueError(f"sources: must be arrays [batch, length, width] of one shape and dtype, got {[jnp.shape(s) for s in sources]}")
+        raise ValueError(
+            "sources: must be arrays [batch, length, width] of one shape and dtype, got "
+            f"{[jnp.shape(s) for s in sources]}"
+        )
     if jnp.ndim(queries) != 2 or queries.shape[1] != shape[2]:
-        raise ValueError(f"queries: must have shape (queries, {shape[2]}) for sources of shape {shape}, got {jnp.shape(queries)}")
+        raise ValueError(
+            f"queries: must have shape (queries, {shape[2]}) for sources of shape {shape}, got {jnp.shape(queries)}"
+        )
     wanted = {"key_norm_scales": queries.shape, "bias": (len(queries), count), "null_evidence": (count, *shape[:2])}
     for name, x in arguments.items():
         if x is not None and jnp.shape(x) != wanted[name]:
-            raise ValueError(f"{name}: must have shape {wanted[name]} for {count} sources of shape {shape}, got {jnp.shape(x)}")
+            raise ValueError(
+                f"{name}: must have shape {wanted[name]} for {count} sources of shape {shape}, got {jnp.shape(x)}"
+            )

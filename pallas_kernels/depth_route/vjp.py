@@ -1,6 +1,7 @@
 """The derivative that the accelerator backends of depth_route share.
 
-With a_i the weights, omega the null mass, c the score scale, r_i the reciprocal root mean square of a normalized key (1 without key norm):
+With a_i the weights, omega the null mass, c the score scale, r_i the reciprocal root mean square of a normalized key (1
+without key norm):
 
     delta = dO.O + sum_j a_j d_alpha_j + omega d_omega            known before any source is read again
     dg_i = a_i (dO.v_i + d_alpha_i - delta)                       zero where the score was clamped
@@ -23,7 +24,9 @@ from pallas_kernels.sharding import OperatorSharding, varying_alike
 
 
 class RouteOptions(NamedTuple):
-    """What a kernel is compiled for. normalize: keys are divided by their root mean square; their gain is part of the query. Kernels never see a sharding."""
+    """What a kernel is compiled for. normalize: keys are divided by their root mean square; their gain is
+    part of the query. Kernels never see a sharding.
+    """
 
     normalize: bool
     score_scale: float
@@ -38,11 +41,12 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     """Joins two kernels into a differentiable backend.
 
     Args:
-      forward: forward(options, sources, query, shift, null_logit, num_sources) -> (output [B, T, D], weights [L, B, T], null_mass [B, T]), with
-        options a RouteOptions; sources an array [L, B, T, D] or a tuple of L arrays; query [D] or [B, T, D] in the wide dtype; shift [L, B, T]
-        wide, added to the scores before they are clamped; null_logit a scalar; num_sources None or an int32 scalar.
-      backward: backward(options, sources, query, shift, num_sources, weights, delta [B, T], d_output [B, T, D], d_weights [L, B, T]) ->
-        (d_sources like sources, zero for the dead, d_query like query, d_shift [L, B, T]).
+      forward: forward(options, sources, query, shift, null_logit, num_sources) -> (output [B, T, D], weights [L, B, T],
+        null_mass [B, T]), with options a RouteOptions; sources an array [L, B, T, D] or a tuple of L arrays; query [D]
+        or [B, T, D] in the wide dtype; shift [L, B, T] wide, added to the scores before they are clamped; null_logit a
+        scalar; num_sources None or an int32 scalar.
+      backward: backward(options, sources, query, shift, num_sources, weights, delta [B, T], d_output [B, T, D],
+        d_weights [L, B, T]) -> (d_sources like sources, zero for the dead, d_query like query, d_shift [L, B, T]).
 
     Returns:
       serve(inputs: RouteInputs) -> DepthRoute.
@@ -54,7 +58,9 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
         return _result(varying_alike(forward(options, sources, query, shift, null_logit, num_sources), sources))
 
     def route_forward(options, sources, query, shift, null_logit, num_sources):
-        output, weights, null_mass = varying_alike(forward(options, sources, query, shift, null_logit, num_sources), sources)
+        output, weights, null_mass = varying_alike(
+            forward(options, sources, query, shift, null_logit, num_sources), sources
+        )
         return _result((output, weights, null_mass)), (sources, query, shift, num_sources, output, weights, null_mass)
 
     def route_backward(options, saved, cotangents):
@@ -96,12 +102,21 @@ def live_number(inputs: RouteInputs) -> Array | None:
 
 
 def _specs(options: RouteOptions, sources, query, num_sources):
-    """PartitionSpecs of sources, query, the number of sources, a [B, T, D] array, an [L, B, T] array and a [B, T] array."""
+    """PartitionSpecs of sources, query, the number of sources, a [B, T, D] array, an [L, B, T] array and a [B, T]
+    array.
+    """
     spec = options.sharding.spec
     stream = spec("batch", "sequence", None)
     placed = (stream,) * len(sources) if isinstance(sources, tuple) else spec(None, "batch", "sequence", None)
     number = None if num_sources is None else spec()
-    return placed, spec(None) if query.ndim == 1 else stream, number, stream, spec(None, "batch", "sequence"), spec("batch", "sequence")
+    return (
+        placed,
+        spec(None) if query.ndim == 1 else stream,
+        number,
+        stream,
+        spec(None, "batch", "sequence"),
+        spec("batch", "sequence"),
+    )
 
 
 def _sharded_forward(forward: Callable) -> Callable:
@@ -113,7 +128,9 @@ def _sharded_forward(forward: Callable) -> Callable:
         placed, along, number, stream, scores, rows = _specs(options, sources, query, num_sources)
         local = options._replace(sharding=None)
         mapped = options.sharding.mapped(
-            lambda *arrays: forward(local, *arrays), (placed, along, scores, options.sharding.spec(), number), (stream, scores, rows)
+            lambda *arrays: forward(local, *arrays),
+            (placed, along, scores, options.sharding.spec(), number),
+            (stream, scores, rows),
         )
         return mapped(sources, query, shift, null_logit, num_sources)
 
@@ -121,13 +138,17 @@ def _sharded_forward(forward: Callable) -> Callable:
 
 
 def sharded_backward(backward: Callable) -> Callable:
-    """`backward` over the mesh of `options.sharding`; the gradient of a query that all tokens share is summed over the devices.
+    """`backward` over the mesh of `options.sharding`; the gradient of a query that all tokens share is summed
+    over the devices.
 
     A backward function may take one more array, `into`, to which it adds the sources' gradients.
     """
 
     def run(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights, *into):
-        arrays, sharding = (sources, query, shift, num_sources, weights, delta, d_output, d_weights, *into), options.sharding
+        arrays, sharding = (
+            (sources, query, shift, num_sources, weights, delta, d_output, d_weights, *into),
+            options.sharding,
+        )
         if sharding is None:
             return backward(options, *arrays)
         placed, along, number, stream, scores, rows = _specs(options, sources, query, num_sources)

@@ -1,12 +1,15 @@
-"""Depth routing for any platform: sums over the sources one by one, under one custom_vjp. (One array with a traced number of live sources: buffer.py.)
+"""Depth routing for any platform: sums over the sources one by one, under one custom_vjp. (One array with a traced
+number of live sources: buffer.py.)
 
-Each source is read where it lies and never stacked. Written as products and sums, XLA fuses them; as batched einsums over a stack of sources
-they made a training step on a CPU several times slower. With a_i the weights, omega the null mass and c the score scale, the backward pass is
+Each source is read where it lies and never stacked. Written as products and sums, XLA fuses them; as batched einsums
+over a stack of sources they made a training step on a CPU several times slower. With a_i the weights, omega the null
+mass and c the score scale, the backward pass is
 
     da_i = dO.v_i + d_alpha_i,   dg_i = a_i (da_i - sum_j a_j da_j - omega d_omega),   zero where the score was clamped
     dv_i = a_i dO + (c r_i dg_i) u - (c r_i^3 (u.v_i) dg_i / D) v_i,   du = sum_i (c r_i dg_i) v_i
 
-where r_i is the reciprocal root mean square of a normalized key; without key norm r_i = 1 and the third term of dv_i is absent.
+where r_i is the reciprocal root mean square of a normalized key; without key norm r_i = 1 and the third term of dv_i is
+absent.
 """
 
 import functools
@@ -23,7 +26,9 @@ from pallas_kernels.sharding import varying_alike
 
 
 def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
-    """The contract of `depth_route`. Among listed sources a traced number of live ones is a mask: the dead are read and left out."""
+    """The contract of `depth_route`. Among listed sources a traced number of live ones is a mask: the dead
+    are read and left out.
+    """
     inputs = inputs.trimmed()
     if inputs.live is not None and not isinstance(inputs.sources, tuple):
         return route_buffer(inputs._replace(sharding=None))  # XLA partitions it by itself
@@ -52,10 +57,14 @@ def _weighted_sum(weights: Float[Array, "L B T"], sources: list[Float[Array, "B 
 
 
 def _forward(normalize, score_scale, sources, query, shift, null_logit, live):
-    """The results, and per source [L, B, T]: u.v_i, r_i (None without key norm), and where the score was not clamped."""
+    """The results, and per source [L, B, T]: u.v_i, r_i (None without key norm), and where the score was not
+    clamped.
+    """
     values, query = _wide(sources, live), query.astype(shift.dtype)
     dots = jnp.stack([_dot(value, query) for value in values])
-    inverse_rms = jnp.stack([lax.rsqrt(jnp.mean(v * v, axis=-1) + KEY_NORM_EPSILON) for v in values]) if normalize else None
+    inverse_rms = (
+        jnp.stack([lax.rsqrt(jnp.mean(v * v, axis=-1) + KEY_NORM_EPSILON) for v in values]) if normalize else None
+    )
     raw = dots * score_scale * (inverse_rms if normalize else 1.0) + shift
     scores = jnp.clip(raw, -MAX_SCORE, MAX_SCORE)
     if live is not None:
@@ -84,7 +93,11 @@ def _route_forward(normalize, score_scale, sources, query, shift, null_logit, li
 def _route_backward(normalize, score_scale, saved, cotangents):
     sources, query, live, weights, null_mass, (dots, inverse_rms, unclamped) = saved
     d_output, d_weights, d_null_mass = cotangents
-    values, u, d_output = _wide(sources, live), query.astype(weights.dtype), written_once(d_output.astype(weights.dtype))
+    values, u, d_output = (
+        _wide(sources, live),
+        query.astype(weights.dtype),
+        written_once(d_output.astype(weights.dtype)),
+    )
     d_alpha = jnp.stack([jnp.sum(value * d_output, axis=-1) for value in values]) + jnp.moveaxis(d_weights, -1, 0)
     attended = jnp.sum(weights * d_alpha, axis=0)
     # omega * (1 - omega) with 1 - omega as the sum of weights, which stays exact when omega is nearly 1
@@ -93,14 +106,18 @@ def _route_backward(normalize, score_scale, saved, cotangents):
 
     along_query = d_scores * score_scale * (inverse_rms if normalize else 1.0)
     if query.ndim == 1:
-        parts = [jnp.einsum("BT,BTD->D", along_query[i], v, precision=lax.Precision.HIGHEST) for i, v in enumerate(values)]
+        parts = [
+            jnp.einsum("BT,BTD->D", along_query[i], v, precision=lax.Precision.HIGHEST) for i, v in enumerate(values)
+        ]
         d_query = functools.reduce(jnp.add, parts)
     else:
         d_query = _weighted_sum(along_query, values)
     d_sources = [weights[i][..., None] * d_output + along_query[i][..., None] * u for i in range(len(values))]
     if normalize:
         along_source = along_query * dots * inverse_rms**2 / u.shape[-1]
-        d_sources = [d_source - along_source[i][..., None] * value for i, (d_source, value) in enumerate(zip(d_sources, values))]
+        d_sources = [
+            d_source - along_source[i][..., None] * value for i, (d_source, value) in enumerate(zip(d_sources, values))
+        ]
     d_sources = tuple(d_source.astype(source.dtype) for d_source, source in zip(d_sources, sources))
     if not isinstance(sources, tuple):
         d_sources = jnp.stack(d_sources)

@@ -24,7 +24,9 @@ class NullAttention(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The static arguments of null_attention, checked. A window implies causality: 0 <= i - j < window. Kernels never see a sharding."""
+    """The static arguments of null_attention, checked. A window implies causality: 0 <= i - j < window.
+    Kernels never see a sharding.
+    """
 
     causal: bool
     window: int | None

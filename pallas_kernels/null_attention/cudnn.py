@@ -1,9 +1,10 @@
 """Attention with a null through cuDNN's fused softmax attention, which knows nothing of a null.
 
-Forward: with cuDNN's lse0 over the keys, the output is its output times sigmoid(lse0 - b). Backward: given our lse, cuDNN recomputes our
-probabilities; its own delta, rowsum(dO * O), becomes ours when it is handed O' = delta * dO / |dO|^2 for O, which it uses for nothing
-else. A row whose dO vanishes beside its delta, as under a loss on the null mass alone, receives a tiny dO and an O' whose product with
-it is delta: dP and dV change by a share of delta that the dtype hardly resolves.
+Forward: with cuDNN's lse0 over the keys, the output is its output times sigmoid(lse0 - b). Backward: given our lse,
+cuDNN recomputes our probabilities; its own delta, rowsum(dO * O), becomes ours when it is handed O' = delta * dO /
+|dO|^2 for O, which it uses for nothing else. A row whose dO vanishes beside its delta, as under a loss on the null mass
+alone, receives a tiny dO and an O' whose product with it is delta: dP and dV change by a share of delta that the dtype
+hardly resolves.
 
 The call is private to JAX; where a version lacks it in the form used here, the backend says so.
 """
@@ -21,14 +22,29 @@ from pallas_kernels.dispatch import Unavailable, target_device
 from pallas_kernels.null_attention.base import NullAttention, Options
 from pallas_kernels.null_attention.vjp import differentiable
 
-_FORWARD = ("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "page_table_k", "page_table_v")
+_FORWARD = (
+    "query",
+    "key",
+    "value",
+    "bias",
+    "q_seqlen",
+    "kv_seqlen",
+    "q_offsets",
+    "kv_offsets",
+    "page_table_k",
+    "page_table_v",
+)
 _BACKWARD = (*_FORWARD, "activation", "fwd_output", "grad_output")
 _OPTIONS = {"scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout", "sliding_window_length"}
-_NEWER = {"score_mod_args", "score_mod"}  # since jax 0.11, and only in the functions' signatures: without a score_mod nothing is bound
+_NEWER = {
+    "score_mod_args",
+    "score_mod",
+}  # since jax 0.11, and only in the functions' signatures: without a score_mod nothing is bound
 
 _TOO_OLD = re.compile(r"\b(P100|P40|P4|V100|T4)\b")
 
-# A dO is replaced where it is smaller than this share of delta, by one of this share: O' stays below its inverse, which the dtype holds.
+# A dO is replaced where it is smaller than this share of delta, by one of this share: O' stays below its inverse, which
+# the dtype holds.
 _SHARE = {jnp.dtype(jnp.bfloat16): 2.0**-24, jnp.dtype(jnp.float16): 2.0**-14}
 
 
@@ -37,7 +53,9 @@ def _check_available(query, key, segments, options: Options) -> None:
     if device.platform != "gpu":
         raise Unavailable(f"runs on NVIDIA GPUs only, the call is compiled for {device.platform}")
     if "NVIDIA" not in device.kind or _TOO_OLD.search(device.kind):
-        raise Unavailable(f"runs on NVIDIA GPUs of the Ampere generation or newer, the call is compiled for {device.kind}")
+        raise Unavailable(
+            f"runs on NVIDIA GPUs of the Ampere generation or newer, the call is compiled for {device.kind}"
+        )
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unavailable(f"computes in bfloat16 and float16, the inputs are {query.dtype}")
     if query.shape[3] > 128 or query.shape[3] % 8:
@@ -55,14 +73,22 @@ def _check_available(query, key, segments, options: Options) -> None:
 
 @functools.cache
 def _private_calls():
-    """JAX's module and whether its functions know score_mod; raises Unavailable where they are not what this file expects."""
+    """JAX's module and whether its functions know score_mod; raises Unavailable where they are not what this file
+    expects.
+    """
     try:
         from jax._src.cudnn import fused_attention_stablehlo as module
 
         forward, backward = (
-            set(inspect.signature(getattr(module, f"_dot_product_attention_{name}_impl")).parameters) for name in ("fwd", "bwd")
+            set(inspect.signature(getattr(module, f"_dot_product_attention_{name}_impl")).parameters)
+            for name in ("fwd", "bwd")
         )
-        for name in ("_dot_product_attention_fwd_p_wrapper", "_dot_product_attention_bwd_p_wrapper", "AttentionLayout", "MaskType"):
+        for name in (
+            "_dot_product_attention_fwd_p_wrapper",
+            "_dot_product_attention_bwd_p_wrapper",
+            "AttentionLayout",
+            "MaskType",
+        ):
             getattr(module, name)
     except (ImportError, AttributeError) as error:
         raise Unavailable(f"jax {jax.__version__} lacks the private call to cuDNN: {error}") from None
@@ -92,13 +118,17 @@ def _arguments(options: Options, dtype):
 def softmax_attention(options: Options, query, key, value) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """cuDNN's output and the lse of the scores."""
     module, unused, static = _arguments(options, query.dtype)
-    return tuple(module._dot_product_attention_fwd_p_wrapper.bind(query, key, value, *unused, **static, is_training=True))
+    return tuple(
+        module._dot_product_attention_fwd_p_wrapper.bind(query, key, value, *unused, **static, is_training=True)
+    )
 
 
 def softmax_attention_backward(options: Options, query, key, value, lse, output, d_output):
     """cuDNN's gradients of query, key and value, given lse and an output whose product with d_output is delta."""
     module, unused, static = _arguments(options, query.dtype)
-    return tuple(module._dot_product_attention_bwd_p_wrapper.bind(query, key, value, *unused, lse, output, d_output, **static))
+    return tuple(
+        module._dot_product_attention_bwd_p_wrapper.bind(query, key, value, *unused, lse, output, d_output, **static)
+    )
 
 
 def _forward(options: Options, query, key, value, null_logit, segments) -> tuple[NullAttention, Float[Array, "B N T"]]:
@@ -142,6 +172,8 @@ _serve = differentiable(_forward, _backward)
 
 
 def null_attention_cudnn(query, key, value, null_logit, segments, options):
-    """The contract of `null_attention` through cuDNN: bfloat16 or float16, causal, windowed or neither, no segments and no soft cap."""
+    """The contract of `null_attention` through cuDNN: bfloat16 or float16, causal, windowed or neither, no
+    segments and no soft cap.
+    """
     _check_available(query, key, segments, options)
     return _serve(query, key, value, null_logit, segments, options)

@@ -10,12 +10,16 @@ from pallas_kernels.null_attention.base import NullAttention, wide_dtype
 
 
 def merge_partials(
-    outputs: Sequence[Float[Array, "B T N H"]], lses: Sequence[Float[Array, "B N T"]], *, null_logit: float | Float[Array, "#N"] = 0.0
+    outputs: Sequence[Float[Array, "B T N H"]],
+    lses: Sequence[Float[Array, "B N T"]],
+    *,
+    null_logit: float | Float[Array, "#N"] = 0.0,
 ) -> NullAttention:
     """Joins attention over disjoint shards of the keys into attention over all of them, and adds the null.
 
-    The partial results must be free of a null, that is from `null_attention(..., null_logit=-inf)`: the null belongs into the
-    denominator once, not once per shard. This is how ring attention and split-key decoding put their parts together.
+    The partial results must be free of a null, that is from `null_attention(..., null_logit=-inf)`: the null belongs
+    into the denominator once, not once per shard. This is how ring attention and split-key decoding put their parts
+    together.
 
     Args:
       outputs: one [B, T, N, H] a shard.

@@ -15,7 +15,8 @@ def null_attention_reference(
     segments: Segments | None,
     options: Options,
 ) -> NullAttention:
-    """Attention with a null in float32 or better, all T x S scores at once. In plain JAX, for N = K and every key allowed:
+    """Attention with a null in float32 or better, all T x S scores at once. In plain JAX, for N = K and every key
+    allowed:
 
         scores = scale * jnp.einsum("BTNH,BSNH->BNTS", query, key)
         total = jnp.exp(null_logit)[:, None] + jnp.exp(scores).sum(-1)

@@ -1,13 +1,16 @@
-"""Context parallelism: null_attention whose sequence is split over a mesh axis, out of any backend's kernels (inside `jax.shard_map`).
+"""Context parallelism: null_attention whose sequence is split over a mesh axis, out of any backend's kernels (inside
+`jax.shard_map`).
 
-Ring (arXiv 2310.01889): keys and values travel around the axis, one device a step. Forward, a device merges its null-free partial results and
-adds the null once, at the end: a null per step would count n of them. Backward, the lse of the whole row makes every step's probabilities
-final, so the steps' gradients only add up; those of keys and values travel with them and arrive home after n steps. They are summed in float32,
-but a kernel returns its step's part in the dtype of the inputs.
+Ring (arXiv 2310.01889): keys and values travel around the axis, one device a step. Forward, a device merges its
+null-free partial results and adds the null once, at the end: a null per step would count n of them. Backward, the lse
+of the whole row makes every step's probabilities final, so the steps' gradients only add up; those of keys and values
+travel with them and arrive home after n steps. They are summed in float32, but a kernel returns its step's part in the
+dtype of the inputs.
 
-With a causal mask a step is needed in part. In the zigzag layout device i holds the parts i and 2n-1-i of 2n: its own step is causal over both in
-their order; keys of an earlier device are seen as far as their first half by all its rows; keys of a later device are seen whole by the
-second half of its rows. Every step is then half of a full one, on every device. In the contiguous layout later keys are skipped.
+With a causal mask a step is needed in part. In the zigzag layout device i holds the parts i and 2n-1-i of 2n: its own
+step is causal over both in their order; keys of an earlier device are seen as far as their first half by all its rows;
+keys of a later device are seen whole by the second half of its rows. Every step is then half of a full one, on every
+device. In the contiguous layout later keys are skipped.
 
 Window: a device fetches the keys that its first row reaches back to, at most window - 1, and makes one ordinary call.
 """
@@ -32,9 +35,11 @@ def _send(tree, axis: str, shards: int, by: int = 1, wrap: bool = True):
 
 
 def _around(sharding: OperatorSharding, fixed, moving, carry, step: Callable):
-    """Runs step(origin, fixed, moving, carry) -> (moving, carry) on what every other device sent; the own step is done before.
+    """Runs step(origin, fixed, moving, carry) -> (moving, carry) on what every other device sent; the own
+    step is done before.
 
-    `fixed` (keys) is sent on while a step works on it, `moving` (their gradients) after it. Returns `moving`, home again, and carry.
+    `fixed` (keys) is sent on while a step works on it, `moving` (their gradients) after it. Returns `moving`, home
+    again, and carry.
     """
     axis, shards = sharding.sequence, sharding.ways("sequence")
     if shards == 1:
@@ -54,7 +59,9 @@ def _around(sharding: OperatorSharding, fixed, moving, carry, step: Callable):
 
 
 def _visible(sharding: OperatorSharding, options: Options, length: int, origin, work: Callable, state):
-    """work(rows, columns, state) -> state on the rows and the columns of `origin`'s keys that see each other, all of them in full."""
+    """work(rows, columns, state) -> state on the rows and the columns of `origin`'s keys that see each other, all of
+    them in full.
+    """
     if not options.causal:
         return work(_ALL, _ALL, state)
     first, second = slice(0, length // 2), slice(length // 2, None)
@@ -118,7 +125,14 @@ def ring_backward(backward: Callable, sharding: OperatorSharding) -> Callable:
             key, value, columns_ids = fixed
             pair = None if rows_ids is None else _pair(rows_ids[:, rows], columns_ids, columns)
             parts = backward(
-                options, query[:, rows], key[:, columns], value[:, columns], pair, lse[..., rows], delta[..., rows], d_output[:, rows]
+                options,
+                query[:, rows],
+                key[:, columns],
+                value[:, columns],
+                pair,
+                lse[..., rows],
+                delta[..., rows],
+                d_output[:, rows],
             )
             return [x.astype(wide) for x in parts]
 
@@ -126,7 +140,11 @@ def ring_backward(backward: Callable, sharding: OperatorSharding) -> Callable:
             def work(rows, columns, sums):
                 d_query, d_key, d_value = sums
                 parts = gradients(options._replace(causal=False), rows, columns, fixed)
-                return d_query.at[:, rows].add(parts[0]), d_key.at[:, columns].add(parts[1]), d_value.at[:, columns].add(parts[2])
+                return (
+                    d_query.at[:, rows].add(parts[0]),
+                    d_key.at[:, columns].add(parts[1]),
+                    d_value.at[:, columns].add(parts[2]),
+                )
 
             d_query, *moving = _visible(sharding, options, length, origin, work, (d_query, *moving))
             return tuple(moving), d_query
@@ -140,7 +158,9 @@ def ring_backward(backward: Callable, sharding: OperatorSharding) -> Callable:
 
 
 def _reach(sharding: OperatorSharding, window: int, length: int) -> list[tuple[int, int]]:
-    """(places back, keys) that a window needs of earlier devices, the farthest first; of that one only its last keys."""
+    """(places back, keys) that a window needs of earlier devices, the farthest first; of that one only its
+    last keys.
+    """
     devices = min(sharding.ways("sequence") - 1, -(-(window - 1) // length))
     return [(back, min(length, window - 1 - (back - 1) * length)) for back in range(devices, 0, -1)]
 
@@ -148,7 +168,9 @@ def _reach(sharding: OperatorSharding, window: int, length: int) -> list[tuple[i
 def _with_earlier(sharding: OperatorSharding, reach: list[tuple[int, int]], x):
     """The keys that a window reaches, the own ones last; zeros where there is no earlier device."""
     axis, shards = sharding.sequence, sharding.ways("sequence")
-    return jnp.concatenate([*(_send(x[:, x.shape[1] - count :], axis, shards, back, wrap=False) for back, count in reach), x], axis=1)
+    return jnp.concatenate(
+        [*(_send(x[:, x.shape[1] - count :], axis, shards, back, wrap=False) for back, count in reach), x], axis=1
+    )
 
 
 def _window_segments(sharding: OperatorSharding, reach: list[tuple[int, int]], query, segments):

@@ -25,15 +25,19 @@ def check_sharding(query, key, options: Options) -> None:
     key_heads, ways = key.shape[2], sharding.ways("heads")
     if key_heads % ways and ways % key_heads:
         raise ValueError(
-            f"key: sharding splits heads {ways} ways: the number of key heads must divide it or be a multiple, got shape {key.shape}"
+            f"key: sharding splits heads {ways} ways: the number of key heads must divide it or be a multiple, got "
+            f"shape {key.shape}"
         )
     if not sharding.sequence:
         return
     if options.window is not None and sharding.layout == "zigzag":
-        raise ValueError("window: needs layout='contiguous' over a sequence axis, where it is balanced already; got layout='zigzag'")
+        raise ValueError(
+            "window: needs layout='contiguous' over a sequence axis, where it is balanced already; got layout='zigzag'"
+        )
     if (options.causal or options.window is not None) and query.shape[1] != key.shape[1]:
         raise ValueError(
-            f"key: over a sequence axis causal attention needs as many keys as queries ({query.shape[1]}), got shape {key.shape}"
+            f"key: over a sequence axis causal attention needs as many keys as queries ({query.shape[1]}), got "
+            f"shape {key.shape}"
         )
 
 
@@ -82,7 +86,9 @@ def sharded_backward(backward: Callable) -> Callable:
 
 
 def in_sequence_order(serve: Callable) -> Callable:
-    """A backend of plain JAX operations, whose partitioning is XLA's, with the layout of `options.sharding` undone before and redone after it."""
+    """A backend of plain JAX operations, whose partitioning is XLA's, with the layout of `options.sharding` undone
+    before and redone after it.
+    """
 
     def run(query, key, value, null_logit, segments, options):
         sharding = options.sharding

@@ -1,8 +1,9 @@
 """The derivative that all backends of null_attention share.
 
-With delta = rowsum(dO * O) + omega * d_omega - d_lse the backward pass is the one of FlashAttention, dS = P * (dP - delta): the cotangents of
-null mass and lse only shift delta. A backend is two functions, and its backward kernel is an ordinary one that takes lse and delta.
-Both run inside `jax.shard_map` where the call has a sharding; the derivative is outside, on the whole arrays.
+With delta = rowsum(dO * O) + omega * d_omega - d_lse the backward pass is the one of FlashAttention, dS = P * (dP -
+delta): the cotangents of null mass and lse only shift delta. A backend is two functions, and its backward kernel is an
+ordinary one that takes lse and delta. Both run inside `jax.shard_map` where the call has a sharding; the derivative is
+outside, on the whole arrays.
 """
 
 import functools
@@ -21,11 +22,12 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     """Joins two kernels into a differentiable backend.
 
     Args:
-      forward: forward(options, query, key, value, null_logit [N], segments) -> (NullAttention, attention mass [B, N, T]). The attention mass is
-        sum_j p_j, which 1 - null_mass would lose where the null takes nearly everything; null mass and lse follow the contract of
-        `null_attention` for rows without a key.
-      backward: backward(options, query, key, value, segments, lse [B, N, T], delta [B, N, T], d_output [B, T, N, H]) -> gradients of query, key and
-        value in their dtypes. lse is finite: rows without key and null carry 0, and all their scores are masked.
+      forward: forward(options, query, key, value, null_logit [N], segments) -> (NullAttention, attention mass [B, N,
+        T]). The attention mass is sum_j p_j, which 1 - null_mass would lose where the null takes nearly everything;
+        null mass and lse follow the contract of `null_attention` for rows without a key.
+      backward: backward(options, query, key, value, segments, lse [B, N, T], delta [B, N, T], d_output [B, T, N, H]) ->
+        gradients of query, key and value in their dtypes. lse is finite: rows without key and null carry 0, and all
+        their scores are masked.
 
     Returns:
       serve(query, key, value, null_logit, segments, options) -> NullAttention.
@@ -67,5 +69,7 @@ def _rows(result: NullAttention, mass: Float[Array, "B N T"], cotangents: NullAt
     through_output = jnp.einsum("BTNH,BTNH->BNT", result.output.astype(wide), cotangents.output.astype(wide))
     delta = through_output + result.null_mass * cotangents.null_mass - cotangents.lse
     # -omega * (delta - d_omega) with 1 - omega written as the attention mass, which stays exact when omega is nearly 1
-    d_null_logit = -jnp.sum(result.null_mass * (through_output - mass * cotangents.null_mass - cotangents.lse), axis=(0, 2))
+    d_null_logit = -jnp.sum(
+        result.null_mass * (through_output - mass * cotangents.null_mass - cotangents.lse), axis=(0, 2)
+    )
     return jnp.where(result.lse == -jnp.inf, 0.0, result.lse), delta, d_null_logit

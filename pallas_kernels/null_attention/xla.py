@@ -1,7 +1,7 @@
 """Attention with a null for any platform: query tiles in plain XLA under one custom_vjp, memory linear in T.
 
-A tile of queries computes its scores against the keys that its mask can reach, and nothing else: causal and windowed attention skip the
-rest at compile time. The backward pass recomputes the scores from the saved lse.
+A tile of queries computes its scores against the keys that its mask can reach, and nothing else: causal and windowed
+attention skip the rest at compile time. The backward pass recomputes the scores from the saved lse.
 """
 
 import functools
@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.null_attention.base import NullAttention, Options, Segments, allowed_keys, wide_dtype
 from pallas_kernels.null_attention.vjp import differentiable
 
-# Tiles of one group run one after the other in a loop against the keys that the last of them can reach: the loop keeps one tile of scores
-# alive at a time (unrolled, XLA's CPU scheduler kept them all), and few groups keep the program small for any length.
+# Tiles of one group run one after the other in a loop against the keys that the last of them can reach: the loop keeps
+# one tile of scores alive at a time (unrolled, XLA's CPU scheduler kept them all), and few groups keep the program
+# small for any length.
 _GROUPS = 8
 
 
@@ -44,7 +45,9 @@ def _groups(length: int, keys: int, options: Options) -> list[_Group]:
 
 
 def _run(groups: list[_Group], tile: Callable, carry):
-    """Runs `tile(group, carry, first row) -> carry, results` over all tiles and joins the results along the rows, their axis 3."""
+    """Runs `tile(group, carry, first row) -> carry, results` over all tiles and joins the results along the
+    rows, their axis 3.
+    """
     parts = []
     for group in groups:
         if group.count == 1:
@@ -68,7 +71,9 @@ def _heads_last(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
 
 
 class _Keys(NamedTuple):
-    """Where a tile's keys lie, its masked scores in wide dtype, and the derivative of the soft cap (None without one)."""
+    """Where a tile's keys lie, its masked scores in wide dtype, and the derivative of the soft cap (None
+    without one).
+    """
 
     start: Array
     scores: Float[Array, "B K G t s"]
@@ -76,7 +81,9 @@ class _Keys(NamedTuple):
 
 
 def _scores(options: Options, q, key, segments: Segments | None, group: _Group, first, length: int) -> _Keys:
-    """Scores of the query tile q [B, K, G, t, H] that starts at row `first` against the keys [B, K, S, H] it can reach."""
+    """Scores of the query tile q [B, K, G, t, H] that starts at row `first` against the keys [B, K, S, H] it
+    can reach.
+    """
     keys = key.shape[2]
     offset = first + keys - length
     start = 0 if options.window is None else jnp.clip(offset - options.window + 1, 0, keys - group.width)
@@ -96,14 +103,18 @@ def _scores(options: Options, q, key, segments: Segments | None, group: _Group, 
 
 
 def _forward(options: Options, query, key, value, null_logit, segments) -> tuple[NullAttention, Float[Array, "B N T"]]:
-    """The results and the attention mass sum_j p_j, which 1 - null_mass would lose where the null takes nearly everything."""
+    """The results and the attention mass sum_j p_j, which 1 - null_mass would lose where the null takes nearly
+    everything.
+    """
     (batch, length, heads, _), (_, keys, key_heads, _) = query.shape, key.shape
     wide = wide_dtype(query.dtype)
     q, k, v = _heads_first(query, key_heads), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     b = null_logit.reshape(key_heads, -1, 1)
 
     def tile(group, carry, first):
-        start, scores, _ = _scores(options, lax.dynamic_slice_in_dim(q, first, group.rows, 3), k, segments, group, first, length)
+        start, scores, _ = _scores(
+            options, lax.dynamic_slice_in_dim(q, first, group.rows, 3), k, segments, group, first, length
+        )
         top = jnp.maximum(jnp.max(scores, axis=-1, initial=-jnp.inf), b)
         top = jnp.where(top == -jnp.inf, 0.0, top)  # no key and no null
         e = jnp.exp(scores - top[..., None])
@@ -111,7 +122,10 @@ def _forward(options: Options, query, key, value, null_logit, segments) -> tuple
         empty = attended + null == 0.0
         total = jnp.where(empty, 1.0, attended + null)
         weighted = jnp.einsum(
-            "BKGTS,BKSH->BKGTH", e.astype(v.dtype), lax.dynamic_slice_in_dim(v, start, group.width, 2), preferred_element_type=wide
+            "BKGTS,BKSH->BKGTH",
+            e.astype(v.dtype),
+            lax.dynamic_slice_in_dim(v, start, group.width, 2),
+            preferred_element_type=wide,
         )
         output = (weighted / total[..., None]).astype(query.dtype)
         # log(total) without losing a small `attended` when the null is the largest term and exp(b - top) = 1
@@ -143,7 +157,9 @@ def _backward(options: Options, query, key, value, segments, lse, delta, d_outpu
             jnp.einsum("BKGTS,BKGTH->BKSH", d_s, rows(q), preferred_element_type=wide),
             jnp.einsum("BKGTS,BKGTH->BKSH", p.astype(d_o.dtype), rows(d_o), preferred_element_type=wide),
         )
-        return tuple(lax.dynamic_update_slice_in_dim(x, columns(x) + dx, start, 2) for x, dx in zip(carry, added)), (d_q,)
+        return tuple(lax.dynamic_update_slice_in_dim(x, columns(x) + dx, start, 2) for x, dx in zip(carry, added)), (
+            d_q,
+        )
 
     start = (jnp.zeros_like(k, wide), jnp.zeros_like(v, wide))
     (d_k, d_v), (d_q,) = _run(_groups(length, keys, options), tile, start)

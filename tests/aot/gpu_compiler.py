@@ -1,4 +1,5 @@
-"""Compiles for a named NVIDIA GPU down to machine code, with no GPU present. Run as a script, one compile a process, as a wrong architecture aborts it.
+"""Compiles for a named NVIDIA GPU down to machine code, with no GPU present. Run as a script, one compile a
+process, as a wrong architecture aborts it.
 
 Needs jax's CUDA plugin and NVIDIA's compiler: pip install "jax[cuda12-local]" nvidia-cuda-nvcc-cu12.
 """
@@ -27,7 +28,9 @@ def missing() -> str:
 def gpu_mesh(name: str) -> Mesh:
     """A mesh of one described GPU whose name contains `name`, as "H100" or "H200"."""
     description = next(text for full, text in gpu_descriptions().items() if name in full and "MIG" not in full)
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=description, topology="1x1x1")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=description, topology="1x1x1"
+    )
     return Mesh(np.array(topology.devices[:1]), ("x",))
 
 

@@ -1,4 +1,6 @@
-"""The depth router's Mosaic GPU kernels through XLA, LLVM and ptxas for real GPUs. Each compile is this file run as a script."""
+"""The depth router's Mosaic GPU kernels through XLA, LLVM and ptxas for real GPUs. Each compile is this file
+run as a script.
+"""
 
 import json
 import os
@@ -30,13 +32,17 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}-{case[2]}-{'token' if case[3] else 'static'}"
+    "case",
+    CASES,
+    ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}-{case[2]}-{'token' if case[3] else 'static'}",
 )
 def test_compiles_to_our_kernels_without_spilling_registers(case):
     printed = compile_apart(*case)
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", printed)]
     assert len(spilled) == 4 and not any(spilled), printed[-3000:]  # stores and loads of two kernels
-    assert sorted(name for _, name in kernels(printed)) == ["depth_route_backward", "depth_route_forward"], printed[:3000]
+    assert sorted(name for _, name in kernels(printed)) == ["depth_route_backward", "depth_route_forward"], printed[
+        :3000
+    ]
     count, batch, length, width = case[1]
     rows, stacked = f"[{batch * length},{width}]", f"[{count},{batch * length},{width}]"
     gradients = next(shapes for shapes, name in kernels(printed) if name == "depth_route_backward")
@@ -46,12 +52,16 @@ def test_compiles_to_our_kernels_without_spilling_registers(case):
 
 def test_compiles_under_vmap_and_remat():  # which the interpreter cannot: its side effects are in the way of remat
     printed = compile_apart("H100", (3, 2, 6, 1024), "bfloat16", STATIC, LIST, True)
-    assert sorted(name for _, name in kernels(printed)) == ["depth_route_backward"] + ["depth_route_forward"] * 2, printed[:3000]
+    assert sorted(name for _, name in kernels(printed)) == ["depth_route_backward"] + ["depth_route_forward"] * 2, (
+        printed[:3000]
+    )
 
 
 def kernels(text):
     """(the result's types, the kernel's name) of every call of a Mosaic GPU kernel in a compiled program."""
-    return re.findall(r'= \((.*?)\) custom-call\(.*custom_call_target="mosaic_gpu.*?op_name="[^"]*/(depth_route_\w+)/', text)
+    return re.findall(
+        r'= \((.*?)\) custom-call\(.*custom_call_target="mosaic_gpu.*?op_name="[^"]*/(depth_route_\w+)/', text
+    )
 
 
 def compile_apart(*case):

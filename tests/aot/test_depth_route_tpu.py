@@ -74,10 +74,11 @@ def test_the_kernels_compile_and_copy_no_sources(topology, as_list, per_token, c
     executable = compiled(mesh, results_and_gradients, arrays)
     assert kernel_calls(executable) == [1, 1]
     one_source = size(arrays[0]) // count
-    # at most a float32 query and its float32 gradient, and statistics of 128 lanes; a copied stack would be `count` sources
+    # at most a float32 query and its float32 gradient, and statistics of 128 lanes; a copied stack would be `count`
+    # sources
     assert executable.memory_analysis().temp_size_in_bytes < 5 * one_source
-    # The sources are read forward and backward and their gradients written. Some sources XLA reads ahead, into VMEM, which it counts
-    # twice; a copied stack would be read and written besides, at least 5 stacks in all.
+    # The sources are read forward and backward and their gradients written. Some sources XLA reads ahead, into VMEM,
+    # which it counts twice; a copied stack would be read and written besides, at least 5 stacks in all.
     assert 3 <= executable.cost_analysis()["bytes accessed"] / size(arrays[0]) < 4.5
 
 
@@ -144,6 +145,7 @@ def test_they_are_chosen_on_tpus_and_say_what_they_cannot_serve():
     assert "float32 and bfloat16, got float16" in reason(dtype="float16")
     assert reason() == "" == reason(as_list=True) == reason("v4:2x2x1")
     assert "inside jax.shard_map" in reason(axes={"data": 2})
-    assert re.fullmatch(r"129 sources of width 8192 float32 need \d+ MiB of VMEM, .* has 16; one array .*", reason(
-        "v4:2x2x1", (129, 1, 64, 8192), "float32", as_list=True
-    ))  # fmt: skip
+    assert re.fullmatch(
+        r"129 sources of width 8192 float32 need \d+ MiB of VMEM, .* has 16; one array .*",
+        reason("v4:2x2x1", (129, 1, 64, 8192), "float32", as_list=True),
+    )

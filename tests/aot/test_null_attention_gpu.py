@@ -1,4 +1,6 @@
-"""null_attention's Hopper kernels through XLA, LLVM and ptxas for real GPUs. Each compile is this file run as a script."""
+"""null_attention's Hopper kernels through XLA, LLVM and ptxas for real GPUs. Each compile is this file run as
+a script.
+"""
 
 import json
 import os
@@ -25,15 +27,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}-{case[2]}-{'-'.join(case[3])}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}-{case[2]}-{'-'.join(case[3])}"
+)
 def test_compiles_to_our_kernels(case):
     printed = compile_apart(*case)
     found = set(re.findall(r'custom_call_target="mosaic_gpu.*?op_name="[^"]*/(null_attention_\w+)/', printed))
-    keys = {"null_attention_backward_key", "null_attention_backward_value"} if case[1][4] == 256 else {"null_attention_backward_key_value"}
+    keys = (
+        {"null_attention_backward_key", "null_attention_backward_value"}
+        if case[1][4] == 256
+        else {"null_attention_backward_key_value"}
+    )
     assert found == {"null_attention_forward", "null_attention_backward_query"} | keys, printed[:3000]
-    # the forward kernel keeps its numbers in registers; some backward kernels spill a few, see null_attention/mosaic_gpu/backward.py
+    # the forward kernel keeps its numbers in registers; some backward kernels spill a few, see
+    # null_attention/mosaic_gpu/backward.py
     forward = printed.split("'null_attention_forward_mosaic_gpu_kernel' for")[1:]
-    assert forward and all(re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups() == ("0", "0") for text in forward)
+    assert forward and all(
+        re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups() == ("0", "0") for text in forward
+    )
 
 
 def compile_apart(*case):
@@ -66,7 +77,9 @@ def main(device, shape, dtype, options):
 
     def loss(query, key, value, b, ids):
         ids = ids if segments else None
-        output, null_mass, lse = null_attention(query, key, value, null_logit=b, segment_ids=ids, implementation="mosaic_gpu", **options)
+        output, null_mass, lse = null_attention(
+            query, key, value, null_logit=b, segment_ids=ids, implementation="mosaic_gpu", **options
+        )
         return output.astype(jnp.float32).sum() + (null_mass * lse).sum()
 
     gradient = jax.grad(loss, (0, 1, 2, 3))

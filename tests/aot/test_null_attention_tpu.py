@@ -33,15 +33,19 @@ CALLS = {
 
 def arguments(mesh, shape, dtype="bfloat16", segments=False, spec=None):
     batch, length, keys, heads, key_heads, size = shape
-    place = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))  # noqa: E731
-    arrays = [place((batch, n, h, size), dtype, spec) for n, h in ((length, heads), (keys, key_heads), (keys, key_heads))]
+    place = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))
+    arrays = [
+        place((batch, n, h, size), dtype, spec) for n, h in ((length, heads), (keys, key_heads), (keys, key_heads))
+    ]
     ids = [place((batch, n), "int32", P()) for n in (length, keys)] if segments else []
     return [*arrays, place((heads,), "float32", P()), *ids]
 
 
 def gradients(**options):
     def loss(query, key, value, b, *segments):
-        result = null_attention(query, key, value, null_logit=b, segment_ids=segments or None, implementation="mosaic_tpu", **options)
+        result = null_attention(
+            query, key, value, null_logit=b, segment_ids=segments or None, implementation="mosaic_tpu", **options
+        )
         return (result.output.astype(jnp.float32) ** 2).sum() + (result.null_mass * result.lse).sum()
 
     return jax.grad(loss, (0, 1, 2, 3))
@@ -72,8 +76,13 @@ def test_they_are_chosen_on_tpus():
 
 def test_vmap_and_remat():
     mesh = tpu_compiler.tpu_mesh("v5e:2x2", data=1)
-    arrays = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype, sharding=x.sharding) for x in arguments(mesh, (1, 300, 300, 4, 2, 64))]
-    loss = jax.checkpoint(lambda *x: (null_attention(*x[:3], null_logit=x[3], implementation="mosaic_tpu").output ** 2).sum())
+    arrays = [
+        jax.ShapeDtypeStruct((3, *x.shape), x.dtype, sharding=x.sharding)
+        for x in arguments(mesh, (1, 300, 300, 4, 2, 64))
+    ]
+    loss = jax.checkpoint(
+        lambda *x: (null_attention(*x[:3], null_logit=x[3], implementation="mosaic_tpu").output ** 2).sum()
+    )
     text = compiled(mesh, jax.vmap(jax.grad(loss, (0, 1, 2, 3))), arrays)
     assert all(kernel in text for kernel in KERNELS)
 
@@ -88,9 +97,9 @@ def test_inside_shard_map_over_examples_and_heads(topology, check_vma):
     arrays = arguments(mesh, (4, 1024, 1024, 8, 2, 128), spec=spec)
     texts = [compiled(mesh, jax.shard_map(gradients(), out_specs=(spec, spec, spec, P("tensor")), **specs), arrays)]
     if check_vma:
-        attend = lambda q, k, v, b: tuple(null_attention(q, k, v, null_logit=b, implementation="mosaic_tpu"))  # noqa: E731
+        attend = lambda q, k, v, b: tuple(null_attention(q, k, v, null_logit=b, implementation="mosaic_tpu"))
         attend = jax.shard_map(attend, out_specs=(spec, statistics, statistics), **specs)
-        loss = lambda *x: sum((y.astype(jnp.float32) ** 2).sum() for y in attend(*x))  # noqa: E731
+        loss = lambda *x: sum((y.astype(jnp.float32) ** 2).sum() for y in attend(*x))
         texts.append(compiled(mesh, jax.grad(loss, (0, 1, 2, 3)), arrays))
     for text in texts:
         assert all(kernel in text for kernel in KERNELS)

@@ -19,7 +19,13 @@ SMALL = ("model.dtype=bfloat16", "model.num_layers=2", "model.preset=oasis_block
 
 def plan(hardware: str, *fields: str) -> tuple[int, str]:
     """Exit code and output. A process of its own: a topology that a compiler takes badly ends the whole process."""
-    command = [sys.executable, "train.py", "--config=configs/demo.py", f"--plan={hardware}", *(f"--set={field}" for field in fields)]
+    command = [
+        sys.executable,
+        "train.py",
+        "--config=configs/demo.py",
+        f"--plan={hardware}",
+        *(f"--set={field}" for field in fields),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=560, cwd=ROOT, env=environment)
     assert "Traceback" not in done.stderr, done.stderr

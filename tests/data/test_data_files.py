@@ -41,7 +41,9 @@ def test_jsonl_lines_are_documents(tmp_path):
 def test_jsonl_documents_become_the_stream(tmp_path):
     lines = [json.dumps({"body": letter * 9}) for letter in "abcdefghij"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    config = DataConfig(corpus="files", pattern=str(tmp_path / "a.jsonl"), text_key="body", sequence_length=5, holdout_fraction=0.2)
+    config = DataConfig(
+        corpus="files", pattern=str(tmp_path / "a.jsonl"), text_key="body", sequence_length=5, holdout_fraction=0.2
+    )
     corpus = load_corpus(config, seed=0)
     assert corpus.tokenizer.decode(corpus.train.tokens) == "".join(letter * 9 for letter in "abcdefgh").encode()
     assert (corpus.train.tokens == corpus.tokenizer.separator_id).sum() == 7

@@ -38,7 +38,9 @@ def test_the_running_interpreters_library_is_a_corpus():
     assert identity["bytes"] > 5_000_000 and identity["files"] > 300
     assert 0.04 < identity["holdout"]["bytes"] / identity["bytes"] <= 0.05
     root = pathlib.Path(sysconfig.get_path("stdlib"))
-    listed = "".join(f"{file.name}\0{hashlib.sha256((root / file.name).read_bytes()).hexdigest()}\n" for file in library_files(root))
+    listed = "".join(
+        f"{file.name}\0{hashlib.sha256((root / file.name).read_bytes()).hexdigest()}\n" for file in library_files(root)
+    )
     assert identity["sha256"] == hashlib.sha256(listed.encode()).hexdigest()
     assert len(corpus.train) > 10_000 and len(corpus.heldout) > 500
     text = corpus.tokenizer.decode(corpus.train.tokens) + corpus.tokenizer.decode(corpus.heldout.tokens)

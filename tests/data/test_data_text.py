@@ -82,7 +82,9 @@ def test_split_keeps_its_files_when_tokenizer_and_length_change(tmp_path):
     write_texts(tmp_path)
     splits = [
         load_corpus(files_config(tmp_path, **fields), seed=seed).identity["holdout"]
-        for seed, fields in enumerate([{}, {"sequence_length": 3}, {"tokenizer": "bpe", "bpe_vocab_size": 260, "sequence_length": 2}])
+        for seed, fields in enumerate(
+            [{}, {"sequence_length": 3}, {"tokenizer": "bpe", "bpe_vocab_size": 260, "sequence_length": 2}]
+        )
     ]
     assert splits[0] == splits[1] == splits[2]
 
@@ -125,7 +127,11 @@ def test_windows_with_begin_token_reconstruct_the_stream(size):
     for i in range(len(windows)):
         example = windows[i]
         assert example["inputs"].tolist() == [BEGIN, *tokens[7 * i : 7 * i + 6].tolist()]
-        assert {name: array.dtype.name for name, array in example.items()} == {"inputs": "int32", "targets": "int32", "weights": "float32"}
+        assert {name: array.dtype.name for name, array in example.items()} == {
+            "inputs": "int32",
+            "targets": "int32",
+            "weights": "float32",
+        }
         assert example["weights"].tolist() == [1.0] * 7
 
 
@@ -187,7 +193,9 @@ def test_bpe_learns_from_the_training_part_alone(tmp_path):
 def test_too_short_a_corpus_is_told_with_numbers(tmp_path, fields, part, remedy):
     write_texts(tmp_path)
     message = refusal(load_corpus, files_config(tmp_path, **fields), seed=0)
-    assert part in message and remedy in message and "of 20 files" in message and str(fields["sequence_length"]) in message
+    assert (
+        part in message and remedy in message and "of 20 files" in message and str(fields["sequence_length"]) in message
+    )
 
 
 def test_the_tables_hold_what_the_config_allows():

@@ -61,7 +61,13 @@ def test_bpe_merges_the_most_frequent_pair_first():
 
 def test_special_and_padding_ids_decode_to_nothing(bpe):
     for tokenizer in tokenizers(bpe):
-        ids = [tokenizer.begin_id, *tokenizer.encode(b"ab"), tokenizer.separator_id, *tokenizer.encode(b"c"), tokenizer.vocab_size + 3]
+        ids = [
+            tokenizer.begin_id,
+            *tokenizer.encode(b"ab"),
+            tokenizer.separator_id,
+            *tokenizer.encode(b"c"),
+            tokenizer.vocab_size + 3,
+        ]
         assert tokenizer.decode(ids) == b"abc"
 
 
@@ -77,7 +83,11 @@ def test_documents_one_by_one_equal_documents_together(bpe):
 def test_json_brings_back_the_same_tokenizer(bpe):
     for tokenizer in tokenizers(bpe):
         again = Tokenizer.from_json(tokenizer.to_json())
-        assert type(again) is type(tokenizer) and again.identity == tokenizer.identity and again.to_json() == tokenizer.to_json()
+        assert (
+            type(again) is type(tokenizer)
+            and again.identity == tokenizer.identity
+            and again.to_json() == tokenizer.to_json()
+        )
         assert json.loads(json.dumps(again.identity)) == again.identity
         for text in TEXTS:
             np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
@@ -90,7 +100,10 @@ def test_identity_tells_tokenizers_apart(bpe):
 
 def test_training_is_the_same_in_every_process():
     root = pathlib.Path(oasis_jax.__file__).parents[1]
-    runs = [subprocess.run([sys.executable, "-c", TRAIN], cwd=root, capture_output=True, text=True, check=True) for _ in range(2)]
+    runs = [
+        subprocess.run([sys.executable, "-c", TRAIN], cwd=root, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
     assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout.strip()) == 64
 
 

@@ -11,11 +11,15 @@ from oasis_jax.errors import UserError
 
 
 def trigger_config(**fields):
-    return DataConfig(corpus="trigger", **{"sequence_length": 23, "trigger_dim": 5, "trigger_rate": 0.3, "batch_size": 6} | fields)
+    return DataConfig(
+        corpus="trigger", **{"sequence_length": 23, "trigger_dim": 5, "trigger_rate": 0.3, "batch_size": 6} | fields
+    )
 
 
 def expected_targets(inputs):
-    """One position after another: at a trigger the mean of the content so far, the begin token's left out; else zero."""
+    """One position after another: at a trigger the mean of the content so far, the begin token's left out;
+    else zero.
+    """
     targets = np.zeros(inputs.shape, np.float64)
     seen = []
     for position, vector in enumerate(inputs.astype(np.float64)):
@@ -42,7 +46,10 @@ def test_targets_are_the_mean_at_triggers_and_zero_elsewhere(begin_token):
 
 def test_begin_token_on_and_off():
     with_begin = [load_corpus(trigger_config(), seed=0).train[i]["inputs"] for i in range(200)]
-    assert all(inputs[0].tolist() == [1, 0, 0, 0, 0, 0, 0] and not inputs[1:, 0].any() and not inputs[1, 1] for inputs in with_begin)
+    assert all(
+        inputs[0].tolist() == [1, 0, 0, 0, 0, 0, 0] and not inputs[1:, 0].any() and not inputs[1, 1]
+        for inputs in with_begin
+    )
     assert any(inputs[2, 1] for inputs in with_begin)
     without = [load_corpus(trigger_config(begin_token=False), seed=0).train[i]["inputs"] for i in range(200)]
     assert all(not inputs[:, 0].any() and inputs[0, 2:].all() and not inputs[0, 1] for inputs in without)
@@ -73,17 +80,30 @@ def test_examples_depend_on_seed_stream_and_index_alone():
     for i in (7, far, 0):
         for name, array in first.train[i].items():
             np.testing.assert_array_equal(array, again.train[i][name])
-    drawn = [source[i]["inputs"].tobytes() for source in (first.train, first.heldout, other.train, other.heldout) for i in range(5)]
+    drawn = [
+        source[i]["inputs"].tobytes()
+        for source in (first.train, first.heldout, other.train, other.heldout)
+        for i in range(5)
+    ]
     assert len(set(drawn)) == 20
     with pytest.raises(IndexError):
         first.heldout[len(first.heldout)]
 
 
 def test_identity_carries_the_parameters():
-    corpora = [load_corpus(trigger_config(**fields), seed=seed) for seed, fields in [(0, {}), (0, {"trigger_rate": 0.2}), (1, {})]]
+    corpora = [
+        load_corpus(trigger_config(**fields), seed=seed)
+        for seed, fields in [(0, {}), (0, {"trigger_rate": 0.2}), (1, {})]
+    ]
     identity = corpora[0].identity
     assert len({corpus.identity["sha256"] for corpus in corpora}) == 3
-    assert {"name": "trigger", "seed": 0, "trigger_dim": 5, "trigger_rate": 0.3, "sequence_length": 23}.items() <= identity.items()
+    assert {
+        "name": "trigger",
+        "seed": 0,
+        "trigger_dim": 5,
+        "trigger_rate": 0.3,
+        "sequence_length": 23,
+    }.items() <= identity.items()
     assert corpora[0].tokenizer is None and corpora[0].vector_dim == 7
 
 

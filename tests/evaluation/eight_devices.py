@@ -23,7 +23,9 @@ def scalars(values: dict) -> dict[str, float]:
 
 
 def main() -> None:
-    model_config = ModelConfig(preset="oasis", num_layers=2, width=40, num_heads=2, head_dim=10, mlp_dim=56, vocab_size=VOCAB)
+    model_config = ModelConfig(
+        preset="oasis", num_layers=2, width=40, num_heads=2, head_dim=10, mlp_dim=56, vocab_size=VOCAB
+    )
     config = Config(model=model_config, data=DataConfig(batch_size=BATCH), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     model = Decoder(model_config, rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
@@ -32,7 +34,9 @@ def main() -> None:
     alone = measure_model(model, [batch], EVALUATORS)
 
     mesh = make_mesh(config.mesh)
-    placed = jax.device_put(stack_layers(nnx.to_pure_dict(nnx.state(model))), parameter_shardings(model_config, mesh, config.mesh.rules))
+    placed = jax.device_put(
+        stack_layers(nnx.to_pure_dict(nnx.state(model))), parameter_shardings(model_config, mesh, config.mesh.rules)
+    )
     sharded = build_model(model_config, placed)
     batch = put_batch(batch, batch_sharding(config, mesh))
     found = measure_model(sharded, [batch], EVALUATORS)

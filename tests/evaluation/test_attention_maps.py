@@ -34,13 +34,16 @@ def test_attention_maps_equal_materialized_probabilities(normalizer):
     shares = np.where(attending[..., None], p / np.where(attending, 1 - omega, 1)[..., None], 0)
     for suffix, probability, outcome in (("", p, omega), ("_conditional", shares, np.zeros_like(omega))):
         if suffix and normalizer not in WITH_NULL:
-            assert all(metrics[name] is None for name in metrics if name.endswith("conditional") or "conditional_by" in name)
+            assert all(
+                metrics[name] is None for name in metrics if name.endswith("conditional") or "conditional_by" in name
+            )
             continue
         a = probability.sum(-2) / (length - np.arange(length))  # [B, L, N, k]
         np.testing.assert_allclose(metrics[f"token_mass_by_key{suffix}"], a.mean((0, 2)), atol=ROUNDING)
         for epsilon in EPSILONS:
             rate = np.asarray(metrics[f"sink_rate_by_key{suffix}"][str(epsilon)])
-            # Between the rates of thresholds that rounding can reach: clipped probabilities of exactly 1 give means of exactly 0.2.
+            # Between the rates of thresholds that rounding can reach: clipped probabilities of exactly 1 give means of
+            # exactly 0.2.
             least, most = ((a > epsilon + shift).mean((0, 1, 2)) for shift in (ROUNDING, -ROUNDING))
             assert (rate > least - ROUNDING).all() and (rate < most + ROUNDING).all()
         secondary = a[..., 1 : length // 2].max(-1)
@@ -48,7 +51,9 @@ def test_attention_maps_equal_materialized_probabilities(normalizer):
         least, most = ((secondary > 0.3 + shift).mean() for shift in (ROUNDING, -ROUNDING))
         assert least - ROUNDING < metrics[f"secondary_sink_rate{suffix}"] < most + ROUNDING
         entropy = -xlogx(probability).sum(-1) - xlogx(outcome)
-        np.testing.assert_allclose(metrics[f"attention_entropy{suffix}_by_head"], entropy.mean((0, 3)), atol=2 * ROUNDING)
+        np.testing.assert_allclose(
+            metrics[f"attention_entropy{suffix}_by_head"], entropy.mean((0, 3)), atol=2 * ROUNDING
+        )
         assert metrics[f"attention_entropy{suffix}"] == pytest.approx(entropy.mean(), abs=2 * ROUNDING)
         assert metrics[f"max_probability{suffix}"] == pytest.approx(probability.max(-1).mean(), abs=ROUNDING)
 
@@ -90,9 +95,13 @@ def test_several_tiles_equal_one_matrix(case):
         p = np.where(allowed, np.clip((1 + 4 / length) * p - 4 / length, 0, 1), 0)
     share = np.where(p.sum(-1) > 1e-4, 1 / np.maximum(p.sum(-1), 1e-30), 0)
     expected = dict(
-        token_mass=p.sum(-1), max_probability=p.max(-1), negative_entropy=xlogx(p).sum(-1), prefix_mass=p[..., :PREFIX].sum(-1),
-        column_sums=p.sum(-2), conditional_column_sums=(p * share[..., None]).sum(-2),
-    )  # fmt: skip
+        token_mass=p.sum(-1),
+        max_probability=p.max(-1),
+        negative_entropy=xlogx(p).sum(-1),
+        prefix_mass=p[..., :PREFIX].sum(-1),
+        column_sums=p.sum(-2),
+        conditional_column_sums=(p * share[..., None]).sum(-2),
+    )
     for name, value in expected.items():
         # Sums of up to 333 terms; the statistics are promised to 1e-5.
         np.testing.assert_allclose(getattr(found, name), value, rtol=1e-5, atol=1e-5, err_msg=name)
@@ -109,7 +118,9 @@ def temporary_bytes(length: int) -> int:
 
 
 def test_memory_is_linear_in_length():
-    """By the compiler's figures: twice the length, twice the memory; a T x T array of one head alone would be 256 MiB at 8192."""
+    """By the compiler's figures: twice the length, twice the memory; a T x T array of one head alone would be
+    256 MiB at 8192.
+    """
     assert temporary_bytes(8192) < 2.2 * temporary_bytes(4096)
     assert temporary_bytes(8192) < 8192 * 8192 * 4 / 8
 
@@ -156,5 +167,10 @@ def test_statistics_that_do_not_say_how_they_normalize_are_not_applicable():
     from oasis_jax.evaluation import measure
 
     layer = attention_statistics(9, AttentionConfig(width=15, num_heads=3, head_dim=4))._replace(static=None)
-    found = measure(lambda layer, inputs: (inputs, [layer]), layer, [{"inputs": np.zeros((2, 9), np.float32)}], measures=["attention_maps"])
+    found = measure(
+        lambda layer, inputs: (inputs, [layer]),
+        layer,
+        [{"inputs": np.zeros((2, 9), np.float32)}],
+        measures=["attention_maps"],
+    )
     assert set(found.values.values()) == {None}

@@ -22,7 +22,9 @@ def test_interval_is_that_of_draws_of_whole_sequences():
         chosen = random.integers(7, size=7)
         draws.append((estimate.totals[chosen].sum(0) / estimate.counts[chosen].sum(0)).max())
     # Two runs of a bootstrap of 4,000 and 10,000 draws: their 2.5 % quantiles agree to a few per cent of the spread.
-    np.testing.assert_allclose(intervals({"x": estimate})["x"], np.quantile(draws, [0.025, 0.975]), atol=0.1 * np.std(draws))
+    np.testing.assert_allclose(
+        intervals({"x": estimate})["x"], np.quantile(draws, [0.025, 0.975]), atol=0.1 * np.std(draws)
+    )
     assert estimate.value == pytest.approx((estimate.totals.sum(0) / estimate.counts.sum()).max())
 
 

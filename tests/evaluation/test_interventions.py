@@ -19,7 +19,9 @@ from oasis_jax.evaluation.interventions import INTERVENTIONS, families, interven
 CLOSE = dict(rel=1e-5, abs=2e-5)
 
 
-def loss_with_masked_routers(model: Decoder, batches: list[dict], masked: dict[str, list[int]], renormalize: bool) -> float:
+def loss_with_masked_routers(
+    model: Decoder, batches: list[dict], masked: dict[str, list[int]], renormalize: bool
+) -> float:
     """The oasis preset layer by layer; `masked`: router -> sources whose weight becomes 0."""
     total = weight = 0.0
     for batch in batches:
@@ -136,17 +138,28 @@ def test_what_does_not_apply_says_why_and_has_no_loss():
 
 def test_families_of_the_delta_wiring():
     config = ModelConfig(preset="oasis_blocks", num_layers=3, blocks=3)
-    counts = {"layer0.mlp": 2, "layer1.attention": 2, "layer1.mlp": 3, "layer2.attention": 3, "layer2.mlp": 4, "final": 4}
+    counts = {
+        "layer0.mlp": 2,
+        "layer1.attention": 2,
+        "layer1.mlp": 3,
+        "layer2.attention": 3,
+        "layer2.mlp": 4,
+        "final": 4,
+    }
     found = families(config, counts)
     assert found["layer0.mlp"] == {"embedding": [0], "older": [], "current": [1]}
     assert found["final"] == {"embedding": [0], "older": [1, 2], "current": [3]}
-    effects = effects_of(build(preset="oasis_blocks", blocks=3, num_layers=3), token_batches(1), interventions=["sources"])
+    effects = effects_of(
+        build(preset="oasis_blocks", blocks=3, num_layers=3), token_batches(1), interventions=["sources"]
+    )
     assert ("sources", "older", "final", "late", True) in effects
 
 
 @pytest.mark.parametrize("names", [["source"], ["all", "betas"]])
 def test_unknown_interventions_are_named(names):
-    with pytest.raises(UserError, match=r"^interventions: unknown name '(source|betas)' \(did you mean '(sources|beta)'\?\)"):
+    with pytest.raises(
+        UserError, match=r"^interventions: unknown name '(source|betas)' \(did you mean '(sources|beta)'\?\)"
+    ):
         intervene(build(preset="residual"), token_batches(1), interventions=names)
 
 

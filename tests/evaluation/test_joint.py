@@ -32,7 +32,9 @@ def materialized_joint(p, null_mass, alpha, depth_null, layers, variant) -> dict
     if variant == "attention_only_conditional":
         scale = 1 / (1 - alpha[..., :1])
         weights, rest, branches, nulls = alpha[..., 1:] * scale, depth_null * scale[..., 0], branches[1:], nulls[1:]
-    q = np.stack([w[:, None, :, None] * b for w, b in zip(np.moveaxis(weights, -1, 0), branches)], -2)  # [B, N, T, I, T]
+    q = np.stack(
+        [w[:, None, :, None] * b for w, b in zip(np.moveaxis(weights, -1, 0), branches)], -2
+    )  # [B, N, T, I, T]
     lost = np.stack([w[:, None] * b for w, b in zip(np.moveaxis(weights, -1, 0), nulls)], -1)
     return {
         "leakage_first_token": q[..., 0].sum(-1),
@@ -58,15 +60,24 @@ def test_joint_measures_equal_q(fields):
     threshold = flat[:, int(NEAR_NO_OP * (flat.shape[1] - 1))][:, None, None]
     for variant in ("identity_outcome", "attention_only_conditional"):
         values = {
-            name: materialized_joint(p, null, *(np.asarray(x, np.float64) for x in statistics.routers[name][:2]), layers, variant)
+            name: materialized_joint(
+                p, null, *(np.asarray(x, np.float64) for x in statistics.routers[name][:2]), layers, variant
+            )
             for name, layers in places.items()
         }
-        for measure, first in {"leakage_first_token": 1, "leakage_prefix_4": 4, "concentration": 1, "negative_entropy": 1}.items():
+        for measure, first in {
+            "leakage_first_token": 1,
+            "leakage_prefix_4": 4,
+            "concentration": 1,
+            "negative_entropy": 1,
+        }.items():
             every = np.stack([values[name][measure] for name in router_names(model.config)], 1)[..., first:]
             name = f"joint_{measure}_{variant}"
             # Sums over up to six branches of products of two rounded probabilities.
             assert metrics[name] == pytest.approx(every.mean(), abs=4 * ROUNDING), name
-            np.testing.assert_allclose(metrics[f"{name}_by_router"], every.mean((0, 2, 3)), atol=4 * ROUNDING, err_msg=name)
+            np.testing.assert_allclose(
+                metrics[f"{name}_by_router"], every.mean((0, 2, 3)), atol=4 * ROUNDING, err_msg=name
+            )
             chosen = (pooled <= threshold[:, None] * (1 + 1e-6))[..., first:]
             assert metrics[f"{name}_near_no_op"] == pytest.approx(every[chosen].mean(), abs=4 * ROUNDING), name
     assert metrics["joint_layer_coverage"] == 1.0
@@ -74,8 +85,11 @@ def test_joint_measures_equal_q(fields):
 
 def test_sources_stem_from_the_layers_that_made_them():
     assert source_layers(ModelConfig(preset="oasis", num_layers=2)) == {
-        "layer0.attention": [0], "layer0.mlp": [0, 0], "layer1.attention": [0, 1], "layer1.mlp": [0, 1, 1],
-    }  # fmt: skip
+        "layer0.attention": [0],
+        "layer0.mlp": [0, 0],
+        "layer1.attention": [0, 1],
+        "layer1.mlp": [0, 1, 1],
+    }
     assert source_layers(ModelConfig(preset="attnres", num_layers=2))["final"] == [0, 0, 1, 1]
     assert source_layers(ModelConfig(preset="oasis_blocks", num_layers=4, blocks=4))["final"] == [0, 1, 2, 3]
     assert source_layers(ModelConfig(preset="oasis_blocks", num_layers=4, blocks=3)) is None

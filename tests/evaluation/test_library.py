@@ -1,4 +1,6 @@
-"""`measure` on somebody else's models: the example of docs/measure.md, NNX, Linen, our stack from outside, and mistakes."""
+"""`measure` on somebody else's models: the example of docs/measure.md, NNX, Linen, our stack from outside, and
+mistakes.
+"""
 
 import json
 import os
@@ -34,7 +36,9 @@ def test_the_example_of_the_documentation_runs_as_it_is_shown(capsys):
     # What the numbers are, apart from the library: softmax1 over the scores of the one layer.
     model = nnx.merge(names["graphdef"], names["params"])
     _, (layer,) = model(names["tokens"][:, :-1])
-    scores = np.einsum("btnh,bsnh->bnts", np.asarray(layer.query, np.float64), np.asarray(layer.key, np.float64)) / np.sqrt(6)
+    scores = np.einsum(
+        "btnh,bsnh->bnts", np.asarray(layer.query, np.float64), np.asarray(layer.key, np.float64)
+    ) / np.sqrt(6)
     e = np.where(np.tril(np.ones((32, 32), bool)), np.exp(scores), 0)
     p = e / (1 + e.sum(-1, keepdims=True))
     assert found.values["null_mass"] == pytest.approx((1 - p.sum(-1)).mean(), abs=ROUNDING)
@@ -72,19 +76,37 @@ def test_a_foreign_linen_model_with_a_router():
     null = np.stack([layer.null_mass for layer in statistics.attention], 1)
     assert found.values["null_mass"] == pytest.approx(null.mean(), abs=ROUNDING)
     absent = {name for name, value in found.values.items() if value is None}
-    assert {"max_ffn_inf_norm", "norm_gain_at_sink", "trigger_null_mass", "joint_layer_coverage", "bits_per_byte"} <= absent
-    assert not absent & {"sink_rate", "beta", "value_drain", "attention_entropy", "massive_activations", "avg_kurtosis", "loss"}
+    assert {
+        "max_ffn_inf_norm",
+        "norm_gain_at_sink",
+        "trigger_null_mass",
+        "joint_layer_coverage",
+        "bits_per_byte",
+    } <= absent
+    assert not absent & {
+        "sink_rate",
+        "beta",
+        "value_drain",
+        "attention_entropy",
+        "massive_activations",
+        "avg_kurtosis",
+        "loss",
+    }
 
 
 def test_our_decoder_from_outside_measures_the_same():
     model, batches = build(preset="oasis"), token_batches()
     graphdef, params = nnx.split(model)
-    names = [name for name in EVALUATORS if name not in ("joint", "residual_sinks")]  # these read the config and the norms too
+    names = [
+        name for name in EVALUATORS if name not in ("joint", "residual_sinks")
+    ]  # these read the config and the norms too
     outside = measure(lambda params, inputs: nnx.merge(graphdef, params)(inputs), params, batches, measures=names)
     inside = measure_model(model, batches, {name: EVALUATORS[name] for name in names})
     assert outside.identity == inside.identity
     # A foreign model's depth matrix names sources by age and has no gaps.
-    shared = [name for name in inside.values if not name.startswith(("depth_weight", "depth_sources", "depth_sink_rate_by"))]
+    shared = [
+        name for name in inside.values if not name.startswith(("depth_weight", "depth_sources", "depth_sink_rate_by"))
+    ]
     for name in shared:
         np.testing.assert_equal(
             jax.tree.map(lambda x: round(x, 4) if isinstance(x, float) else x, outside.values[name]),
@@ -94,7 +116,9 @@ def test_our_decoder_from_outside_measures_the_same():
 
 def test_a_model_that_says_nothing_about_itself_has_a_loss_and_nothing_else():
     batch = token_batches(1)[0]
-    found = measure(lambda table, inputs: table[inputs], np.zeros((VOCAB, VOCAB), np.float32), [batch], measures=["all"])
+    found = measure(
+        lambda table, inputs: table[inputs], np.zeros((VOCAB, VOCAB), np.float32), [batch], measures=["all"]
+    )
     assert found.values["loss"] == pytest.approx(np.log(VOCAB), rel=1e-6)
     assert {name for name, value in found.values.items() if value is not None} == {"loss", "perplexity"}
 
@@ -106,7 +130,10 @@ def nothing(params, inputs):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (dict(measures=["sink"]), r"^measures: unknown name 'sink' \(did you mean 'sinks'\?\); allowed: default, all, perplexity"),
+        (
+            dict(measures=["sink"]),
+            r"^measures: unknown name 'sink' \(did you mean 'sinks'\?\); allowed: default, all, perplexity",
+        ),
         (dict(measures=["sink_rate"]), "^measures: 'sink_rate' is one of the values of 'sinks'; ask for that$"),
         (dict(measures=[]), "^measures: give at least one of default"),
         (dict(batches=[]), "^measure: batches is empty; give at least one$"),

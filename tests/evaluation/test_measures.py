@@ -27,7 +27,11 @@ def test_sinks_equal_those_of_materialized_probabilities(normalizer):
     _, statistics = forward(model, batches)
     p = []
     for layer, module in zip(statistics.attention, model.layers):
-        learned = np.asarray(module.attention.parameters["null_logit"], np.float64) if normalizer == "learned_sink" else np.zeros(6)
+        learned = (
+            np.asarray(module.attention.parameters["null_logit"], np.float64)
+            if normalizer == "learned_sink"
+            else np.zeros(6)
+        )
         p.append(materialized(layer, model.config, learned))
     p = np.stack(p, 1)  # [B, L, N, T, T]
     first, omega = p[..., 0], np.maximum(0, 1 - p.sum(-1))
@@ -90,12 +94,27 @@ def test_outliers_equal_numpy_at_every_tap():
     metrics = measure(model, batches)
     norms = {kind: [np.abs(x).max((1, 2)).mean() for x in layers] for kind, layers in taps.items()}
     kurtoses = {kind: [np.mean([numpy_kurtosis(row) for row in x]) for x in layers] for kind, layers in taps.items()}
-    assert sorted(norms) == ["attention_norm", "attention_output", "final_norm", "layer_output", "mlp_norm", "mlp_output"]
+    assert sorted(norms) == [
+        "attention_norm",
+        "attention_output",
+        "final_norm",
+        "layer_output",
+        "mlp_norm",
+        "mlp_output",
+    ]
     for kind in norms:
         np.testing.assert_allclose(metrics["inf_norm_by_tap"][kind], norms[kind], rtol=1e-5)
         np.testing.assert_allclose(metrics["kurtosis_by_tap"][kind], kurtoses[kind], rtol=1e-4)
-    every_norm, every_kurtosis = ([value for layers in kinds.values() for value in layers] for kinds in (norms, kurtoses))
-    expected = (max(every_norm), max(norms["mlp_output"]), max(norms["layer_output"]), np.mean(every_kurtosis), max(every_kurtosis))
+    every_norm, every_kurtosis = (
+        [value for layers in kinds.values() for value in layers] for kinds in (norms, kurtoses)
+    )
+    expected = (
+        max(every_norm),
+        max(norms["mlp_output"]),
+        max(norms["layer_output"]),
+        np.mean(every_kurtosis),
+        max(every_kurtosis),
+    )
     names = ("max_inf_norm", "max_ffn_inf_norm", "max_layer_inf_norm", "avg_kurtosis", "max_kurtosis")
     np.testing.assert_allclose([metrics[name] for name in names], expected, rtol=1e-4)
 
@@ -126,7 +145,12 @@ def test_perplexity_by_hand():
     assert measured["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
-WIRINGS = [dict(preset="oasis"), dict(preset="attnres"), dict(preset="oasis_blocks", blocks=3), dict(preset="attnres_cumulative")]
+WIRINGS = [
+    dict(preset="oasis"),
+    dict(preset="attnres"),
+    dict(preset="oasis_blocks", blocks=3),
+    dict(preset="attnres_cumulative"),
+]
 
 
 @pytest.mark.parametrize("fields", WIRINGS, ids=lambda fields: fields["preset"])
@@ -154,7 +178,9 @@ def test_depth_equals_numpy(fields):
         betas = [np.logaddexp(0, float(router.parameters["beta_raw"])) for router in model.routers]
         np.testing.assert_allclose(metrics["beta_by_router"], betas, rtol=1e-5)
         assert metrics["beta"] == pytest.approx(np.mean(betas), rel=1e-5)
-        assert metrics["depth_null_mass"] == pytest.approx(np.mean([router.null_mass.mean() for router in routers.values()]), abs=ROUNDING)
+        assert metrics["depth_null_mass"] == pytest.approx(
+            np.mean([router.null_mass.mean() for router in routers.values()]), abs=ROUNDING
+        )
     else:
         assert metrics["beta"] is metrics["beta_by_router"] is metrics["depth_null_mass"] is None
 
@@ -182,7 +208,9 @@ def test_sources_of_a_router_are_as_many_as_its_weights(blocks):
     model = build(preset="attnres", num_layers=3, blocks=blocks)
     places = source_columns(model.config)[1]
     graphdef, state = nnx.split(model)
-    _, statistics = jax.eval_shape(lambda state, inputs: nnx.merge(graphdef, state)(inputs), state, token_batches(1)[0]["inputs"])
+    _, statistics = jax.eval_shape(
+        lambda state, inputs: nnx.merge(graphdef, state)(inputs), state, token_batches(1)[0]["inputs"]
+    )
     assert len(statistics.routers) == 6
     for name, router in statistics.routers.items():
         assert len(places[name]) == router.weights.shape[-1], name
@@ -191,9 +219,12 @@ def test_sources_of_a_router_are_as_many_as_its_weights(blocks):
 def trigger_batches() -> list[dict]:
     random = np.random.default_rng(6)
     shape = (BATCH, LENGTH)
-    vectors = lambda: random.standard_normal((*shape, 5)).astype(np.float32)  # noqa: E731
+    vectors = lambda: random.standard_normal((*shape, 5)).astype(np.float32)
     mask = random.random(shape) < 0.3
-    return [{"inputs": vectors(), "targets": vectors(), "weights": np.ones(shape, np.float32), "trigger": m} for m in (mask, ~mask)]
+    return [
+        {"inputs": vectors(), "targets": vectors(), "weights": np.ones(shape, np.float32), "trigger": m}
+        for m in (mask, ~mask)
+    ]
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "softmax1"])
@@ -222,7 +253,9 @@ def test_trigger_rows_equal_numpy(normalizer):
 def test_what_does_not_apply_is_none_and_not_zero():
     metrics = measure(build(preset="residual"), token_batches(1))
     absent = {name for name, value in metrics.items() if value is None}
-    assert {name for name in DEFINITIONS if name.startswith(("depth_", "beta", "trigger_", "non_trigger_", "null_mass"))} <= absent
+    assert {
+        name for name in DEFINITIONS if name.startswith(("depth_", "beta", "trigger_", "non_trigger_", "null_mass"))
+    } <= absent
     assert not absent & {"perplexity", "loss", "sink_rate", "max_inf_norm", "avg_kurtosis", "first_token_mass"}
     assert all("applies_to" in DEFINITIONS[name] for name in absent)
 

@@ -29,7 +29,16 @@ from oasis_jax.evaluation.quantization import (
     rounded_tensors,
     smoothing_factors,
 )
-from oasis_jax.evaluation.quantizers import Format, as_matrices, asymmetric, grouped, integer_product, product, symmetric, symmetric_mse
+from oasis_jax.evaluation.quantizers import (
+    Format,
+    as_matrices,
+    asymmetric,
+    grouped,
+    integer_product,
+    product,
+    symmetric,
+    symmetric_mse,
+)
 from oasis_jax.numerics import Numerics
 
 EPS = float(np.finfo(np.float32).eps)
@@ -49,7 +58,7 @@ def build(**fields) -> Decoder:
 
 def token_batches(count: int) -> list[dict]:
     random = np.random.default_rng(2)
-    draw = lambda: random.integers(VOCAB, size=(3, 11), dtype=np.int32)  # noqa: E731
+    draw = lambda: random.integers(VOCAB, size=(3, 11), dtype=np.int32)
     return [{"inputs": draw(), "targets": draw(), "weights": np.ones((3, 11), np.float32)} for _ in range(count)]
 
 
@@ -95,7 +104,9 @@ def test_asymmetric_equals_numpy(low, high):
     found = asymmetric(x, 8, np.float32(low), np.float32(high))
     assert found.codes.dtype == jnp.int8
     np.testing.assert_allclose(found.values(), np_asymmetric(x, 8, low, high), rtol=4 * EPS, atol=4 * EPS)
-    assert asymmetric(np.zeros((1, 1), np.float32), 8, np.float32(low), np.float32(high)).values() == 0  # 0 is on the grid
+    assert (
+        asymmetric(np.zeros((1, 1), np.float32), 8, np.float32(low), np.float32(high)).values() == 0
+    )  # 0 is on the grid
 
 
 def test_e4m3_equals_ml_dtypes():
@@ -108,7 +119,11 @@ def test_e4m3_equals_ml_dtypes():
 @pytest.mark.parametrize("form", [Format(8), Format(8, floating=True)])
 def test_a_tensor_of_zeros_stays_zero(form):
     x = np.zeros((3, 5), np.float32)
-    for found in (symmetric(x, form, (1,)), symmetric_mse(x, form, None), asymmetric(x, 8, np.float32(0), np.float32(0))):
+    for found in (
+        symmetric(x, form, (1,)),
+        symmetric_mse(x, form, None),
+        asymmetric(x, 8, np.float32(0), np.float32(0)),
+    ):
         np.testing.assert_array_equal(found.values(), x)
 
 
@@ -117,7 +132,11 @@ def test_a_tensor_of_zeros_stays_zero(form):
 
 @pytest.mark.parametrize(
     ("equation", "shapes"),
-    [("BTD,DNH->BTNH", ((2, 3, 5), (5, 4, 7))), ("BTNH,NHD->BTD", ((2, 3, 4, 7), (4, 7, 5))), ("BTC,DC->BTD", ((2, 3, 5), (7, 5)))],
+    [
+        ("BTD,DNH->BTNH", ((2, 3, 5), (5, 4, 7))),
+        ("BTNH,NHD->BTD", ((2, 3, 4, 7), (4, 7, 5))),
+        ("BTC,DC->BTD", ((2, 3, 5), (7, 5))),
+    ],
 )
 def test_einsum_as_matrices(equation, shapes):
     x, weight = normal(*shapes[0]), normal(*shapes[1], seed=1)
@@ -140,8 +159,11 @@ def rounded(x, weight, scheme):
         return codes, values
     codes = symmetric(rows, scheme.activations, (2,)), symmetric(columns, scheme.weights, (1,))
     if scheme.weights.floating:
-        cast = lambda y, axis: (  # noqa: E731
-            (y / (s := np.abs(y).max(axis, keepdims=True) / np.float32(448))).astype(ml_dtypes.float8_e4m3fn).astype(float) * s
+        cast = lambda y, axis: (
+            (y / (s := np.abs(y).max(axis, keepdims=True) / np.float32(448)))
+            .astype(ml_dtypes.float8_e4m3fn)
+            .astype(float)
+            * s
         )
         return codes, (cast(x, 1), cast(weight, 0))
     parts = [slice(i, i + (scheme.group or len(weight))) for i in range(0, len(weight), scheme.group or len(weight))]
@@ -187,8 +209,12 @@ def test_numerics_that_change_nothing_change_no_bit(preset):
 
 @pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "learned_sink"])
 def test_materialized_attention_is_the_fused_one(normalizer):
-    config = AttentionConfig(width=24, num_heads=6, num_kv_heads=3, head_dim=10, normalizer=normalizer, window=5, logit_softcap=3.0)
-    parameters = {name: 0.3 * normal(*spec.shape, seed=i) for i, (name, spec) in enumerate(attention_parameters(config).items())}
+    config = AttentionConfig(
+        width=24, num_heads=6, num_kv_heads=3, head_dim=10, normalizer=normalizer, window=5, logit_softcap=3.0
+    )
+    parameters = {
+        name: 0.3 * normal(*spec.shape, seed=i) for i, (name, spec) in enumerate(attention_parameters(config).items())
+    }
     segments = np.array([[0] * 4 + [1] * 7, [0] * 11])
     expected = attention(parameters, config, normal(2, 11, 24), segment_ids=segments)
     found = attention(parameters, config, normal(2, 11, 24), segment_ids=segments, numerics=Recorder())
@@ -197,7 +223,9 @@ def test_materialized_attention_is_the_fused_one(normalizer):
 
 def test_attention_with_everything_rounded_equals_numpy():
     config = AttentionConfig(width=9, num_heads=3, head_dim=5, normalizer="softmax1", rope_theta=0.0)
-    parameters = {name: 0.5 * normal(*spec.shape, seed=i) for i, (name, spec) in enumerate(attention_parameters(config).items())}
+    parameters = {
+        name: 0.5 * normal(*spec.shape, seed=i) for i, (name, spec) in enumerate(attention_parameters(config).items())
+    }
     x = normal(2, 7, 9, seed=9)
     names = ("query", "key", "value", "output", "scores", "probabilities", "context")
     ranges = {name: (np.float32(-1.5 - i / 7), np.float32(1.2 + i / 9)) for i, name in enumerate(names)}
@@ -207,7 +235,9 @@ def test_attention_with_everything_rounded_equals_numpy():
         return np_asymmetric(y, 8, *(float(end) for end in ranges[name]))
 
     weights = {name: np_symmetric(value.astype(float), 8) for name, value in parameters.items()}
-    q, k, v = (np.einsum("BTD,DNH->BTNH", snap(name, x.astype(float)), weights[name]) for name in ("query", "key", "value"))
+    q, k, v = (
+        np.einsum("BTD,DNH->BTNH", snap(name, x.astype(float)), weights[name]) for name in ("query", "key", "value")
+    )
     s = np.exp(snap("scores", np.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(5)))
     s = np.where(np.tril(np.ones((7, 7), bool)), s, 0)
     p = snap("probabilities", s / (1 + s.sum(-1, keepdims=True)))
@@ -268,8 +298,15 @@ def test_smoothed_ranges_are_of_smoothed_inputs():
 def test_what_is_rounded(preset, name):
     tensors = rounded_tensors(build(preset=preset), token_batches(1)[0], parse_scheme(name))
     reference = name.startswith("w8a8_tensor")
-    assert tensors["head"] == "float, by option" if reference else tensors["head"].startswith("weight int8, a scale per output channel")
-    linear = [f"layer1.{part}" for part in ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.down")]
+    assert (
+        tensors["head"] == "float, by option"
+        if reference
+        else tensors["head"].startswith("weight int8, a scale per output channel")
+    )
+    linear = [
+        f"layer1.{part}"
+        for part in ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.down")
+    ]
     linear += ["layer1.mlp.router.query"] if "layer1.mlp.router.query" in tensors else []
     assert all(tensors[part].startswith("weight int8") for part in linear)
     others = {"embedding", "layer1.attention.context"}
@@ -294,7 +331,9 @@ def test_schemes_cost_little_with_many_bits_and_more_with_few(name):
 def test_a_model_on_integers_agrees_with_the_simulated_one(name):
     model, batches = build(preset="oasis"), token_batches(2)
     exact, simulated, integer = (
-        losses(model, batches, scheme, calibration_for(scheme, model, batches) if scheme else Calibration({}, {}))["loss"]
+        losses(model, batches, scheme, calibration_for(scheme, model, batches) if scheme else Calibration({}, {}))[
+            "loss"
+        ]
         for scheme in (None, parse_scheme(name), parse_scheme(f"{name}+integer"))
     )
     # Sums in another order may push an activation over the middle between two codes, never many of them.
@@ -321,7 +360,9 @@ def test_relative_change_by_hand():
     found = beside_float(rows, base, perplexity=True)
     assert (found["value"], found["float"]) == pytest.approx((np.exp(2.1), np.exp(1.75)))
     assert found["relative_change"] == pytest.approx(np.exp(0.35) - 1)
-    assert found["interval"] == pytest.approx([np.exp(0.2) - 1, np.exp(0.5) - 1])  # all draws of the one, or of the other sequence
+    assert found["interval"] == pytest.approx(
+        [np.exp(0.2) - 1, np.exp(0.5) - 1]
+    )  # all draws of the one, or of the other sequence
     one = {name: row[:1] for name, row in rows.items()}, {name: row[:1] for name, row in base.items()}
     assert beside_float(*one, perplexity=False)["interval"] is None
     assert beside_float(*one, perplexity=False)["relative_change"] == pytest.approx(0.2)
@@ -334,7 +375,10 @@ def test_relative_change_by_hand():
         ("w8a8,", r"^--quantize: unknown name ''; allowed: "),
         ("fp8+smoth", r"^--quantize: option of fp8: unknown name 'smoth' \(did you mean 'smooth'\?\); allowed: mse, "),
         ("fp8,w8a8,fp8", r"^--quantize: 'fp8' is given twice$"),
-        ("w4a16_g128+integer", r"^--quantize: w4a16_g128\+integer: activations stay in float, so there is no integer product"),
+        (
+            "w4a16_g128+integer",
+            r"^--quantize: w4a16_g128\+integer: activations stay in float, so there is no integer product",
+        ),
     ],
 )
 def test_schemes_that_there_are_not(text, says):
@@ -356,4 +400,10 @@ def test_a_sequence_out_of_order_is_refused():
 
     constrain.operators = types.SimpleNamespace(layout="zigzag", ways=lambda axis: 1)
     with pytest.raises(ValueError, match="zigzag"):
-        attention(parameters, dataclasses.replace(config, rope_theta=0.0), normal(2, 8, 24), constrain=constrain, numerics=Recorder())
+        attention(
+            parameters,
+            dataclasses.replace(config, rope_theta=0.0),
+            normal(2, 8, 24),
+            constrain=constrain,
+            numerics=Recorder(),
+        )

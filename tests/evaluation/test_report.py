@@ -66,7 +66,9 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.fetched += [value for name, value in attributes if name.endswith(("src", "href", "srcset", "data")) and value]
+        self.fetched += [
+            value for name, value in attributes if name.endswith(("src", "href", "srcset", "data")) and value
+        ]
 
     def handle_data(self, data):
         self.text += data
@@ -91,13 +93,32 @@ def script():
 
 
 def test_one_run(trained, tmp_path, script, capsys):
-    script.main(["--workdir", str(trained / "oasis"), "--report", str(tmp_path / "out"), "--quantize=w8a8_tensor+float_head,w4a4_g32"])
+    script.main(
+        [
+            "--workdir",
+            str(trained / "oasis"),
+            "--report",
+            str(tmp_path / "out"),
+            "--quantize=w8a8_tensor+float_head,w4a4_g32",
+        ]
+    )
     assert f"report: {tmp_path}/out/index.html" in capsys.readouterr().out
     page = check_self_contained((tmp_path / "out" / "index.html").read_text())
     assert page.tags.count("svg") >= 10
     names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
-    pictures = ("sink_mass", "null_mass", "null_mass_by_position", "tokens_received", "tokens_null", "depth_weights", "inf_norm", "kurtosis",
-                "histograms", "quantization", "training")  # fmt: skip
+    pictures = (
+        "sink_mass",
+        "null_mass",
+        "null_mass_by_position",
+        "tokens_received",
+        "tokens_null",
+        "depth_weights",
+        "inf_norm",
+        "kurtosis",
+        "histograms",
+        "quantization",
+        "training",
+    )
     assert names == {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
     for path in (tmp_path / "out" / "figures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
@@ -106,12 +127,22 @@ def test_one_run(trained, tmp_path, script, capsys):
     for scheme in found["quantization"].values():
         assert scheme["value"] == pytest.approx(scheme["float"] * (1 + scheme["relative_change"]))
         assert scheme["samples"]["sequences"] == found["metrics"]["perplexity"]["samples"]["sequences"]
-    assert found["quantization"]["w4a4_g32"]["float"] == pytest.approx(found["metrics"]["perplexity"]["value"], rel=1e-5)
-    for text in ("Quantization changes the perplexity by", "float, by option: head.", "layer*.attention.scores", "Always in float: "):
+    assert found["quantization"]["w4a4_g32"]["float"] == pytest.approx(
+        found["metrics"]["perplexity"]["value"], rel=1e-5
+    )
+    for text in (
+        "Quantization changes the perplexity by",
+        "float, by option: head.",
+        "layer*.attention.scores",
+        "Always in float: ",
+    ):
         assert text in page.text, text
     # The token view spells the sequence that was read.
     example = load_corpus(
-        DataConfig(corpus="files", pattern=str(trained / "*.txt"), sequence_length=13, batch_size=3, holdout_fraction=0.3), seed=0
+        DataConfig(
+            corpus="files", pattern=str(trained / "*.txt"), sequence_length=13, batch_size=3, holdout_fraction=0.3
+        ),
+        seed=0,
     )
     text = example.tokenizer.decode(example.heldout[0]["inputs"]).decode()
     assert "".join(found["view"]["tokens"]["text"]) == text and text.replace("\n", "\u21b5\n") in page.text
@@ -153,14 +184,25 @@ def test_three_runs_on_two_kinds_of_data(trained, tmp_path, capsys):
 
 
 def test_interventions_are_written_and_printed(trained, tmp_path, script, capsys):
-    arguments = ["--workdir", str(trained / "oasis"), "--workdir", str(trained / "sink"), "--report", str(tmp_path), "--batches", "1"]
+    arguments = [
+        "--workdir",
+        str(trained / "oasis"),
+        "--workdir",
+        str(trained / "sink"),
+        "--report",
+        str(tmp_path),
+        "--batches",
+        "1",
+    ]
     script.main([*arguments, "--measures", "sinks,massive", "--interventions", "evidence,softmax,begin_token"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "interventions on oasis" in printed and "begin_token" in printed
     found = json.loads((tmp_path / "metrics.json").read_text())["runs"]
     oasis, sink = (found[str(trained / name)]["interventions"] for name in ("oasis", "sink"))
     assert [row["intervention"] for row in oasis] == ["evidence", "softmax", "begin_token"]
-    assert all(row["interval"][0] <= row["change"] <= row["interval"][1] and row["samples"]["sequences"] == 3 for row in oasis)
+    assert all(
+        row["interval"][0] <= row["change"] <= row["interval"][1] and row["samples"]["sequences"] == 3 for row in oasis
+    )
     assert [row["reason"] is None for row in sink] == [False, False, False]
     assert found[str(trained / "oasis")]["metrics"]["massive_activations"]["value"] == 0.0
     assert found[str(trained / "oasis")]["metrics"]["loss"]["reason"].startswith("not measured")
@@ -183,7 +225,9 @@ def test_checkpoint_without_a_config(trained, tmp_path):
 def test_runs_with_different_tokenizers_are_compared_per_byte_only(trained, tmp_path, capsys):
     config = load_run(trained / "twin").config
     data = dataclasses.replace(config.data, tokenizer="bpe", bpe_vocab_size=300)
-    write_run(tmp_path / "bpe", dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=0), data=data))
+    write_run(
+        tmp_path / "bpe", dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=0), data=data)
+    )
     print_comparison(evaluate([trained / "twin", tmp_path / "bpe"], tmp_path / "out", num_batches=1))
     assert "Bits per byte may be compared across tokenizers" in " ".join(capsys.readouterr().out.split())
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -222,11 +266,26 @@ def test_report_that_cannot_be_written(trained, tmp_path):
         (["--workdir", "nowhere"], "--report"),
         (["--workdir", "a", "--report", "r", "--batch", "3"], "unknown flag --batch (did you mean '--batches'?)"),
         (["--workdir", "a", "--report", "r", "--batches", "x"], "--batches"),
-        (["--workdir", "a", "--report", "r", "--measures", "sink"], "--measures: unknown name 'sink' (did you mean 'sinks'?)"),
-        (["--workdir", "a", "--report", "r", "--measures", ","], "--measures: give at least one of default, all, perplexity"),
-        (["--workdir", "a", "--report", "r", "--interventions", "bet"], "--interventions: unknown name 'bet' (did you mean 'beta'?)"),
-        (["--workdir", "a", "--report", "r", "--measures", "sinks,null_mass"], "'null_mass' is one of the values of 'sinks'"),
-        (["--workdir", "a", "--report", "r", "--quantize=w8a8,w4a4_g16"], "unknown name 'w4a4_g16' (did you mean 'w4a4_g128'?)"),
+        (
+            ["--workdir", "a", "--report", "r", "--measures", "sink"],
+            "--measures: unknown name 'sink' (did you mean 'sinks'?)",
+        ),
+        (
+            ["--workdir", "a", "--report", "r", "--measures", ","],
+            "--measures: give at least one of default, all, perplexity",
+        ),
+        (
+            ["--workdir", "a", "--report", "r", "--interventions", "bet"],
+            "--interventions: unknown name 'bet' (did you mean 'beta'?)",
+        ),
+        (
+            ["--workdir", "a", "--report", "r", "--measures", "sinks,null_mass"],
+            "'null_mass' is one of the values of 'sinks'",
+        ),
+        (
+            ["--workdir", "a", "--report", "r", "--quantize=w8a8,w4a4_g16"],
+            "unknown name 'w4a4_g16' (did you mean 'w4a4_g128'?)",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_with_2(arguments, says, script, tmp_path, monkeypatch, capsys):
@@ -274,7 +333,9 @@ def measured(label: str, preset: str = "oasis", data: DataConfig | None = None, 
     config = Config(model=ModelConfig(preset=preset), data=data or DataConfig())
     tokenizer = {"kind": "bytes", "vocab_size": 258, "sha256": "1"}
     samples = {"sequences": 8, "positions": 8 * 256}
-    return MeasuredRun(label, f"runs/{label}", 1, config, identity, tokenizer, samples, values | metrics, {}, [], {"jax": "0"})
+    return MeasuredRun(
+        label, f"runs/{label}", 1, config, identity, tokenizer, samples, values | metrics, {}, [], {"jax": "0"}
+    )
 
 
 def row(name: str):
@@ -291,7 +352,10 @@ def test_best_is_marked_where_lower_is_better():
 
 
 def test_words_say_so_when_oasis_is_worse():
-    oasis, twin = measured("oasis", perplexity=5.5, max_inf_norm=12.0), measured("twin", preset="attnres_cumulative", perplexity=5.0)
+    oasis, twin = (
+        measured("oasis", perplexity=5.5, max_inf_norm=12.0),
+        measured("twin", preset="attnres_cumulative", perplexity=5.0),
+    )
     text = summary([oasis, twin])
     assert "the perplexity is lowest in twin, 5.000 (5.500 in oasis)." in text
     assert "The largest activation is lowest in twin, 10.00 (12.00 in oasis)." in text
@@ -308,7 +372,9 @@ def test_words_say_so_when_oasis_is_better():
     found = findings([twin, oasis])
     assert list(found) == ["Null", "Depth"]
     assert "the null takes 40\N{NO-BREAK SPACE}% in oasis" in found["Null"]
-    assert "gets 30\N{NO-BREAK SPACE}% in oasis" in found["Null"] and "gets 20\N{NO-BREAK SPACE}% in twin" in found["Null"]
+    assert (
+        "gets 30\N{NO-BREAK SPACE}% in oasis" in found["Null"] and "gets 20\N{NO-BREAK SPACE}% in twin" in found["Null"]
+    )
     assert "is 0.01 in oasis" in found["Depth"]
 
 
@@ -326,14 +392,28 @@ def test_runs_are_compared_only_on_the_same_examples():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0.0, "0"), (0.25, "0.250"), (0.0067, "0.0067"), (0.00012345, "0.000123"), (0.000012345, "1.23e-05"), (5.1234, "5.123"), (51.234, "51.23"), (512.34, "512.3"), (5123.4, "5123"), (51234.0, "5.12e+04")],
-)  # fmt: skip
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (0.25, "0.250"),
+        (0.0067, "0.0067"),
+        (0.00012345, "0.000123"),
+        (0.000012345, "1.23e-05"),
+        (5.1234, "5.123"),
+        (51.234, "51.23"),
+        (512.34, "512.3"),
+        (5123.4, "5123"),
+        (51234.0, "5.12e+04"),
+    ],
+)
 def test_numbers_as_shown(value, text):
     assert show(value) == text
 
 
 def test_method_names_what_differs_from_the_preset():
-    assert method(Config(model=ModelConfig(preset="residual", normalizer="softmax1"))) == "residual, normalizer=softmax1"
+    assert (
+        method(Config(model=ModelConfig(preset="residual", normalizer="softmax1"))) == "residual, normalizer=softmax1"
+    )
     assert method(Config(model=ModelConfig(preset="oasis"))) == "oasis"
 
 

@@ -24,7 +24,9 @@ def test_order_statistics_are_those_of_a_sort(size):
 def measure_streams(streams: list[np.ndarray], family: str) -> dict:
     """A family of measures of layer outputs [B, T, D] that are given instead of computed."""
     batches = [{"inputs": np.zeros(streams[0].shape[:2], np.float32)}]
-    return measure(lambda h, inputs: (inputs, Statistics([], {}, {"layer_output": h})), streams, batches, measures=[family]).values
+    return measure(
+        lambda h, inputs: (inputs, Statistics([], {}, {"layer_output": h})), streams, batches, measures=[family]
+    ).values
 
 
 def streams_with_giants() -> list[np.ndarray]:
@@ -44,7 +46,10 @@ def test_massive_activations_are_counted_and_placed():
     assert found["massive_activations_by_layer"] == [0.0, 1.0, 0.0] and found["massive_activations"] == 1.0
     assert found["massive_activation_places"] == [{"layer": 1, "positions": {"0": 1, "3": 1}, "channels": {"4": 2}}]
     largest = found["largest_activation_by_layer"]
-    assert [(largest[i]["value"], largest[i]["position"], largest[i]["channel"]) for i in (1, 2)] == [(-150.0, 0, 4), (140.0, 5, 8)]
+    assert [(largest[i]["value"], largest[i]["position"], largest[i]["channel"]) for i in (1, 2)] == [
+        (-150.0, 0, 4),
+        (140.0, 5, 8),
+    ]
     ratios = [[np.abs(h[b]).max() / np.median(np.abs(h[b])) for b in range(2)] for h in streams]
     assert largest[2]["ratio_to_median"] == pytest.approx(ratios[2][0], rel=1e-5)
     assert found["largest_activation_ratio"] == pytest.approx(np.mean(ratios, 1).max(), rel=1e-5)
@@ -64,29 +69,38 @@ def test_residual_sinks_equal_numpy():
     np.testing.assert_allclose(found["residual_sink_share_by_layer"], shares, atol=ROUNDING)
     norm_shares = [(x / np.linalg.norm(h, axis=-1)).mean() for h, x in zip(streams, at)]
     np.testing.assert_allclose(found["residual_sink_norm_share_by_layer"], norm_shares, rtol=1e-4)
-    assert found["residual_sink_share"] == pytest.approx(max(shares)) and found["residual_sink_norm_share"] == pytest.approx(
-        max(norm_shares)
-    )
+    assert found["residual_sink_share"] == pytest.approx(max(shares)) and found[
+        "residual_sink_norm_share"
+    ] == pytest.approx(max(norm_shares))
     norms = [*(layer.attention_norm for layer in model.layers[1:]), model.final_norm]
     gains = [np.abs(np.asarray(norm.parameters["scale"])) for norm in norms]
-    np.testing.assert_allclose(found["norm_gain_at_sink"], [g[d] / np.median(g) for g, d in zip(gains, channels)], rtol=1e-5)
+    np.testing.assert_allclose(
+        found["norm_gain_at_sink"], [g[d] / np.median(g) for g, d in zip(gains, channels)], rtol=1e-5
+    )
 
 
 def test_norm_without_a_gain_is_not_applicable():
-    assert EVALUATORS["residual_sinks"](build(preset="residual", norm="none"), token_batches(1))["norm_gain_at_sink"] is None
+    assert (
+        EVALUATORS["residual_sinks"](build(preset="residual", norm="none"), token_batches(1))["norm_gain_at_sink"]
+        is None
+    )
 
 
 def test_values_and_peaks_equal_numpy():
     model, batches = build(preset="residual"), token_batches()
     _, statistics = forward(model, batches)
     found = EVALUATORS["values"](model, batches)
-    value = np.linalg.norm(np.stack([layer.value for layer in statistics.attention], 1).astype(np.float64), axis=-1)  # [B, L, T, K]
+    value = np.linalg.norm(
+        np.stack([layer.value for layer in statistics.attention], 1).astype(np.float64), axis=-1
+    )  # [B, L, T, K]
     drain = value[:, :, 0] / value[:, :, 1:].mean(2)
     np.testing.assert_allclose(found["value_drain_by_head"], drain.mean(0), rtol=1e-4)
     stream = np.linalg.norm(np.stack(statistics.taps["layer_output"], 1).astype(np.float64), axis=-1)
     peak = stream[:, :, 0] / stream[:, :, 1:].mean(2)
     np.testing.assert_allclose(found["residual_peak_by_layer"], peak.mean(0), rtol=1e-4)
-    heads = np.linalg.norm(np.stack([layer.head_output for layer in statistics.attention], 1).astype(np.float64), axis=-1)
+    heads = np.linalg.norm(
+        np.stack([layer.head_output for layer in statistics.attention], 1).astype(np.float64), axis=-1
+    )
     np.testing.assert_allclose(found["head_output_norm_by_head"], heads.mean((0, 2)), rtol=1e-4)
     for name, values in {"value_drain": drain, "residual_peak": peak, "head_output_norm": heads}.items():
         assert found[name] == pytest.approx(values.mean(), rel=1e-4)

@@ -88,29 +88,53 @@ def test_changes_and_intervals_as_shown():
 
 def made_up(label: str, preset: str, **changes) -> MeasuredRun:
     random = np.random.default_rng(len(label))
-    share = lambda *shape: (random.random(shape) / 3).tolist()  # noqa: E731
+    share = lambda *shape: (random.random(shape) / 3).tolist()
     bins, null = len(EDGES) - 1, preset == "oasis"
     text = list('def f(x):\n    return "<b>&amp;" + x  # ä\n')
     metrics = dict.fromkeys(DEFINITIONS) | dict(
-        perplexity=5.0 + len(label) / 9, max_inf_norm=10.0, avg_kurtosis=4.0, sink_rate=0.25, first_token_mass=0.2, null_mass=0.1 if null else None,
-        first_token_mass_conditional=0.2 if null else None, first_token_mass_by_head=share(4, 5), null_mass_by_head=share(4, 5) if null else None,
-    )  # fmt: skip
+        perplexity=5.0 + len(label) / 9,
+        max_inf_norm=10.0,
+        avg_kurtosis=4.0,
+        sink_rate=0.25,
+        first_token_mass=0.2,
+        null_mass=0.1 if null else None,
+        first_token_mass_conditional=0.2 if null else None,
+        first_token_mass_by_head=share(4, 5),
+        null_mass_by_head=share(4, 5) if null else None,
+    )
     view = {
-        "edges": list(EDGES), "histograms": {kind: [1 / bins] * bins for kind in ("attention_output", "mlp_output", "layer_output")},
+        "edges": list(EDGES),
+        "histograms": {kind: [1 / bins] * bins for kind in ("attention_output", "mlp_output", "layer_output")},
         "tokens": {"text": text, "received": share(len(text)), "null": share(len(text)) if null else None},
-    }  # fmt: skip
-    scheme = lambda change: {  # noqa: E731
-        "value": None if change is None else 5 * (1 + change), "float": 5.0, "relative_change": change, "samples": {"sequences": 8},
-        "interval": None if change is None else [change - 0.01, change + 0.02], "tensors": {"layer0.mlp.up": "weight int8", "head": "float"},
-    }  # fmt: skip
+    }
+    scheme = lambda change: {
+        "value": None if change is None else 5 * (1 + change),
+        "float": 5.0,
+        "relative_change": change,
+        "samples": {"sequences": 8},
+        "interval": None if change is None else [change - 0.01, change + 0.02],
+        "tensors": {"layer0.mlp.up": "weight int8", "head": "float"},
+    }
     values = dict(
-        label=label, workdir=f"runs/{label}", step=1, config=Config(model=ModelConfig(preset=preset), data=DataConfig()),
-        corpus={"name": "stdlib", "sha256": "0" * 64}, tokenizer={"kind": "bytes", "vocab_size": 258, "sha256": "1"},
-        samples={"sequences": 8, "positions": 8 * 256}, metrics=metrics, history=[], versions={"jax": "0"}, view=view,
-        absent={name: "not applicable: only for others" for name in ("null_mass", "beta") if not null}, intervals={"perplexity": (4.9, 5.9)},
-        interventions=[Effect("beta", reason="not applicable: only for others"), Effect("sources", "older", "mlp", "late", True, 0.4, 2.0, 0.1, (0.05, 0.2))],
+        label=label,
+        workdir=f"runs/{label}",
+        step=1,
+        config=Config(model=ModelConfig(preset=preset), data=DataConfig()),
+        corpus={"name": "stdlib", "sha256": "0" * 64},
+        tokenizer={"kind": "bytes", "vocab_size": 258, "sha256": "1"},
+        samples={"sequences": 8, "positions": 8 * 256},
+        metrics=metrics,
+        history=[],
+        versions={"jax": "0"},
+        view=view,
+        absent={name: "not applicable: only for others" for name in ("null_mass", "beta") if not null},
+        intervals={"perplexity": (4.9, 5.9)},
+        interventions=[
+            Effect("beta", reason="not applicable: only for others"),
+            Effect("sources", "older", "mlp", "late", True, 0.4, 2.0, 0.1, (0.05, 0.2)),
+        ],
         quantization={"w8a8": scheme(0.001), "w4a4_g32": scheme(0.2), "fp8": scheme(None)},
-    )  # fmt: skip
+    )
     return MeasuredRun(**values | changes)
 
 
@@ -126,7 +150,10 @@ def test_what_does_not_apply_is_told_from_what_was_not_measured():
 def test_words_about_quantization():
     nbsp = "\N{NO-BREAK SPACE}"
     text = summary(RUNS)
-    assert f"Quantization changes the perplexity of oasis by +0.10{nbsp}% (w8a8) to +20.0{nbsp}% (w4a4_g32); fp8 breaks it and" in text
+    assert (
+        f"Quantization changes the perplexity of oasis by +0.10{nbsp}% (w8a8) to +20.0{nbsp}% (w4a4_g32); fp8 "
+        "breaks it and" in text
+    )
     one = RUNS[0]._replace(quantization={"w8a8": RUNS[0].quantization["w8a8"]})
     assert f"Quantization changes the perplexity by +0.10{nbsp}% (w8a8)." in summary([one])
     assert "Quantization" not in summary([RUNS[0]._replace(quantization={})])
@@ -139,28 +166,53 @@ def page(tmp_path_factory) -> pathlib.Path:
 
 def test_figures_are_png_and_svg(page):
     names = {path.stem for path in (page.parent / "figures").glob("*.png")}
-    assert names == {path.stem for path in (page.parent / "figures").glob("*.svg")} >= {"quantization", "tokens_received", "histograms"}
+    assert (
+        names
+        == {path.stem for path in (page.parent / "figures").glob("*.svg")}
+        >= {"quantization", "tokens_received", "histograms"}
+    )
     assert (page.parent / "figures" / "quantization.svg").read_text().count("<svg") == 1
 
 
 def browse(page: pathlib.Path, folder: pathlib.Path, width: int, script: str) -> tuple[str, str]:
-    """The title that a script of ours gives, and the browser's log, in which every request of the page is an error: none is allowed.
+    """The title that a script of ours gives, and the browser's log, in which every request of the page is an error:
+    none is allowed.
 
     The page stands in a frame of the width asked for, because a window is never narrower than 500 pixels.
     """
     copy = folder / "copy.html"
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     allowed = f'<head><meta http-equiv="Content-Security-Policy" content="{policy}">'
-    inside = html.escape(page.read_text().replace("<head>", allowed).replace("</body>", f"<script>{script}</script></body>"))
-    copy.write_text(
-        f'<!DOCTYPE html><meta charset="utf-8"><iframe style="width:{width}px;height:800px;border:0" srcdoc="{inside}"></iframe>'
+    inside = html.escape(
+        page.read_text().replace("<head>", allowed).replace("</body>", f"<script>{script}</script></body>")
     )
-    quiet = ("background-networking", "component-update", "sync", "gpu", "default-apps", "extensions", "domain-reliability")
+    copy.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8"><iframe style="width:{width}px;height:800px;border:0" '
+        f'srcdoc="{inside}"></iframe>'
+    )
+    quiet = (
+        "background-networking",
+        "component-update",
+        "sync",
+        "gpu",
+        "default-apps",
+        "extensions",
+        "domain-reliability",
+    )
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", *(f"--disable-{name}" for name in quiet), "--no-first-run", "--enable-logging=stderr",
-        f"--user-data-dir={folder / 'profile'}",        "--window-size=1400,900", "--host-resolver-rules=MAP * ~NOTFOUND",
-        "--disable-features=NetworkTimeServiceQuerying,OptimizationHints,MediaRouter,Translate", "--dump-dom", f"file://{copy}",
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        *(f"--disable-{name}" for name in quiet),
+        "--no-first-run",
+        "--enable-logging=stderr",
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1400,900",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--disable-features=NetworkTimeServiceQuerying,OptimizationHints,MediaRouter,Translate",
+        "--dump-dom",
+        f"file://{copy}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return html.unescape(re.search(r"<title>(.*?)</title>|$", done.stdout)[1] or ""), done.stderr
 
@@ -169,8 +221,10 @@ def browse(page: pathlib.Path, folder: pathlib.Path, width: int, script: str) ->
 @pytest.mark.parametrize("width", [1280, 390])
 def test_page_in_a_browser(page, tmp_path, width):
     measure = (
-        "const small=[...document.querySelectorAll('main p, main td, main li')].filter(e=>parseFloat(getComputedStyle(e).fontSize)<11).length;"
-        "const e=document.documentElement;parent.document.title=JSON.stringify([innerWidth,e.scrollWidth,small,document.querySelectorAll('svg').length]);"
+        "const small=[...document.querySelectorAll('main p, main td, main "
+        "li')].filter(e=>parseFloat(getComputedStyle(e).fontSize)<11).length;"
+        "const "
+        "e=document.documentElement;parent.document.title=JSON.stringify([innerWidth,e.scrollWidth,small,document.querySelectorAll('svg').length]);"
     )
     title, log = browse(page, tmp_path, width, measure)
     inner, scroll, small, pictures = json.loads(title)

@@ -11,7 +11,8 @@ from oasis_jax.decoder import Decoder
 
 BATCH, LENGTH, VOCAB = 3, 11, 29
 NORMALIZERS = ("softmax", "softmax1", "learned_sink", "clipped", "entmax15", "sparsemax", "softpick")
-# The expected values come from another compilation of the float32 model: its sums of up to 100 terms are in another order.
+# The expected values come from another compilation of the float32 model: its sums of up to 100 terms are in another
+# order.
 ROUNDING = 100 * float(np.finfo(np.float32).eps)
 WITH_NULL = ("softmax1", "learned_sink", "clipped", "softpick")
 

@@ -11,7 +11,13 @@ def record(record_property):
 
 def pytest_terminal_summary(terminalreporter):
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
-    lines = [value for report in reports if report.when == "call" for name, value in report.user_properties if name == "fault"]
+    lines = [
+        value
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "fault"
+    ]
     if lines:
         terminalreporter.section("faults")
         for line in sorted(lines):

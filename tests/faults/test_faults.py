@@ -1,4 +1,5 @@
-"""What may happen to a run, done to real ones: after each fault the same command goes on, and the losses are those of an undisturbed run.
+"""What may happen to a run, done to real ones: after each fault the same command goes on, and the losses are
+those of an undisturbed run.
 
 make test-faults        prints the counts; OASIS_FAULT_KILLS=40 for fewer kills than 200
 """
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.faults
 ROOT = pathlib.Path(__file__).parents[2]
 KILLS, SHARES = int(os.environ.get("OASIS_FAULT_KILLS", 200)), 8
 STEPS = 15 * KILLS // SHARES + 25
-# A parameter-heavy model with a checkpoint every few steps: a good part of the time goes into saving, and kills fall into it.
+# A parameter-heavy model with a checkpoint every few steps: a good part of the time goes into saving, and kills fall
+# into it.
 CONFIG = """
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 
@@ -63,7 +65,15 @@ def start(config, cache):
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        command = [sys.executable, "-W", "error", ROOT / "train.py", f"--config={config}", f"--workdir={workdir}", *flags]
+        command = [
+            sys.executable,
+            "-W",
+            "error",
+            ROOT / "train.py",
+            f"--config={config}",
+            f"--workdir={workdir}",
+            *flags,
+        ]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment))
         return running[-1]
 
@@ -103,7 +113,12 @@ def logged(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl without what the clock decides; every line has to be whole."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in line.items() if not name.endswith(("time", "_per_second", "_seconds", "_share"))} for line in lines
+        {
+            name: value
+            for name, value in line.items()
+            if not name.endswith(("time", "_per_second", "_seconds", "_share"))
+        }
+        for line in lines
     ]
 
 
@@ -131,7 +146,10 @@ def test_sigkill_at_random_moments(start, undisturbed, tmp_path, share_number, r
         saving += any("tmp" in path.name for path in workdir.glob("checkpoints/*"))
     finish(start(workdir, f"--set=run.steps={STEPS}"))
     assert logged(workdir) == expected
-    record(f"SIGKILL, share {share_number} of {SHARES}: {kills} kills, {saving} of them during a save; {STEPS} losses bitwise equal")
+    record(
+        f"SIGKILL, share {share_number} of {SHARES}: {kills} kills, {saving} of them during a save; {STEPS} losses "
+        "bitwise equal"
+    )
 
 
 @pytest.fixture(params=range(SHARES), ids=lambda i: f"share{i}")
@@ -188,7 +206,10 @@ def test_truncated_array_files(start, undisturbed, tmp_path, record):
     expected, workdir = undisturbed(60), tmp_path / "run"
     finish(start(workdir, "--set=run.steps=30"))
     newest = max((path for path in (workdir / "checkpoints").iterdir()), key=lambda path: int(path.name))
-    files = sorted((path for path in newest.glob("*/**/*") if path.is_file() and path.stat().st_size > 1), key=lambda p: -p.stat().st_size)
+    files = sorted(
+        (path for path in newest.glob("*/**/*") if path.is_file() and path.stat().st_size > 1),
+        key=lambda p: -p.stat().st_size,
+    )
     for path in files[:3]:
         os.truncate(path, path.stat().st_size // 2)
     errors = finish(start(workdir, "--set=run.steps=60"))
@@ -203,7 +224,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-# Sums over devices are added in another order; at the config's learning rate training itself would make much of their last bits.
+# Sums over devices are added in another order; at the config's learning rate training itself would make much of their
+# last bits.
 GENTLE = "--set=optimizer.learning_rate=2e-4"
 
 
@@ -212,7 +234,7 @@ def test_a_missing_host(start, undisturbed, tmp_path, record):
 
     def launch(count: int, *flags: str) -> list[subprocess.Popen]:
         port = free_port()
-        who = lambda i: (f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={i}")  # noqa: E731
+        who = lambda i: (f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={i}")
         return [start(workdir, GENTLE, *flags, *who(i), devices=2) for i in range(count)]
 
     processes = launch(4, "--set=run.steps=100000")
@@ -227,7 +249,9 @@ def test_a_missing_host(start, undisturbed, tmp_path, record):
     # The rest goes on: two processes of two devices, on the state that four wrote.
     for process in launch(2, "--set=run.steps=60"):
         finish(process)
-    np.testing.assert_allclose([line["loss"] for line in logged(workdir)], [line["loss"] for line in expected], rtol=1e-5)
+    np.testing.assert_allclose(
+        [line["loss"] for line in logged(workdir)], [line["loss"] for line in expected], rtol=1e-5
+    )
     record(f"missing host: the other 3 of 4 ended within {took:.0f} s; 2 went on; 60 losses equal to 1e-5")
 
 
@@ -235,8 +259,13 @@ def test_four_processes_equal_one_and_checkpoints_move_between_them(start, undis
     expected, workdir = undisturbed(60, GENTLE), tmp_path / "run"
     for count, steps in ((4, 20), (1, 40), (2, 60)):  # processes of two devices, one of eight
         port = free_port()
-        flags = [(f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={i}") if count > 1 else () for i in range(count)]
-        for process in [start(workdir, GENTLE, f"--set=run.steps={steps}", *flag, devices=2 if count > 1 else 8) for flag in flags]:
+        flags = [
+            (f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={i}") if count > 1 else ()
+            for i in range(count)
+        ]
+        for process in [
+            start(workdir, GENTLE, f"--set=run.steps={steps}", *flag, devices=2 if count > 1 else 8) for flag in flags
+        ]:
             finish(process)
     lines = logged(workdir)
     assert [line["step"] for line in lines] == list(range(1, 61))
@@ -245,10 +274,15 @@ def test_four_processes_equal_one_and_checkpoints_move_between_them(start, undis
 
 
 def test_corrupt_data(start, tmp_path, record):
-    text, other = tmp_path / "text", [f"--set={field}" for field in ("model.inputs=tokens", "data.corpus=files", "data.sequence_length=8")]
+    text, other = (
+        tmp_path / "text",
+        [f"--set={field}" for field in ("model.inputs=tokens", "data.corpus=files", "data.sequence_length=8")],
+    )
     text.mkdir()
     for i in range(5):
-        (text / f"{i}.jsonl").write_text("".join(json.dumps({"text": f"{i * k % 97} plums " * 5}) + "\n" for k in range(60)))
+        (text / f"{i}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{i * k % 97} plums " * 5}) + "\n" for k in range(60))
+        )
     (text / "3.jsonl").write_bytes((text / "3.jsonl").read_bytes()[:-40] + b"\xff\xfe\n{'no json'}\n")
     flags = [*other, f"--set=data.pattern={text}/*.jsonl", "--set=run.steps=5"]
     error = one_line(finish(start(tmp_path / "stopped", *flags), 2))

@@ -1,6 +1,8 @@
-"""Runs the Hopper kernels of null_attention in Pallas' interpreter and prints their errors as JSON: see test_null_attention_gpu.py.
+"""Runs the Hopper kernels of null_attention in Pallas' interpreter and prints their errors as JSON: see
+test_null_attention_gpu.py.
 
-A process of its own: the interpreter runs a program's warpgroups as threads that wait for each other, and XLA's pool must have one for each.
+A process of its own: the interpreter runs a program's warpgroups as threads that wait for each other, and XLA's pool
+must have one for each.
 """
 
 import json
@@ -15,7 +17,8 @@ from test_null_attention import as_float64, make, plain, results_and_gradients
 from pallas_kernels import null_attention
 from pallas_kernels.dispatch import interpret_kernels
 
-# batch, queries, keys, query heads, key heads, head size. Tiles are 64 rows and 64 or 128 keys, rings 2 or 4 tiles long.
+# batch, queries, keys, query heads, key heads, head size. Tiles are 64 rows and 64 or 128 keys, rings 2 or 4 tiles
+# long.
 CASES = {
     "causal_grouped": dict(shape=(1, 141, 141, 3, 1, 64), per_head=True),
     "head_128_float16_more_keys": dict(shape=(1, 75, 333, 2, 2, 128), null_logit=-1.5, dtype="float16"),
@@ -24,7 +27,9 @@ CASES = {
     "segments_softcap_both_directions": dict(
         shape=(2, 71, 150, 2, 1, 64), segments="pair", is_causal=False, logit_softcap=3.0, per_head=True
     ),
-    "window_segments_more_queries": dict(shape=(1, 150, 71, 2, 1, 64), window=60, segments="pair", null_logit=0.7, scale=0.2),
+    "window_segments_more_queries": dict(
+        shape=(1, 150, 71, 2, 1, 64), window=60, segments="pair", null_logit=0.7, scale=0.2
+    ),
     "decoding": dict(shape=(2, 3, 531, 6, 3, 64), per_head=True),
     "decoding_window_segments": dict(shape=(1, 5, 1051, 4, 1, 64), window=601, segments="pair", null_logit=0.3),
     "loss_on_the_null_mass": dict(shape=(1, 70, 70, 1, 1, 64), only_null=True),
@@ -43,7 +48,7 @@ def compare(dtype="bfloat16", only_null=False, **case) -> dict:
     halves = [jnp.asarray(x, dtype) for x in arrays[:3]]
     b = jnp.broadcast_to(arrays[3], (case["shape"][3],))
     cotangents = (jnp.asarray(cotangents[0], dtype) * (not only_null), cotangents[1], cotangents[2] * (not only_null))
-    function = lambda q, k, v, b: null_attention(q, k, v, null_logit=b, implementation="mosaic_gpu", **options)  # noqa: E731
+    function = lambda q, k, v, b: null_attention(q, k, v, null_logit=b, implementation="mosaic_gpu", **options)
     with interpret_kernels():
         actual = jax.block_until_ready(results_and_gradients(function, (*halves, b), cotangents))
     with jax.enable_x64(True):
@@ -55,7 +60,9 @@ def compare(dtype="bfloat16", only_null=False, **case) -> dict:
 
 
 def extreme_scores() -> dict:
-    """Scores of +-1e4, with a null of 0 and without any: the values of output, null mass and lse, and whether gradients are finite."""
+    """Scores of +-1e4, with a null of 0 and without any: the values of output, null mass and lse, and whether
+    gradients are finite.
+    """
     found = {}
     query = jnp.full((1, 65, 1, 64), 100.0, jnp.bfloat16)
     value = jnp.broadcast_to(jnp.arange(1.0, 66.0)[None, :, None, None], query.shape).astype(jnp.bfloat16)
@@ -74,7 +81,9 @@ def extreme_scores() -> dict:
 
 
 def empty_rows() -> dict:
-    """Queries of a segment that no key has: their output, null mass and gradient, with a null of 0.5 and without any."""
+    """Queries of a segment that no key has: their output, null mass and gradient, with a null of 0.5 and
+    without any.
+    """
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in make((1, 67, 67, 1, 1, 64))[0][:3])
     ids = jnp.where(jnp.arange(67) < 9, 7, 1)[None], jnp.ones((1, 67), jnp.int32)
     found = {}
@@ -98,7 +107,9 @@ def empty_rows() -> dict:
 
 
 def vmapped() -> dict:
-    """Gradients of a call mapped over queries and nulls by vmap, against one call at a time (the interpreter refuses remat)."""
+    """Gradients of a call mapped over queries and nulls by vmap, against one call at a time (the interpreter refuses
+    remat).
+    """
     query, key, value, b = make((1, 70, 70, 2, 1, 64), per_head=True)[0]
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in (query, key, value))
 

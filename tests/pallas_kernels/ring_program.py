@@ -1,4 +1,6 @@
-"""null_attention and depth_route with a sharding, on eight virtual devices, against one device: see test_sharded_operators.py."""
+"""null_attention and depth_route with a sharding, on eight virtual devices, against one device: see
+test_sharded_operators.py.
+"""
 
 import sys
 
@@ -32,8 +34,12 @@ def mesh_of(sizes):
 
 def make(segments=None, null=None, **options):
     random = np.random.default_rng(0)
-    normal = lambda *shape: random.normal(size=shape)  # noqa: E731
-    q, k, v = normal(BATCH, LENGTH, HEADS, SIZE), normal(BATCH, LENGTH, KEY_HEADS, SIZE), normal(BATCH, LENGTH, KEY_HEADS, SIZE)
+    normal = lambda *shape: random.normal(size=shape)
+    q, k, v = (
+        normal(BATCH, LENGTH, HEADS, SIZE),
+        normal(BATCH, LENGTH, KEY_HEADS, SIZE),
+        normal(BATCH, LENGTH, KEY_HEADS, SIZE),
+    )
     b = normal(HEADS) if null is None else np.full(HEADS, null)
     ids = np.sort(random.integers(0, 3, (BATCH, LENGTH)), axis=1)
     if segments == "alone":  # the first rows see no key at all
@@ -74,7 +80,9 @@ def attention(implementation):
         def many(q, k, v, b, ids=ids, options=options, sharding=sharding, order=order, back=back):
             ids = None if ids is None else jax.tree.map(lambda x: order(jnp.asarray(x)), ids)
             q, k, v = (order(x) for x in (q, k, v))
-            result = null_attention(q, k, v, null_logit=b, segment_ids=ids, sharding=sharding, implementation=implementation, **options)
+            result = null_attention(
+                q, k, v, null_logit=b, segment_ids=ids, sharding=sharding, implementation=implementation, **options
+            )
             return type(result)(back(result.output), back(result.null_mass, 2), back(result.lse, 2))
 
         compare(everything(many, arrays, cotangents), everything(one, arrays, cotangents), f"{implementation}, {name}")
@@ -85,7 +93,10 @@ def one_null_in_a_ring_of_eight():
     (q, k, v, b), *_ = make(null=2.0)
     sharding = OperatorSharding(mesh_of((1, 1, 8)), sequence="sequence")
     ring = null_attention(q, k, v, null_logit=b, is_causal=False, sharding=sharding, implementation="xla")
-    parts = [null_attention(q, *(x[:, i : i + 6] for x in (k, v)), null_logit=b, is_causal=False) for i in range(0, LENGTH, 6)]
+    parts = [
+        null_attention(q, *(x[:, i : i + 6] for x in (k, v)), null_logit=b, is_causal=False)
+        for i in range(0, LENGTH, 6)
+    ]
     wrong = merge_partials([part.output for part in parts], [part.lse for part in parts], null_logit=-np.inf)
     right = null_attention(q, k, v, null_logit=b, is_causal=False, implementation="reference")
     compare(ring, right, "ring")
@@ -103,7 +114,7 @@ def causal_work_is_balanced():
         def area(rows, columns, total):
             return total + x[:, rows].shape[1] * x[:, columns].shape[1]
 
-        one = lambda origin: ring._visible(sharding, options, x.shape[1], origin, area, jnp.zeros((), jnp.int32))  # noqa: E731
+        one = lambda origin: ring._visible(sharding, options, x.shape[1], origin, area, jnp.zeros((), jnp.int32))
         return jnp.stack([one(origin) for origin in range(8)])[None]
 
     spec = PartitionSpec(None, "sequence")
@@ -113,7 +124,7 @@ def causal_work_is_balanced():
 
 def routing(implementation):
     random = np.random.default_rng(1)
-    normal = lambda *shape: random.normal(size=shape)  # noqa: E731
+    normal = lambda *shape: random.normal(size=shape)
     sharding = OperatorSharding(mesh_of((2, 2, 2)), batch="data", sequence=("sequence", "tensor"))
     sources, gain, bias, psi = [normal(2, 8, 10) for _ in range(5)], normal(10), normal(5), abs(normal(5, 2, 8))
     cotangents = normal(2, 8, 10), normal(2, 8, 5), normal(2, 8)
@@ -122,9 +133,17 @@ def routing(implementation):
         sources, query, gain, bias, psi, beta, b = arrays
         sources = jnp.stack(sources) if stacked else sources
         results = depth_route(
-            sources, query, key_norm_scale=gain, bias=bias, null_evidence=psi, coupling=beta, null_logit=b, num_sources=jnp.asarray(4),
-            sharding=sharding, implementation=implementation,
-        )  # fmt: skip
+            sources,
+            query,
+            key_norm_scale=gain,
+            bias=bias,
+            null_evidence=psi,
+            coupling=beta,
+            null_logit=b,
+            num_sources=jnp.asarray(4),
+            sharding=sharding,
+            implementation=implementation,
+        )
         return sum(jnp.vdot(c, r) for c, r in zip(cotangents, results)), results
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2, 3))
@@ -132,7 +151,9 @@ def routing(implementation):
         for stacked in (False, True):
             arrays = sources, query, gain, bias, psi, 0.7, 0.3
             wanted = jax.tree.leaves(run(arrays, None, stacked, "reference"))
-            compare(jax.tree.leaves(run(arrays, sharding, stacked, implementation)), wanted, f"depth_route {implementation}")
+            compare(
+                jax.tree.leaves(run(arrays, sharding, stacked, implementation)), wanted, f"depth_route {implementation}"
+            )
 
 
 def inside_the_callers_shard_map():
@@ -144,10 +165,14 @@ def inside_the_callers_shard_map():
     rows = PartitionSpec("data")
 
     def attend(q, k, v, b, c):
-        return jax.lax.psum(sum(jnp.vdot(x, y) for x, y in zip(c, null_attention(q, k, v, null_logit=b, implementation="xla"))), "data")
+        return jax.lax.psum(
+            sum(jnp.vdot(x, y) for x, y in zip(c, null_attention(q, k, v, null_logit=b, implementation="xla"))), "data"
+        )
 
     def route(sources, query, gain, c):
-        return jax.lax.psum(jnp.vdot(c, depth_route(sources, query, key_norm_scale=gain, implementation="xla").output), "data")
+        return jax.lax.psum(
+            jnp.vdot(c, depth_route(sources, query, key_norm_scale=gain, implementation="xla").output), "data"
+        )
 
     for function, arrays, specs in (
         (attend, (q, k, v, b, cotangents), (rows, rows, rows, PartitionSpec(), rows)),
@@ -159,14 +184,21 @@ def inside_the_callers_shard_map():
     ):
         mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
         alone = jax.shard_map(function, mesh=mesh_of((1, 1, 1)), in_specs=specs, out_specs=PartitionSpec())
-        gradients = [jax.tree.leaves(jax.jit(jax.grad(f, tuple(range(len(arrays) - 1))))(*arrays)) for f in (mapped, alone)]
+        gradients = [
+            jax.tree.leaves(jax.jit(jax.grad(f, tuple(range(len(arrays) - 1))))(*arrays)) for f in (mapped, alone)
+        ]
         compare(*gradients, "inside shard_map")
 
 
 def main():
     assert jax.device_count() == 8
     parts = {
-        "attention": lambda: (attention("xla"), attention("reference"), one_null_in_a_ring_of_eight(), causal_work_is_balanced()),
+        "attention": lambda: (
+            attention("xla"),
+            attention("reference"),
+            one_null_in_a_ring_of_eight(),
+            causal_work_is_balanced(),
+        ),
         "routing": lambda: routing("xla"),
         "shard_map": inside_the_callers_shard_map,
     }

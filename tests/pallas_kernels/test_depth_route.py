@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import depth_route, explain, implementations
 from pallas_kernels.dispatch import interpret_kernels
 
-# The kernels of accelerators run in their interpreters here: implementation -> (a width its tiles take, the oldest jax that has it).
+# The kernels of accelerators run in their interpreters here: implementation -> (a width its tiles take, the oldest jax
+# that has it).
 INTERPRETED = {"mosaic_gpu": (128, (0, 11, 2)), "mosaic_tpu": (13, (0, 10, 2))}
 
 every_implementation = pytest.mark.parametrize("implementation", implementations("depth_route"), indirect=True)
@@ -57,10 +58,14 @@ CASES = {
     "many": dict(shape=(8, 4, 5, 13), norm=True, evidence=True),
     "static": dict(shape=(5, 2, 9, 13), norm=True, evidence=True),
     "static_softmax": dict(shape=(4, 3, 7, 11), norm=True, null_logit=-np.inf),
-    "normed_token_query": dict(shape=(5, 2, 3, 7), norm=True, per_token=True, bias="token", evidence=True, null_logit=0.7),
+    "normed_token_query": dict(
+        shape=(5, 2, 3, 7), norm=True, per_token=True, bias="token", evidence=True, null_logit=0.7
+    ),
     "live": dict(shape=(7, 2, 5, 9), norm=True, bias="source", evidence=True, live=(4, False)),
     "live_traced": dict(shape=(7, 2, 5, 9), norm=True, bias="token", evidence=True, live=(4, True)),
-    "live_traced_token_query": dict(shape=(5, 3, 7, 9), per_token=True, evidence=True, live=(3, True), null_logit=-np.inf),
+    "live_traced_token_query": dict(
+        shape=(5, 3, 7, 9), per_token=True, evidence=True, live=(3, True), null_logit=-np.inf
+    ),
     "clamped": dict(shape=(5, 2, 7, 11), per_token=True, score_scale=25.0, evidence=True),
 }
 
@@ -91,16 +96,22 @@ def make(shape, *, per_token=False, norm=False, bias=None, evidence=False, null_
     """(sources, other arguments) as float32 numpy arrays, static options, and one random cotangent for each result."""
     count, batch, length, width = shape
     random = np.random.default_rng(sum(shape))
-    normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: random.normal(size=shape).astype(np.float32)
     sources = normal(count, batch, length, width)
     query = normal(batch, length, width) if per_token else normal(width)
-    arguments = {"query": query * np.float32(3 / width**0.5), "null_logit": np.float32(null_logit)}  # scores as large at any width
+    arguments = {
+        "query": query * np.float32(3 / width**0.5),
+        "null_logit": np.float32(null_logit),
+    }  # scores as large at any width
     if norm:
         arguments["key_norm_scale"] = 1 + normal(width) / 3
     if bias:
         arguments["bias"] = normal(count) if bias == "source" else normal(batch, length, count)
     if evidence:
-        arguments |= {"null_evidence": random.uniform(size=(count, batch, length)).astype(np.float32), "coupling": np.float32(1.3)}
+        arguments |= {
+            "null_evidence": random.uniform(size=(count, batch, length)).astype(np.float32),
+            "coupling": np.float32(1.3),
+        }
     cotangents = normal(batch, length, width), normal(batch, length, count), normal(batch, length)
     return (sources, arguments), dict(score_scale=score_scale), live, cotangents
 
@@ -151,11 +162,15 @@ def call(sources, arguments, *, as_list, live, **options):
 
 
 def calls():
-    """Every case for every implementation, with sources as an array and as a list; in an interpreter, which is slow, as one of the two."""
+    """Every case for every implementation, with sources as an array and as a list; in an interpreter, which
+    is slow, as one of the two.
+    """
     for implementation in implementations("depth_route"):
         for i, name in enumerate(CASES):
             for as_list in [i % 2 == 0] if implementation in INTERPRETED else [False, True]:
-                yield pytest.param(implementation, as_list, name, id=f"{name}-{'list' if as_list else 'array'}-{implementation}")
+                yield pytest.param(
+                    implementation, as_list, name, id=f"{name}-{'list' if as_list else 'array'}-{implementation}"
+                )
 
 
 @pytest.mark.parametrize("implementation, as_list, name", list(calls()), indirect=["implementation"])
@@ -164,7 +179,9 @@ def test_equals_the_plain_definition(implementation, as_list, name):
     function = functools.partial(call, as_list=as_list, live=live, implementation=implementation, **options)
     values, gradients = expected(name, implementation)
     precisions = [("float32", 1e-6, 1e-5), ("float64", 1e-12, 1e-12)]
-    for dtype, value_tolerance, gradient_tolerance in precisions if as_list and implementation not in INTERPRETED else precisions[:1]:
+    for dtype, value_tolerance, gradient_tolerance in (
+        precisions if as_list and implementation not in INTERPRETED else precisions[:1]
+    ):
         with jax.enable_x64(dtype == "float64"):
             convert = as_float64 if dtype == "float64" else lambda x: x
             actual_values, actual_gradients = results_and_gradients(function, convert(arrays), convert(cotangents))
@@ -181,7 +198,9 @@ def test_vmap_and_remat(implementation):
 
     def loss(sources, coupling):
         given = arguments | {"coupling": coupling}
-        output, weights, null_mass = call(sources, given, as_list=True, live=live, implementation=implementation, **options)
+        output, weights, null_mass = call(
+            sources, given, as_list=True, live=live, implementation=implementation, **options
+        )
         return (output**2).sum() + (weights[..., 0] * null_mass).sum()
 
     many = np.stack([sources, -sources, 2 * sources]), np.float32([0.1, 1.0, 3.0])
@@ -211,7 +230,9 @@ def test_half_precision_sources_have_float32_weights(implementation):
     (sources, arguments), options, _, cotangents = make(**case("projected", implementation))
     low = sources.astype(jnp.bfloat16)
     function = functools.partial(call, as_list=True, live=None, implementation=implementation, **options)
-    values, (gradient, _) = results_and_gradients(function, (low, arguments), (cotangents[0].astype(jnp.bfloat16), *cotangents[1:]))
+    values, (gradient, _) = results_and_gradients(
+        function, (low, arguments), (cotangents[0].astype(jnp.bfloat16), *cotangents[1:])
+    )
     assert values[0].dtype == gradient.dtype == jnp.bfloat16 and values[1].dtype == values[2].dtype == jnp.float32
     with jax.enable_x64(True):
         wanted = plain(*as_float64((low.astype(np.float32), arguments)), **options)
@@ -223,7 +244,9 @@ def test_half_precision_sources_have_float32_weights(implementation):
 @every_implementation
 def test_the_one_in_the_denominator_becomes_exp_of_minus_max(implementation):
     width, _ = INTERPRETED.get(implementation, (1, None))
-    output, weights, null_mass = depth_route([jnp.ones((1, 1, width))], jnp.full(width, 4.0 / width), implementation=implementation)
+    output, weights, null_mass = depth_route(
+        [jnp.ones((1, 1, width))], jnp.full(width, 4.0 / width), implementation=implementation
+    )
     np.testing.assert_allclose(weights.item(), np.exp(4) / (1 + np.exp(4)), rtol=1e-6)
     np.testing.assert_allclose(null_mass.item(), 1 / (1 + np.exp(4)), rtol=1e-6)
     np.testing.assert_allclose(output, np.full((1, 1, width), weights.item()), rtol=2e-7)
@@ -269,7 +292,13 @@ def test_inside_shard_map_shared_arguments_have_shared_gradients(implementation)
 
 
 def test_the_gpu_kernels_say_what_they_cannot_serve():
-    def reason(shape=(3, 2, 5, 256), dtype=jnp.bfloat16, device=("NVIDIA H100 80GB HBM3", "gpu"), axes=(1,), types=(AxisType.Auto,)):
+    def reason(
+        shape=(3, 2, 5, 256),
+        dtype=jnp.bfloat16,
+        device=("NVIDIA H100 80GB HBM3", "gpu"),
+        axes=(1,),
+        types=(AxisType.Auto,),
+    ):
         sources, query = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
         device = AbstractDevice(device_kind=device[0], num_cores=132, platform=device[1])
         with jax.sharding.use_abstract_mesh(AbstractMesh(axes, ("data",), axis_types=types, abstract_device=device)):
@@ -278,7 +307,13 @@ def test_the_gpu_kernels_say_what_they_cannot_serve():
     if jax.__version_info__ < (0, 11, 2):
         assert reason() == f"needs jax 0.11.2 or newer, this is {jax.__version__}"
         return
-    assert reason() == "" == reason(device=("NVIDIA H200", "gpu")) == reason(dtype=jnp.float16) == reason((1, 1, 1, 640), jnp.float32)
+    assert (
+        reason()
+        == ""
+        == reason(device=("NVIDIA H200", "gpu"))
+        == reason(dtype=jnp.float16)
+        == reason((1, 1, 1, 640), jnp.float32)
+    )
     assert "GPUs only, the call is compiled for tpu" in reason(device=("TPU v6e", "tpu"))
     assert "Hopper GPUs only (H100, H200, H800, H20, GH200), the call is compiled for NVIDIA A100" in reason(
         device=("NVIDIA A100-SXM4-80GB", "gpu")

@@ -1,4 +1,6 @@
-"""What is particular to depth_route's TPU kernels, in their interpreter: many blocks, with rows beyond the end; what they refuse."""
+"""What is particular to depth_route's TPU kernels, in their interpreter: many blocks, with rows beyond the end; what
+they refuse.
+"""
 
 import functools
 import importlib.util
@@ -13,7 +15,9 @@ from pallas_kernels import depth_route
 from pallas_kernels.depth_route import mosaic_tpu
 from pallas_kernels.dispatch import interpret_kernels
 
-_spec = importlib.util.spec_from_file_location("shared_depth_route", pathlib.Path(__file__).with_name("test_depth_route.py"))
+_spec = importlib.util.spec_from_file_location(
+    "shared_depth_route", pathlib.Path(__file__).with_name("test_depth_route.py")
+)
 shared = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(shared)
 
@@ -50,7 +54,9 @@ def test_dead_sources_are_not_copied():
     """The index map repeats the last live source's block, or the first block of a source of its own."""
     for sources in (jnp.ones((5, 2, 35, 7)), tuple(jnp.ones((5, 2, 35, 7)))):
         with interpret_kernels():
-            plan = mosaic_tpu._plan(mosaic_tpu.RouteOptions(True, 1.0), sources, jnp.ones(7), jnp.int32(3), backward=False)
+            plan = mosaic_tpu._plan(
+                mosaic_tpu.RouteOptions(True, 1.0), sources, jnp.ones(7), jnp.int32(3), backward=False
+            )
         specs, *_ = mosaic_tpu._specs(plan)
         if plan.stacked:
             blocks = [tuple(map(int, specs[0].index_map(1, 0, i, np.int32([3])))) for i in range(5)]
@@ -68,7 +74,8 @@ def test_what_it_refuses():
         with jax.enable_x64(True), pytest.raises(ValueError, match="float32 and bfloat16, got float64"):
             depth_route(arrays[0].astype(jnp.float64), arrays[1], implementation="mosaic_tpu")
         with pytest.raises(
-            ValueError, match=r"129 sources of width 8192 float32 need .* MiB of VMEM, .* has 64; one array of sources needs less"
+            ValueError,
+            match=r"129 sources of width 8192 float32 need .* MiB of VMEM, .* has 64; one array of sources needs less",
         ):
             many = [jax.ShapeDtypeStruct((1, 64, 8192), jnp.float32)] * 129
             jax.eval_shape(lambda *sources: depth_route(sources, jnp.ones(8192), implementation="mosaic_tpu"), *many)

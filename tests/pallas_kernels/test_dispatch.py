@@ -27,7 +27,9 @@ def test_a_name_forces_a_backend():
 
 
 def test_an_unknown_name_lists_what_there_is_and_the_nearest():
-    with pytest.raises(ValueError, match=r"operator has no 'plian' \(did you mean 'plain'\?\); there are: fast, slow, plain"):
+    with pytest.raises(
+        ValueError, match=r"operator has no 'plian' \(did you mean 'plain'\?\); there are: fast, slow, plain"
+    ):
         dispatch("operator", TABLE, "plian")
     with pytest.raises(ValueError, match="has no 3; there are"):
         dispatch("operator", TABLE, 3)
@@ -60,7 +62,11 @@ def test_explain_gives_the_reasons_of_those_that_cannot():
         return dispatch("operator", TABLE, implementation)(x)
 
     explanation = explain_call(operator, TABLE, (1,), {})
-    assert explanation.implementation == "slow" and explanation.reasons == {"fast": "needs another device", "slow": "", "plain": ""}
+    assert explanation.implementation == "slow" and explanation.reasons == {
+        "fast": "needs another device",
+        "slow": "",
+        "plain": "",
+    }
     assert "fast: needs another device" in str(explanation) and "slow: runs" in str(explanation)
 
 

@@ -12,14 +12,23 @@ SHARDS = [(0, 11), (11, 12), (12, 29), (29, 37)]
 
 def arrays():
     random = np.random.default_rng(0)
-    return [random.normal(size=shape).astype(np.float32) for shape in [(2, 19, 6, 5), (2, 37, 3, 5), (2, 37, 3, 5), (6,)]]
+    return [
+        random.normal(size=shape).astype(np.float32) for shape in [(2, 19, 6, 5), (2, 37, 3, 5), (2, 37, 3, 5), (6,)]
+    ]
 
 
 def in_shards(query, key, value, null_logit, partial_logit=-jnp.inf):
     """The whole from its shards; segment ids hide the first shard from the last query."""
-    hide = lambda low, high: (jnp.zeros((2, 19), int).at[:, -1].set(int(low == 0)), jnp.zeros((2, high - low), int))  # noqa: E731
+    hide = lambda low, high: (jnp.zeros((2, 19), int).at[:, -1].set(int(low == 0)), jnp.zeros((2, high - low), int))
     parts = [
-        null_attention(query, key[:, low:high], value[:, low:high], null_logit=partial_logit, is_causal=False, segment_ids=hide(low, high))
+        null_attention(
+            query,
+            key[:, low:high],
+            value[:, low:high],
+            null_logit=partial_logit,
+            is_causal=False,
+            segment_ids=hide(low, high),
+        )
         for low, high in SHARDS
     ]
     return merge_partials([part.output for part in parts], [part.lse for part in parts], null_logit=null_logit)

@@ -10,7 +10,8 @@ import pytest
 from pallas_kernels import merge_partials, null_attention
 from pallas_kernels.dispatch import interpret_kernels
 
-# Backends of accelerators run in their interpreter here; test_null_attention_gpu.py runs those for GPUs, which want other shapes and types.
+# Backends of accelerators run in their interpreter here; test_null_attention_gpu.py runs those for GPUs, which want
+# other shapes and types.
 INTERPRETED = ("mosaic_tpu",)
 IMPLEMENTATIONS = (*INTERPRETED, "xla", "reference")
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
@@ -33,7 +34,8 @@ def races_found() -> bool:
     return interpret_pallas_call.races is not None and interpret_pallas_call.races.races_found
 
 
-# batch, queries, keys, query heads, key heads, head size: odd and all different; 301 queries make several tiles and a ragged one
+# batch, queries, keys, query heads, key heads, head size: odd and all different; 301 queries make several tiles and a
+# ragged one
 CASES = {
     "causal": dict(shape=(2, 13, 13, 3, 3, 5)),
     "grouped": dict(shape=(3, 37, 37, 6, 2, 7), null_logit=0.7),
@@ -47,7 +49,9 @@ CASES = {
     "segment_pair": dict(shape=(2, 19, 33, 3, 1, 7), segments="pair", is_causal=False, logit_softcap=3.0),
     "softcap_and_scale": dict(shape=(2, 21, 21, 6, 3, 5), logit_softcap=2.0, scale=1.3, per_head=True),
     "tiles": dict(shape=(1, 301, 301, 3, 1, 5), null_logit=2.5),
-    "tiles_decoding_window_segments": dict(shape=(1, 301, 333, 6, 3, 5), window=77, segments="pair", logit_softcap=4.0, per_head=True),
+    "tiles_decoding_window_segments": dict(
+        shape=(1, 301, 333, 6, 3, 5), window=77, segments="pair", logit_softcap=4.0, per_head=True
+    ),
     "tiles_both_directions": dict(shape=(1, 165, 203, 3, 1, 7), is_causal=False),
 }
 
@@ -76,9 +80,14 @@ def make(shape, *, segments=None, per_head=False, null_logit=0.0, **options):
     """Arguments as float32 numpy arrays, the options, and one random cotangent for each result."""
     batch, length, keys, heads, key_heads, size = shape
     random = np.random.default_rng(sum(shape))
-    normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: random.normal(size=shape).astype(np.float32)
     b = normal(heads) if per_head else np.float32(null_logit)
-    arrays = (normal(batch, length, heads, size), normal(batch, keys, key_heads, size), normal(batch, keys, key_heads, size), b)
+    arrays = (
+        normal(batch, length, heads, size),
+        normal(batch, keys, key_heads, size),
+        normal(batch, keys, key_heads, size),
+        b,
+    )
     ids = [np.sort(random.integers(0, 3, (batch, n)), axis=1) for n in (length, keys)]
     if segments:
         options["segment_ids"] = (ids[0], ids[0]) if segments == "one" else tuple(ids)
@@ -105,7 +114,7 @@ def as_float64(tree):
 def expected(name):
     arrays, options, cotangents = make(**CASES[name])
     with jax.enable_x64(True):
-        b = lambda b: jnp.broadcast_to(b, (arrays[0].shape[2],))  # noqa: E731
+        b = lambda b: jnp.broadcast_to(b, (arrays[0].shape[2],))
         results = results_and_gradients(
             lambda q, k, v, null: plain(q, k, v, b(null), **options), as_float64(arrays), as_float64(cotangents)
         )
@@ -134,7 +143,7 @@ def test_equals_the_plain_definition(implementation, name, dtype):
         options["segment_ids"] = options["segment_ids"][0]
     with jax.enable_x64(dtype == "float64"):
         convert = as_float64 if dtype == "float64" else lambda x: x
-        function = lambda q, k, v, b: null_attention(q, k, v, null_logit=b, implementation=implementation, **options)  # noqa: E731
+        function = lambda q, k, v, b: null_attention(q, k, v, null_logit=b, implementation=implementation, **options)
         actual_values, actual_gradients = results_and_gradients(function, convert(arrays), convert(cotangents))
     assert {x.dtype for x in (*actual_values, *actual_gradients)} == {jnp.dtype(dtype)}
     for actual, wanted in zip(actual_values, values):
@@ -179,7 +188,9 @@ def test_half_precision_keeps_its_statistics_in_float32(implementation, dtype, t
     assert values[0].dtype == dtype and values[1].dtype == values[2].dtype == jnp.float32
     with jax.enable_x64(True):
         wanted, wanted_gradients = results_and_gradients(
-            lambda *x: plain(*x, jnp.full((6,), np.float32(0.7), jnp.float64), **options), as_float64(exact), as_float64(cotangents)
+            lambda *x: plain(*x, jnp.full((6,), np.float32(0.7), jnp.float64), **options),
+            as_float64(exact),
+            as_float64(cotangents),
         )
     for actual, want in zip(values[1:], wanted[1:]):
         assert_close(actual, want, 1e-6)
@@ -190,7 +201,7 @@ def test_half_precision_keeps_its_statistics_in_float32(implementation, dtype, t
 
 def simple(scores, values, **options):
     """One query whose scores against the keys are exactly `scores`, over one head of size 1."""
-    column = lambda x: jnp.asarray(x, jnp.float32).reshape(1, -1, 1, 1)  # noqa: E731
+    column = lambda x: jnp.asarray(x, jnp.float32).reshape(1, -1, 1, 1)
     return null_attention(column([1.0]), column(scores), column(values), scale=1.0, **options)
 
 
@@ -208,7 +219,9 @@ def test_the_one_in_the_denominator_becomes_exp_of_minus_max(implementation, sco
 @every_implementation
 def test_scores_of_plus_and_minus_ten_thousand(implementation):
     def both(key, b):
-        return null_attention(jnp.full((1, 1, 1, 1), 100.0), key, value, null_logit=b, scale=1.0, implementation=implementation)
+        return null_attention(
+            jnp.full((1, 1, 1, 1), 100.0), key, value, null_logit=b, scale=1.0, implementation=implementation
+        )
 
     value = jnp.arange(1.0, 4.0).reshape(1, 3, 1, 1)
     for sign, output, null_mass, lse in ((1, 2.0, 0.0, 1e4 + np.log(3.0)), (-1, 0.0, 1.0, 0.0)):
@@ -230,7 +243,9 @@ def test_attention_mass_survives_a_null_mass_of_nearly_one(implementation, score
     np.testing.assert_allclose(output.item(), mass, rtol=2e-6)
     np.testing.assert_allclose(lse.item(), mass, rtol=2e-6)
     if implementation != "reference":  # autodiff of the plain form takes omega - omega**2 and loses the difference
-        slope = jax.grad(lambda b: simple([score] * 2, [1.0] * 2, null_logit=b, implementation=implementation).null_mass.sum())(0.0)
+        slope = jax.grad(
+            lambda b: simple([score] * 2, [1.0] * 2, null_logit=b, implementation=implementation).null_mass.sum()
+        )(0.0)
         np.testing.assert_allclose(slope, mass, rtol=2e-6)
 
 
@@ -238,7 +253,10 @@ def test_attention_mass_survives_a_null_mass_of_nearly_one(implementation, score
 @pytest.mark.parametrize("null_logit", [0.0, 1.7, -np.inf])
 def test_rows_without_a_key(implementation, null_logit):
     (query, key, value, _), _, cotangents = make(shape=(2, 45, 45, 6, 2, 7))
-    ids = np.zeros((2, 45), np.int32), np.where(np.arange(45) < 9, 1, 0)[None].repeat(2, 0)  # the first nine queries see nothing
+    ids = (
+        np.zeros((2, 45), np.int32),
+        np.where(np.arange(45) < 9, 1, 0)[None].repeat(2, 0),
+    )  # the first nine queries see nothing
 
     def function(q, k, v, b):
         result = null_attention(q, k, v, null_logit=b, segment_ids=ids, implementation=implementation)
@@ -262,14 +280,22 @@ def test_rows_without_a_key(implementation, null_logit):
 def test_loss_on_the_null_mass_alone_and_rows_with_zero_output_gradient(implementation):
     (query, key, value, b), _, cotangents = make(**CASES["grouped"])
     only_null = (np.zeros_like(cotangents[0]), cotangents[1], np.zeros_like(cotangents[2]))
-    some_rows = (cotangents[0] * (np.arange(37) % 3 == 0)[None, :, None, None], np.zeros_like(cotangents[1]), only_null[2])
+    some_rows = (
+        cotangents[0] * (np.arange(37) % 3 == 0)[None, :, None, None],
+        np.zeros_like(cotangents[1]),
+        only_null[2],
+    )
     for chosen in (only_null, some_rows):
         _, gradients = results_and_gradients(
-            lambda q, k, v, b: null_attention(q, k, v, null_logit=b, implementation=implementation), (query, key, value, b), chosen
+            lambda q, k, v, b: null_attention(q, k, v, null_logit=b, implementation=implementation),
+            (query, key, value, b),
+            chosen,
         )
         with jax.enable_x64(True):
             _, wanted = results_and_gradients(
-                lambda q, k, v, b: plain(q, k, v, jnp.broadcast_to(b, (6,))), as_float64((query, key, value, b)), as_float64(chosen)
+                lambda q, k, v, b: plain(q, k, v, jnp.broadcast_to(b, (6,))),
+                as_float64((query, key, value, b)),
+                as_float64(chosen),
             )
         for gradient, want in zip(gradients, wanted):
             assert_close(gradient, want, 1e-5)
@@ -278,7 +304,9 @@ def test_loss_on_the_null_mass_alone_and_rows_with_zero_output_gradient(implemen
 @every_implementation
 def test_minus_infinity_is_jax_softmax(implementation):
     (query, key, value, _), _, _ = make(shape=(2, 35, 35, 6, 2, 7))
-    result = jax.jit(functools.partial(null_attention, implementation=implementation))(query, key, value, null_logit=-jnp.inf)
+    result = jax.jit(functools.partial(null_attention, implementation=implementation))(
+        query, key, value, null_logit=-jnp.inf
+    )
     assert_close(result.output, jax.nn.dot_product_attention(query, key, value, is_causal=True), 1e-6)
     assert np.all(np.asarray(result.null_mass) == 0)
 
@@ -301,7 +329,10 @@ def test_decoding_against_a_preallocated_cache_with_a_live_length(implementation
     @jax.jit
     def step(key, value, live):
         call = functools.partial(null_attention, null_logit=-jnp.inf, implementation=implementation)
-        ids = jnp.zeros((2, rows), jnp.int32), jnp.broadcast_to(jnp.arange(29) >= live - rows, (2, 29)).astype(jnp.int32)
+        ids = (
+            jnp.zeros((2, rows), jnp.int32),
+            jnp.broadcast_to(jnp.arange(29) >= live - rows, (2, 29)).astype(jnp.int32),
+        )
         old = call(query, key, value, is_causal=False, segment_ids=ids)
         new = call(query, *(jax.lax.dynamic_slice_in_dim(x, live - rows, rows, 1) for x in (key, value)))
         return merge_partials([old.output, new.output], [old.lse, new.lse], null_logit=b)
@@ -314,19 +345,27 @@ def test_decoding_against_a_preallocated_cache_with_a_live_length(implementation
 @every_implementation
 def test_decoding_against_an_empty_cache_gives_everything_to_the_null(implementation):
     cache, ids = jnp.full((2, 29, 2, 5), 7.0), (jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 29), jnp.int32))
-    result = null_attention(jnp.ones((2, 1, 6, 5)), cache, cache, is_causal=False, segment_ids=ids, implementation=implementation)
-    assert np.all(np.asarray(result.output) == 0) and np.all(np.asarray(result.null_mass) == 1) and np.all(np.asarray(result.lse) == 0)
+    result = null_attention(
+        jnp.ones((2, 1, 6, 5)), cache, cache, is_causal=False, segment_ids=ids, implementation=implementation
+    )
+    assert (
+        np.all(np.asarray(result.output) == 0)
+        and np.all(np.asarray(result.null_mass) == 1)
+        and np.all(np.asarray(result.lse) == 0)
+    )
 
 
 def compiled(length, **options):
     shapes = [jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for heads in (2, 1, 1)]
-    loss = lambda *x: (null_attention(*x, implementation="xla", **options).output ** 2).sum()  # noqa: E731
+    loss = lambda *x: (null_attention(*x, implementation="xla", **options).output ** 2).sum()
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*shapes)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 100}], ids=["causal", "window"])
 def test_memory_is_linear_in_the_length(options):
-    memory = {length: compiled(length, **options).compile().memory_analysis().temp_size_in_bytes for length in (2048, 4096)}
+    memory = {
+        length: compiled(length, **options).compile().memory_analysis().temp_size_in_bytes for length in (2048, 4096)
+    }
     assert memory[4096] < 4096 * 4096 * 4 / 2
     assert memory[4096] < 2.2 * memory[2048]
 
@@ -361,7 +400,9 @@ def test_the_program_does_not_grow_with_the_length():
 )
 def test_bad_arguments_are_named(argument, change):
     arguments = dict(
-        query=np.ones((2, 9, 6, 5), np.float32), key=np.ones((2, 9, 3, 5), np.float32), value=np.ones((2, 9, 3, 5), np.float32)
+        query=np.ones((2, 9, 6, 5), np.float32),
+        key=np.ones((2, 9, 3, 5), np.float32),
+        value=np.ones((2, 9, 3, 5), np.float32),
     )
     with pytest.raises(ValueError, match=f"^{argument}: .*(got|there are)"):
         null_attention(**arguments | change)

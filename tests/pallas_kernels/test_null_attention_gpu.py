@@ -1,4 +1,6 @@
-"""The GPU backends of null_attention: cuDNN with its two calls emulated in plain JAX, and the Hopper kernels in Pallas' interpreter."""
+"""The GPU backends of null_attention: cuDNN with its two calls emulated in plain JAX, and the Hopper kernels
+in Pallas' interpreter.
+"""
 
 import importlib.util
 import json
@@ -24,7 +26,9 @@ _spec.loader.exec_module(suite)
 
 H100 = Device("gpu", "NVIDIA H100 80GB HBM3")
 OLD_JAX = jax.__version_info__ < (0, 11, 2)
-needs_interpreter = pytest.mark.skipif(OLD_JAX, reason=f"the kernels need jax 0.11.2 or newer, this is jax {jax.__version__}")
+needs_interpreter = pytest.mark.skipif(
+    OLD_JAX, reason=f"the kernels need jax 0.11.2 or newer, this is jax {jax.__version__}"
+)
 TOLERANCE = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
@@ -50,7 +54,9 @@ def emulated_forward(options, query, key, value):
     """What cuDNN's softmax attention returns: output in the inputs' dtype and lse in float32."""
     scores = _probabilities(options, query, key, None)
     lse = jax.nn.logsumexp(scores, axis=-1)
-    output = jnp.einsum("bkgts,bskh->btkgh", jnp.exp(scores - lse[..., None]), value.astype(jnp.float32), precision="highest")
+    output = jnp.einsum(
+        "bkgts,bskh->btkgh", jnp.exp(scores - lse[..., None]), value.astype(jnp.float32), precision="highest"
+    )
     return output.reshape(query.shape).astype(query.dtype), lse.reshape(lse.shape[0], -1, lse.shape[-1])
 
 
@@ -58,7 +64,7 @@ def emulated_backward(options, query, key, value, lse, output, d_output):
     """What cuDNN's backward computes: it forms delta from the output that it is given."""
     assert {x.dtype for x in (output, d_output)} == {query.dtype}
     p = _probabilities(options, query, key, lse)
-    grouped = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], key.shape[2], -1, x.shape[-1])  # noqa: E731
+    grouped = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], key.shape[2], -1, x.shape[-1])
     q, out, d_out = map(grouped, (query, output, d_output))
     delta = jnp.einsum("btkgh,btkgh->bkgt", out, d_out, precision="highest")
     d_p = jnp.einsum("btkgh,bskh->bkgts", d_out, value.astype(jnp.float32), precision="highest")
@@ -93,7 +99,10 @@ def weights(name: str, cotangents):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     "name, loss",
-    [*((name, "all") for name in CUDNN_CASES), *(("causal_grouped", loss) for loss in ("null_mass_alone", "zero_rows", "faint_rows"))],
+    [
+        *((name, "all") for name in CUDNN_CASES),
+        *(("causal_grouped", loss) for loss in ("null_mass_alone", "zero_rows", "faint_rows")),
+    ],
 )
 def test_cudnn_with_our_lse_and_delta_is_attention_with_a_null(monkeypatch, h100, name, loss, dtype):
     monkeypatch.setattr(cudnn, "softmax_attention", emulated_forward)
@@ -104,11 +113,15 @@ def test_cudnn_with_our_lse_and_delta_is_attention_with_a_null(monkeypatch, h100
     cotangents = (jnp.asarray(d_output, dtype), *(jnp.asarray(x, jnp.float32) for x in rest))
     b = jnp.broadcast_to(arrays[3], (arrays[0].shape[2],))
     values, gradients = suite.results_and_gradients(
-        lambda q, k, v, b: null_attention(q, k, v, null_logit=b, implementation="cudnn", **options), (*halves, b), cotangents
+        lambda q, k, v, b: null_attention(q, k, v, null_logit=b, implementation="cudnn", **options),
+        (*halves, b),
+        cotangents,
     )
     with jax.enable_x64(True):
         wanted, wanted_gradients = suite.results_and_gradients(
-            lambda q, k, v, b: suite.plain(q, k, v, b, **options), suite.as_float64((*halves, b)), suite.as_float64(cotangents)
+            lambda q, k, v, b: suite.plain(q, k, v, b, **options),
+            suite.as_float64((*halves, b)),
+            suite.as_float64(cotangents),
         )
     suite.assert_close(values[0], wanted[0], TOLERANCE[dtype])
     for actual, want in zip(values[1:], wanted[1:]):
@@ -129,7 +142,11 @@ def test_the_injected_products_sum_to_delta(dtype):
     random = np.random.default_rng(0)
     scale = 10.0 ** random.integers(-12, 3, (3, 41, 5, 1))
     d_output = jnp.asarray(random.normal(size=(3, 41, 5, 16)) * scale * random.integers(0, 2, (3, 41, 5, 1)), dtype)
-    delta = jnp.asarray(random.normal(size=(3, 5, 41)) * 10.0 ** random.integers(-9, 1, (3, 5, 41)), jnp.float32).at[:, 2].set(0.0)
+    delta = (
+        jnp.asarray(random.normal(size=(3, 5, 41)) * 10.0 ** random.integers(-9, 1, (3, 5, 41)), jnp.float32)
+        .at[:, 2]
+        .set(0.0)
+    )
     output, d_output = (np.asarray(x, np.float64) for x in jax.jit(cudnn.inject_delta)(d_output, delta))
     assert np.isfinite(output).all() and np.isfinite(d_output).all()
     error = np.abs((output * d_output).sum(-1).swapaxes(1, 2) - np.asarray(delta))
@@ -174,7 +191,9 @@ HALF = dict(shape=(2, 70, 70, 6, 2, 64), dtype=jnp.bfloat16)
 )
 def test_what_a_backend_cannot_serve_it_names(monkeypatch, backend, change, reason):
     options = HALF | dict(device=H100) | change
-    (batch, length, keys, heads, key_heads, size), dtype, device = (options.pop(name) for name in ("shape", "dtype", "device"))
+    (batch, length, keys, heads, key_heads, size), dtype, device = (
+        options.pop(name) for name in ("shape", "dtype", "device")
+    )
     monkeypatch.setattr(sys.modules[f"pallas_kernels.null_attention.{backend}"], "target_device", lambda: device)
     if backend == "mosaic_gpu" and OLD_JAX:
         reason = f"mosaic_gpu: needs jax 0.11.2 or newer, this is jax {jax.__version__}"
@@ -189,7 +208,11 @@ def test_a_changed_private_call_is_named(monkeypatch, h100):
     shape = jax.ShapeDtypeStruct((2, 70, 6, 64), jnp.bfloat16)
     for name, broken, reason in (
         ("_dot_product_attention_fwd_p_wrapper", None, "lacks the private call to cuDNN"),
-        ("_dot_product_attention_bwd_impl", lambda query, key: None, "calls cuDNN with other arguments than this backend knows"),
+        (
+            "_dot_product_attention_bwd_impl",
+            lambda query, key: None,
+            "calls cuDNN with other arguments than this backend knows",
+        ),
     ):
         with monkeypatch.context() as patch:
             if broken is None:
@@ -213,7 +236,7 @@ def test_gradients_inside_shard_map_have_the_arguments_types(backend, length):
     shapes.append(jax.ShapeDtypeStruct((6,), jnp.float32))
 
     def loss(*arrays):
-        attend = lambda q, k, v, b: tuple(null_attention(q, k, v, null_logit=b, implementation=backend))  # noqa: E731
+        attend = lambda q, k, v, b: tuple(null_attention(q, k, v, null_logit=b, implementation=backend))
         specs = (heads, heads, heads, PartitionSpec("tensor"))
         output, null_mass, _ = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(heads, rows, rows))(*arrays)
         return output.astype(jnp.float32).sum() + null_mass.sum()

@@ -1,4 +1,6 @@
-"""What only the TPU kernels can get wrong: several tiles on both sides, tiles that are left out, folded heads, and what cannot be served."""
+"""What only the TPU kernels can get wrong: several tiles on both sides, tiles that are left out, folded
+heads, and what cannot be served.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ from pallas_kernels import explain, null_attention
 from pallas_kernels.dispatch import interpret_kernels
 from pallas_kernels.null_attention.mosaic_tpu import tiles
 
-# batch, queries, keys, query heads, key heads, head size. With tiles of 128: 3 x 3, 2 x 4 and 4 x 2 tiles, ragged ones among them.
+# batch, queries, keys, query heads, key heads, head size. With tiles of 128: 3 x 3, 2 x 4 and 4 x 2 tiles, ragged ones
+# among them.
 CASES = {
     "causal": dict(shape=(1, 301, 301, 2, 1, 5)),
     "causal_aligned_at_the_end": dict(shape=(1, 201, 430, 2, 2, 7), logit_softcap=3.0),
@@ -32,11 +35,20 @@ def small_tiles(monkeypatch):
 def make(shape, segments=False, **options):
     batch, length, keys, heads, key_heads, size = shape
     random = np.random.default_rng(sum(shape))
-    normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
-    arrays = normal(batch, length, heads, size), normal(batch, keys, key_heads, size), normal(batch, keys, key_heads, size), normal(heads)
+    normal = lambda *shape: random.normal(size=shape).astype(np.float32)
+    arrays = (
+        normal(batch, length, heads, size),
+        normal(batch, keys, key_heads, size),
+        normal(batch, keys, key_heads, size),
+        normal(heads),
+    )
     if segments:
         options["segment_ids"] = tuple(np.sort(random.integers(0, 3, (batch, n)), axis=1) for n in (length, keys))
-    return arrays, options, (normal(batch, length, heads, size), normal(batch, heads, length), normal(batch, heads, length))
+    return (
+        arrays,
+        options,
+        (normal(batch, length, heads, size), normal(batch, heads, length), normal(batch, heads, length)),
+    )
 
 
 def run(arrays, options, cotangents, implementation):
@@ -64,7 +76,9 @@ def reached(reach, ours, theirs):
     return {(i, j) for i in range(ours) for first, last in [reach(i)] for j in range(first, last + 1) if j < theirs}
 
 
-@pytest.mark.parametrize("name", ["causal", "causal_aligned_at_the_end", "window_of_a_part_of_a_tile", "window_of_more_than_a_tile"])
+@pytest.mark.parametrize(
+    "name", ["causal", "causal_aligned_at_the_end", "window_of_a_part_of_a_tile", "window_of_more_than_a_tile"]
+)
 def test_only_tiles_with_a_visible_key_are_computed(small_tiles, name):
     _, length, keys, *_ = CASES[name]["shape"]
     window = CASES[name].get("window")
@@ -87,7 +101,9 @@ def test_tiles_without_a_mask_have_nothing_to_mask(small_tiles, name):
     shape = tiles.Shape.of(jnp.zeros((1, length, heads, 8)), jnp.zeros((1, keys, key_heads, 8)))
     row, column = np.arange(shape.rows)[:, None], np.arange(shape.keys)
     distance = (row % length if shape.folded else row) + keys - length - column
-    visible = (column < keys) & ((distance >= 0) | (not options.causal and window is None)) & (distance < (window or np.inf))
+    visible = (
+        (column < keys) & ((distance >= 0) | (not options.causal and window is None)) & (distance < (window or np.inf))
+    )
     visible |= row >= (length * heads // key_heads if shape.folded else length)  # padded rows
     seen = visible.reshape(shape.row_tiles, shape.row_tile, shape.key_tiles, shape.key_tile).all((1, 3))
     pairs = [(i, j) for i in range(shape.row_tiles) for j in range(shape.key_tiles)]

@@ -21,7 +21,7 @@ CASES = {
 def make(per_token=False, norm=False, bias=False, evidence=False, scale=1.0, null_logit=0.3, live=LIVE, sizes=(3, 11)):
     """(sources, arguments, options, the gradients so far, the cotangent, number of live sources)."""
     (T, width), random = sizes, np.random.default_rng(0)
-    normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: random.normal(size=shape).astype(np.float32)
     arguments = {"query": normal(B, T, width) if per_token else normal(width)}
     if norm:
         arguments["key_norm_scale"] = 1 + normal(width) / 3
@@ -72,7 +72,9 @@ def test_equals_autodiff(case, implementation, sizes):
     if implementation == "mosaic_tpu":
         mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
         with interpret_kernels():
-            gradients, into = ours(case, sizes, implementation, OperatorSharding(mesh, batch="data") if case == "static" else None)
+            gradients, into = ours(
+                case, sizes, implementation, OperatorSharding(mesh, batch="data") if case == "static" else None
+            )
     else:
         with jax.enable_x64(True):
             gradients, into = ours(case, sizes, implementation, convert=as_float64)
@@ -80,19 +82,27 @@ def test_equals_autodiff(case, implementation, sizes):
     # a score of 50 that is off by one float32 spacing moves a weight by 50 spacings
     tolerance = 1e-12 if implementation != "mosaic_tpu" else 5e-4 if case == "clamped" else 1e-5
     for name, wanted in dict(d_arguments, sources=d_sources).items():
-        np.testing.assert_allclose(getattr(gradients, name), wanted, rtol=0, atol=tolerance * np.abs(wanted).max(), err_msg=name)
+        np.testing.assert_allclose(
+            getattr(gradients, name), wanted, rtol=0, atol=tolerance * np.abs(wanted).max(), err_msg=name
+        )
     live = CASES[case].get("live", LIVE)
     np.testing.assert_array_equal(gradients.sources[live:], into[live:])
     given = {"sources", *d_arguments}
-    assert [name for name, x in gradients._asdict().items() if x is None] == [x for x in gradients._fields if x not in given]
+    assert [name for name, x in gradients._asdict().items() if x is None] == [
+        x for x in gradients._fields if x not in given
+    ]
 
 
 def test_what_does_not_fit_is_refused():
     sources, arguments, options, into, d_output, _ = make(**CASES["projected"])
     result = depth_route(sources, **arguments, **options)
-    with pytest.raises(ValueError, match=r"^sources: must be one array of the shape of into, \(5, 2, 3, 11\), got a sequence$"):
+    with pytest.raises(
+        ValueError, match=r"^sources: must be one array of the shape of into, \(5, 2, 3, 11\), got a sequence$"
+    ):
         add_route_gradients(into, d_output, result, list(sources), **arguments, **options)
-    with pytest.raises(ValueError, match=r"^sources: must be one array of the shape of into, \(4, 2, 3, 11\), got \(5, 2, 3, 11\)$"):
+    with pytest.raises(
+        ValueError, match=r"^sources: must be one array of the shape of into, \(4, 2, 3, 11\), got \(5, 2, 3, 11\)$"
+    ):
         add_route_gradients(into[1:], d_output, result, sources, **arguments, **options)
     with pytest.raises(ValueError, match="add_route_gradients has no 'xls'"):
         add_route_gradients(into, d_output, result, sources, **arguments, **options, implementation="xls")

@@ -34,7 +34,7 @@ SUBLAYERS = (make_evidence, keep_evidence)
 
 def make(coupled=False, null_logit=0.0, loud=1.0):
     random = np.random.default_rng(8)
-    normal = lambda *shape: jnp.asarray(random.normal(size=shape))  # noqa: E731
+    normal = lambda *shape: jnp.asarray(random.normal(size=shape))
     arguments = {
         "parameters": ({"w": normal(N, D, D) / 2, "e": normal(N, D)}, {"w": normal(N, D, D) / 2}),
         "first": normal(B, T, D),
@@ -72,7 +72,9 @@ def test_equals_the_list_of_sources(name):
         arguments, context, cotangent, null_logit = make(**CASES[name])
 
         def stack(a):
-            return routed_stack(SUBLAYERS, a["parameters"], context, a["first"], a["queries"], a.get("couplings"), null_logit=null_logit)
+            return routed_stack(
+                SUBLAYERS, a["parameters"], context, a["first"], a["queries"], a.get("couplings"), null_logit=null_logit
+            )
 
         @jax.jit
         def both(arguments):

@@ -1,4 +1,6 @@
-"""Both operators under jit with sharded inputs give what they give on one device; eight virtual CPU devices, in a process of their own."""
+"""Both operators under jit with sharded inputs give what they give on one device; eight virtual CPU devices, in a
+process of their own.
+"""
 
 import os
 import pathlib
@@ -43,7 +45,8 @@ assert gradients[1].sharding.is_equivalent_to(NamedSharding(mesh, P(*heads)), 4)
 check(attend, arguments, [("data", "sequence", "tensor")] + [heads] * 2 + [()])
 
 def route(sources, query, evidence):
-    output, weights, null_mass = depth_route(sources, query, key_norm_scale=jnp.ones(10), null_evidence=evidence, coupling=0.7)
+    options = dict(key_norm_scale=jnp.ones(10), null_evidence=evidence, coupling=0.7)
+    output, weights, null_mass = depth_route(sources, query, **options)
     return (output ** 2).sum() + (weights ** 2).sum() + null_mass.sum()
 
 tokens = ("data", "sequence")
@@ -55,7 +58,8 @@ for query, spec in ((normal(10), ()), (normal(4, 6, 10), tokens)):
     def route_in_shards(*arguments):
         axes = [P(*tokens), P(*spec), P(*tokens)]
         each = lambda s, q, e: depth_route(s, q, key_norm_scale=jnp.ones(10), null_evidence=e, coupling=0.7)
-        output, weights, null_mass = jax.shard_map(each, mesh=mesh, in_specs=tuple(axes), out_specs=P(*tokens))(*arguments)
+        mapped = jax.shard_map(each, mesh=mesh, in_specs=tuple(axes), out_specs=P(*tokens))
+        output, weights, null_mass = mapped(*arguments)
         return (output ** 2).sum() + (weights ** 2).sum() + null_mass.sum()
 
     whole, shards = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*arguments) for loss in (route, route_in_shards))
@@ -73,7 +77,9 @@ def on_eight_devices(*arguments, flags="") -> str:
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
         "PYTHONPATH": root,
     }
-    run = subprocess.run([sys.executable, "-W", "error", *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", *arguments], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
@@ -84,14 +90,21 @@ def test_sharded_inputs_give_the_results_of_one_device():
 
 @pytest.mark.parametrize("part", ["attention", "routing", "shard_map"])
 def test_a_sharding_gives_the_results_of_one_device(part):
-    assert on_eight_devices(pathlib.Path(__file__).parent / "ring_program.py", part, flags="--xla_backend_optimization_level=0") == "equal"
+    assert (
+        on_eight_devices(
+            pathlib.Path(__file__).parent / "ring_program.py", part, flags="--xla_backend_optimization_level=0"
+        )
+        == "equal"
+    )
 
 
 def test_zigzag_gives_every_device_an_early_and_a_late_part_and_is_undone():
     x = np.arange(24).reshape(1, 12, 2)
     assert zigzag(x, 3)[0, :, 0].tolist() == [0, 2, 20, 22, 4, 6, 16, 18, 8, 10, 12, 14]
     assert unzigzag(zigzag(x, 3), 3).tolist() == x.tolist() and zigzag(x.T, 2, axis=-2).shape == (2, 12, 1)
-    with pytest.raises(ValueError, match="x: its length along axis 1 must be a multiple of 10 for 5 shards, got \\(1, 12, 2\\)"):
+    with pytest.raises(
+        ValueError, match="x: its length along axis 1 must be a multiple of 10 for 5 shards, got \\(1, 12, 2\\)"
+    ):
         zigzag(x, 5)
 
 
@@ -104,7 +117,10 @@ MESH = AbstractMesh((2, 3, 4), ("data", "tensor", "sequence"))
         (dict(batch="dat"), "the mesh has no axis 'dat'; there are: data, tensor, sequence"),
         (dict(batch=("data", "tensor"), heads="tensor"), "mesh axis 'tensor' is named more than once"),
         (dict(batch="data", sequence=("data", "sequence")), "mesh axis 'data' is named more than once"),
-        (dict(sequence=("data", "sequence"), layout="zigzag"), "layout='zigzag' .* over one axis .*, got \\('data', 'sequence'\\)"),
+        (
+            dict(sequence=("data", "sequence"), layout="zigzag"),
+            "layout='zigzag' .* over one axis .*, got \\('data', 'sequence'\\)",
+        ),
         (dict(sequence="sequence", layout="zig"), "layout must be one of contiguous, zigzag, got 'zig'"),
         (dict(layout="zigzag"), "layout='zigzag' .* needs sequence=, got None"),
     ],
@@ -117,28 +133,62 @@ def test_a_sharding_that_cannot_be(options, message):
 @pytest.mark.parametrize(
     "message, shapes, sharding, options",
     [
-        ("query: sharding splits batch over data=2: must be a multiple of 2, got 3", (3, 8, 8, 3, 3), dict(batch="data"), {}),
-        ("query: sharding splits heads over tensor=3: must be a multiple of 3, got 4", (2, 8, 8, 4, 2), dict(heads="tensor"), {}),
+        (
+            "query: sharding splits batch over data=2: must be a multiple of 2, got 3",
+            (3, 8, 8, 3, 3),
+            dict(batch="data"),
+            {},
+        ),
+        (
+            "query: sharding splits heads over tensor=3: must be a multiple of 3, got 4",
+            (2, 8, 8, 4, 2),
+            dict(heads="tensor"),
+            {},
+        ),
         ("key: sharding splits heads 3 ways: .*got shape", (2, 8, 8, 6, 2), dict(heads="tensor"), {}),
-        ("query: sharding splits sequence over sequence=4: must be a multiple of 4, got 6", (2, 6, 6, 3, 3), dict(sequence="sequence"), {}),
-        ("query: .*in two parts each .layout zigzag.: must be a multiple of 8, got 12", (2, 12, 12, 3, 3), dict(sequence="sequence", layout="zigzag"), {}),
-        ("key: over a sequence axis causal attention needs as many keys as queries .8., got", (2, 8, 16, 3, 3), dict(sequence="sequence"), {}),
-        ("window: needs layout='contiguous'", (2, 8, 8, 3, 3), dict(sequence="sequence", layout="zigzag"), dict(window=3)),
+        (
+            "query: sharding splits sequence over sequence=4: must be a multiple of 4, got 6",
+            (2, 6, 6, 3, 3),
+            dict(sequence="sequence"),
+            {},
+        ),
+        (
+            "query: .*in two parts each .layout zigzag.: must be a multiple of 8, got 12",
+            (2, 12, 12, 3, 3),
+            dict(sequence="sequence", layout="zigzag"),
+            {},
+        ),
+        (
+            "key: over a sequence axis causal attention needs as many keys as queries .8., got",
+            (2, 8, 16, 3, 3),
+            dict(sequence="sequence"),
+            {},
+        ),
+        (
+            "window: needs layout='contiguous'",
+            (2, 8, 8, 3, 3),
+            dict(sequence="sequence", layout="zigzag"),
+            dict(window=3),
+        ),
     ],
-)  # fmt: skip
+)
 def test_attention_that_cannot_be_split(message, shapes, sharding, options):
     batch, length, keys, heads, key_heads = shapes
     query, key = jnp.ones((batch, length, heads, 4)), jnp.ones((batch, keys, key_heads, 4))
     with pytest.raises(ValueError, match=f"^{message}"):
         null_attention(query, key, key, sharding=OperatorSharding(MESH, **sharding), **options)
-    with pytest.raises(ValueError, match=r"^sharding: attention passes keys around one mesh axis, got sequence=\('data', 'sequence'\)"):
+    with pytest.raises(
+        ValueError, match=r"^sharding: attention passes keys around one mesh axis, got sequence=\('data', 'sequence'\)"
+    ):
         null_attention(query, key, key, sharding=OperatorSharding(MESH, sequence=("data", "sequence")))
     with pytest.raises(ValueError, match=r"^sharding: must be None or a pallas_kernels.OperatorSharding, got str"):
         null_attention(query, key, key, sharding="data")
 
 
 def test_routing_that_cannot_be_split():
-    with pytest.raises(ValueError, match=r"^sources: sharding splits sequence over sequence=4: must be a multiple of 4, got 6 in shape"):
+    with pytest.raises(
+        ValueError, match=r"^sources: sharding splits sequence over sequence=4: must be a multiple of 4, got 6 in shape"
+    ):
         depth_route(jnp.ones((3, 2, 6, 5)), jnp.ones(5), sharding=OperatorSharding(MESH, sequence="sequence"))
 
 

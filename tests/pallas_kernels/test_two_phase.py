@@ -1,4 +1,6 @@
-"""Both phases together against float64 autodiff of the plain definition: depth routing over the finished sources and the running one."""
+"""Both phases together against float64 autodiff of the plain definition: depth routing over the finished sources and
+the running one.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +114,11 @@ def test_equals_the_plain_definition(name):
             return wanted, got, may_clamp, got_vjp(cotangents)[0], vjp(cotangents)[0]
 
         wanted, got, may_clamp, gradients, expected = both(arguments, cotangents)
-        expected_branch = {"clamped": [True] * 3, "clamped_softmax": [True] * 3, "one_query_clamped": [False, True, False]}
+        expected_branch = {
+            "clamped": [True] * 3,
+            "clamped_softmax": [True] * 3,
+            "one_query_clamped": [False, True, False],
+        }
         assert list(may_clamp) == expected_branch.get(name, [False] * 3)
         for actual, value in zip(got, wanted):
             assert relative(actual, value) < 1e-12
@@ -126,10 +132,17 @@ def test_phase_one_alone_would_miss_the_clamp():
     with jax.enable_x64(True):
         arguments, options = make(**CASES["clamped"])
         wanted = plain(arguments, **options)[0]
-        finished = route_finished(list(arguments["sources"]), arguments["queries"], bias=arguments["bias"][:, :L], **options)
+        finished = route_finished(
+            list(arguments["sources"]), arguments["queries"], bias=arguments["bias"][:, :L], **options
+        )
         one = jax.tree.map(lambda x: x[0], finished)._replace(may_clamp=jnp.bool_(False))
         got = route_running(
-            one, arguments["running"][0], arguments["queries"][0], sources=list(arguments["sources"]), bias=arguments["bias"][0], **options
+            one,
+            arguments["running"][0],
+            arguments["queries"][0],
+            sources=list(arguments["sources"]),
+            bias=arguments["bias"][0],
+            **options,
         )
         assert relative(got.output, wanted[0]) > 1e-3
 

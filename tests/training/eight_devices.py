@@ -1,4 +1,6 @@
-"""Trains models on one device and on meshes of eight, in one process, and prints what came out: see test_training_sharding.py."""
+"""Trains models on one device and on meshes of eight, in one process, and prints what came out: see
+test_training_sharding.py.
+"""
 
 import json
 import sys
@@ -29,9 +31,14 @@ def config(steps: int, fields: dict, mesh: dict) -> Config:
 def batches(steps: int) -> list[dict[str, np.ndarray]]:
     """Text of a sort: every token is its predecessor plus one of three steps. Weights differ."""
     random = np.random.default_rng(0)
-    stream = (random.integers(0, VOCAB, (steps, BATCH, 1)) + random.integers(1, 4, (steps, BATCH, LENGTH + 1)).cumsum(-1)) % VOCAB
+    stream = (
+        random.integers(0, VOCAB, (steps, BATCH, 1)) + random.integers(1, 4, (steps, BATCH, LENGTH + 1)).cumsum(-1)
+    ) % VOCAB
     weights = random.random((steps, BATCH, LENGTH)).astype(np.float32)
-    return [{"inputs": x[:, :-1].astype(np.int32), "targets": x[:, 1:].astype(np.int32), "weights": w} for x, w in zip(stream, weights)]
+    return [
+        {"inputs": x[:, :-1].astype(np.int32), "targets": x[:, 1:].astype(np.int32), "weights": w}
+        for x, w in zip(stream, weights)
+    ]
 
 
 def train(config: Config, devices: list) -> tuple[TrainState, TrainState, dict[str, list[float]]]:
@@ -41,7 +48,10 @@ def train(config: Config, devices: list) -> tuple[TrainState, TrainState, dict[s
     first, found = jax.device_get(state.params), {"loss": [], "grad_norm": []}
     for batch in batches(config.run.steps):
         state, metrics = step(state, put_batch(batch, batch_sharding(config, mesh)))
-        for name, values in found.items():  # read at once: steps that overlap could leave the devices' threads waiting for each other
+        for (
+            name,
+            values,
+        ) in found.items():  # read at once: steps that overlap could leave the devices' threads waiting for each other
             values.append(float(metrics[name]))
     return first, state, found
 
@@ -63,7 +73,9 @@ def main(steps: int, models: dict[str, dict], meshes: dict[str, dict]) -> None:
         for name, sizes in meshes.items():
             first, last, losses = train(config(steps, fields, sizes), jax.devices())
             report[model][name] = losses | {
-                "initial_difference": max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), first, alone))),
+                "initial_difference": max(
+                    jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), first, alone))
+                ),
                 "query_shard": shard(leaf(last.params, "attention']['query")),
                 "moment_shard": shard(leaf(last.opt_state, "attention']['query")),
             }

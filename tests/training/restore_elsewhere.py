@@ -1,4 +1,5 @@
-"""One of several processes that saves a made-up training state, or restores it elsewhere: see test_restore_elsewhere.py.
+"""One of several processes that saves a made-up training state, or restores it elsewhere: see
+test_restore_elsewhere.py.
 
 restore_elsewhere.py FOLDER save|restore MESH COORDINATOR COUNT INDEX
 """
@@ -75,7 +76,9 @@ def main(folder: str, action: str, sizes: str, coordinator: str, count: str, ind
         if action == "save":
             for _ in range(STEP):
                 next(batches)
-            checkpoints.save(placed_state(abstract), step=STEP, data_state=batches.get_state(), description=describe(config, corpus))
+            checkpoints.save(
+                placed_state(abstract), step=STEP, data_state=batches.get_state(), description=describe(config, corpus)
+            )
             found = 0
         else:
             resumed = checkpoints.resume(config, mesh)

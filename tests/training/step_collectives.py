@@ -1,4 +1,6 @@
-"""Compiles training steps for meshes of eight virtual devices and prints what they send and hold: see test_step_collectives.py."""
+"""Compiles training steps for meshes of eight virtual devices and prints what they send and hold: see
+test_step_collectives.py.
+"""
 
 import json
 import sys
@@ -22,7 +24,9 @@ def careless(depth_route, mesh: jax.sharding.Mesh):
     whole = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
     def route(sources, *arguments, **options):
-        return depth_route([jax.lax.with_sharding_constraint(source, whole) for source in sources], *arguments, **options)
+        return depth_route(
+            [jax.lax.with_sharding_constraint(source, whole) for source in sources], *arguments, **options
+        )
 
     return route
 
@@ -33,7 +37,9 @@ def watched(depth_route, shards: list):
     def route(sources, *arguments, **options):
         for source in sources:
             found = jax.lax.stop_gradient(source)
-            jax.debug.inspect_array_sharding(found, callback=lambda sharding, shape=found.shape: shards.append(sharding.shard_shape(shape)))
+            jax.debug.inspect_array_sharding(
+                found, callback=lambda sharding, shape=found.shape: shards.append(sharding.shard_shape(shape))
+            )
         return depth_route(sources, *arguments, **options)
 
     return route
@@ -51,7 +57,10 @@ def report(model: dict, mesh: dict, mutant: bool = False) -> dict:
     routing.depth_route = watched(careless(own, devices) if mutant else own, shards)
     compiled = make_step(config, devices).lower(abstract_state(config, devices), batch).compile()
     routing.depth_route = own
-    return {"sent": {kind.name: [kind.count, kind.bytes] for kind in collectives(compiled.as_text())}, "sources": shards}
+    return {
+        "sent": {kind.name: [kind.count, kind.bytes] for kind in collectives(compiled.as_text())},
+        "sources": shards,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""kill -9 at random moments, then the same command again: nothing may tell the run from one that was never disturbed."""
+"""kill -9 at random moments, then the same command again: nothing may tell the run from one that was never
+disturbed.
+"""
 
 import json
 import os
@@ -13,7 +15,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 150
-# A parameter-heavy model with a checkpoint every few steps: a good part of the time goes into saving, and kills fall into it.
+# A parameter-heavy model with a checkpoint every few steps: a good part of the time goes into saving, and kills fall
+# into it.
 CONFIG = """
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
@@ -29,7 +32,9 @@ def get_config():
 
 def start(config: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
     command = [sys.executable, "-W", "error", ROOT / "train.py", f"--config={config}", f"--workdir={workdir}"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -42,7 +47,12 @@ def logged(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl without what the clock decides; every line has to be whole."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in line.items() if not name.endswith(("time", "_per_second", "_seconds", "_share"))} for line in lines
+        {
+            name: value
+            for name, value in line.items()
+            if not name.endswith(("time", "_per_second", "_seconds", "_share"))
+        }
+        for line in lines
     ]
 
 

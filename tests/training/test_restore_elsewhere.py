@@ -1,4 +1,6 @@
-"""A checkpoint restored onto another mesh, another number of devices and another number of processes: bit for bit, and no example twice or lost."""
+"""A checkpoint restored onto another mesh, another number of devices and another number of processes: bit for
+bit, and no example twice or lost.
+"""
 
 import json
 import os
@@ -29,7 +31,17 @@ def run(folder: pathlib.Path, action: str, processes: int, devices: int, mesh: d
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(HERE.parents[1]),
     }
-    command = [sys.executable, "-W", "error", HERE / "restore_elsewhere.py", folder, action, json.dumps(mesh), coordinator, str(processes)]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        HERE / "restore_elsewhere.py",
+        folder,
+        action,
+        json.dumps(mesh),
+        coordinator,
+        str(processes),
+    ]
     options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     running = [subprocess.Popen([*command, str(index)], **options) for index in range(processes)]
     try:

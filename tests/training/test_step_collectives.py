@@ -1,4 +1,6 @@
-"""What a training step sends between devices, counted in the compiled program against formulas: a stray gather of the source history fails here."""
+"""What a training step sends between devices, counted in the compiled program against formulas: a stray
+gather of the source history fails here.
+"""
 
 import json
 import math
@@ -41,14 +43,27 @@ def case(layers: int, mesh: dict, preset: str = "oasis", mutant: bool = False, *
 
 
 def gathers(layers: int) -> list[int]:
-    """(count, bytes) of all-gathers over tensor: the stream before each of 2 L sublayers and before the head, its gradient after each sublayer,
-    the gradient of each layer's evidence, and the embedding's table once. Nothing for the sources of a router."""
+    """(count, bytes) of all-gathers over tensor: the stream before each of 2 L sublayers and before the head, its
+    gradient after each sublayer, the gradient of each layer's evidence, and the embedding's table once. Nothing for the
+    sources of a router.
+    """
     return [4 * layers + 1 + layers + 1, (4 * layers + 1) * STREAM + layers * EVIDENCE + TABLE]
 
 
 def bytes_of_layers(layers: int, axis: str, split: bool) -> int:
-    """Bytes of the layers' and routers' parameters that a mesh axis splits, or does not split, on one of two tensor shards."""
-    config = ModelConfig(preset="oasis", num_layers=layers, width=40, num_heads=12, num_kv_heads=4, head_dim=10, mlp_dim=56, vocab_size=83)
+    """Bytes of the layers' and routers' parameters that a mesh axis splits, or does not split, on one of two tensor
+    shards.
+    """
+    config = ModelConfig(
+        preset="oasis",
+        num_layers=layers,
+        width=40,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=10,
+        mlp_dim=56,
+        vocab_size=83,
+    )
 
     mesh = AbstractMesh((1, 2, 1, 2), ("data", "fsdp", "sequence", "tensor"))
 
@@ -75,13 +90,18 @@ def test_a_step_sends_what_its_sublayers_need_and_no_history():
 
 @pytest.mark.slow
 def test_what_is_sent_grows_with_depth_not_with_its_square_and_a_gathered_history_shows():
-    two, three, mixed, mutant = compiled(case(2, ON_TENSOR), case(3, ON_TENSOR), case(2, MIXED), case(2, ON_TENSOR, mutant=True))
+    two, three, mixed, mutant = compiled(
+        case(2, ON_TENSOR), case(3, ON_TENSOR), case(2, MIXED), case(2, ON_TENSOR, mutant=True)
+    )
     assert three["sent"]["all-gather"] == gathers(3)
     assert shards(three) == {(4, 12, 40)}
-    # A layer sums its two outputs and the gradients of their inputs, from query, key and value and from gate and up. Gradients of parameters are
-    # summed over data, those of what tensor does not split over tensor too. The rest are numbers.
+    # A layer sums its two outputs and the gradients of their inputs, from query, key and value and from gate and up.
+    # Gradients of parameters are summed over data, those of what tensor does not split over tensor too. The rest are
+    # numbers.
     reduced = three["sent"]["all-reduce"][1] - two["sent"]["all-reduce"][1]
-    grown = {split: bytes_of_layers(3, "tensor", split) - bytes_of_layers(2, "tensor", split) for split in (True, False)}
+    grown = {
+        split: bytes_of_layers(3, "tensor", split) - bytes_of_layers(2, "tensor", split) for split in (True, False)
+    }
     assert 0 <= reduced - (7 * STREAM + EVIDENCE + grown[True] + 2 * grown[False]) < 1024
 
     # Parameters are gathered over fsdp once, the table of the vocabulary for the
@@ -111,7 +131,8 @@ def test_blocks_loops_and_a_sequence_alone():
     assert blocks["sent"]["all-gather"] == gathers(2)
     assert shards(blocks) == {(4, 12, 40)}
     assert loops["sent"]["all-gather"] == gathers(4)
-    # The loops over a history make every sublayer again in the backward pass; without coupling there may be no gradient of evidence.
+    # The loops over a history make every sublayer again in the backward pass; without coupling there may be no gradient
+    # of evidence.
     count, size = gathers(3)[0] + 2 * 3, gathers(3)[1] + 2 * 3 * STREAM
     assert cumulative["sent"]["all-gather"] == [count, size]
     assert full["sent"]["all-gather"] in ([count, size], [count - 3, size - 3 * EVIDENCE])

@@ -53,7 +53,9 @@ def run(text):
     first = new_state(config, MESH)
     states = {}
     for step in STEPS:
-        arrays = jax.tree.map(lambda x, step=step: x + jnp.asarray(step / 7, x.dtype), first._replace(rng=None, step=None))
+        arrays = jax.tree.map(
+            lambda x, step=step: x + jnp.asarray(step / 7, x.dtype), first._replace(rng=None, step=None)
+        )
         states[step] = arrays._replace(rng=jax.random.key(step), step=jnp.int32(step))
     return asked, config, corpus, states
 
@@ -69,7 +71,9 @@ def written(run, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("written")
     with Checkpoints(workdir, keep=Keep(2), say=print) as checkpoints:
         for step, state in states.items():
-            checkpoints.save(state, step=step, data_state={"next_index": 5 * step}, description=describe(config, corpus))
+            checkpoints.save(
+                state, step=step, data_state={"next_index": 5 * step}, description=describe(config, corpus)
+            )
     return workdir
 
 
@@ -85,8 +89,10 @@ def resume(config, workdir, said):
 
 
 def equal(first, second) -> bool:
-    bits = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
-    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(bits(x), bits(y)) and x.dtype == y.dtype, first, second))
+    bits = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return jax.tree.all(
+        jax.tree.map(lambda x, y: np.array_equal(bits(x), bits(y)) and x.dtype == y.dtype, first, second)
+    )
 
 
 def test_everything_comes_back(run, workdir, said):
@@ -197,7 +203,9 @@ def test_no_whole_checkpoint(run, workdir, said):
 def changed(config, **fields):
     for name, value in fields.items():
         section, field = name.split("__")
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+        )
     return config
 
 
@@ -205,8 +213,9 @@ def test_another_config_is_refused_by_the_names_of_its_fields(run, workdir, said
     asked = changed(run[0], model__width=28, data__sequence_length=10, optimizer__beta2=0.99, run__seed=1)
     with pytest.raises(UserError) as error:
         resume(asked, workdir, said)
-    assert "model.width is 14 there, 28 now; data.sequence_length is 9 there, 10 now; optimizer.beta2 is 0.95 there, 0.99 now; " in str(
-        error.value
+    assert (
+        "model.width is 14 there, 28 now; data.sequence_length is 9 there, 10 now; optimizer.beta2 is 0.95 there, "
+        "0.99 now; " in str(error.value)
     )
     assert "run.seed is 0 there, 1 now; take these values or another workdir" in str(error.value)
 
@@ -250,7 +259,14 @@ def test_every_other_field_is_compared():
             "run.telemetry_interval",
             "run.eval_interval",
         ),
-        *("run.eval_batches", "run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard"),
+        *(
+            "run.eval_batches",
+            "run.checkpoint_interval",
+            "run.keep_checkpoints",
+            "run.keep_every",
+            "run.keep_best",
+            "run.tensorboard",
+        ),
         *("optimizer.nonfinite", "optimizer.nonfinite_limit"),
     }
 
@@ -277,7 +293,9 @@ def test_only_a_constant_schedule_can_be_made_longer():
 def test_a_vocabulary_is_only_compared_when_asked_for():
     stored = Config(model=ModelConfig(vocab_size=258))
     assert differing_fields(Config(), stored) == []
-    assert differing_fields(changed(stored, model__vocab_size=300), stored) == ["model.vocab_size is 258 there, 300 now"]
+    assert differing_fields(changed(stored, model__vocab_size=300), stored) == [
+        "model.vocab_size is 258 there, 300 now"
+    ]
 
 
 def test_another_corpus_is_refused_by_name(run, text, tmp_path):
@@ -301,7 +319,9 @@ def test_a_checkpoint_of_another_layout_is_refused(run, tmp_path, said):
         layers = unstack_layers(states[9].params)
         checkpoints.save(states[9]._replace(params=layers), step=9, data_state={}, description=description)
     for attempt in (lambda: resume(asked, tmp_path, said), lambda: load_run(tmp_path)):
-        with pytest.raises(UserError, match="checkpoint 9 holds its parameters layer by layer, this version reads them stacked; ") as error:
+        with pytest.raises(
+            UserError, match="checkpoint 9 holds its parameters layer by layer, this version reads them stacked; "
+        ) as error:
             attempt()
         assert "\n" not in str(error.value)
 
@@ -310,7 +330,8 @@ def test_changed_versions_are_said(run, workdir, said, monkeypatch):
     monkeypatch.setattr("oasis_jax.training.checkpoints.platform.python_version", lambda: "3.99.1")
     assert resume(run[0], workdir, said).step == 9
     assert said == [
-        f"versions changed since the checkpoint (python {'.'.join(map(str, sys.version_info[:3]))} -> 3.99.1): losses may differ in their last bits"
+        f"versions changed since the checkpoint (python {'.'.join(map(str, sys.version_info[:3]))} -> 3.99.1): "
+        "losses may differ in their last bits"
     ]
 
 
@@ -332,14 +353,18 @@ def test_load_run(run, workdir):
 def test_load_run_reads_parameters_only(workdir, capsys):
     shutil.rmtree(workdir / "checkpoints" / "9" / "rest")
     files = workdir / "checkpoints" / "9" / "files.json"
-    files.write_text(json.dumps({name: size for name, size in json.loads(files.read_text()).items() if not name.startswith("rest/")}))
+    files.write_text(
+        json.dumps({name: size for name, size in json.loads(files.read_text()).items() if not name.startswith("rest/")})
+    )
     assert load_run(workdir).step == 9
 
 
 def test_load_run_falls_back(workdir, capsys):
     truncate(workdir / "checkpoints" / "9" / "params" / "manifest.ocdbt")
     assert load_run(workdir).step == 6
-    assert capsys.readouterr().err.startswith("checkpoint 9 is not whole, step 6 is used instead: params/manifest.ocdbt has ")
+    assert capsys.readouterr().err.startswith(
+        "checkpoint 9 is not whole, step 6 is used instead: params/manifest.ocdbt has "
+    )
     assert (workdir / "checkpoints" / "9").is_dir()
     with pytest.raises(UserError, match=r"no whole checkpoint \(9: params/manifest.ocdbt has"):
         load_run(workdir, step=9)

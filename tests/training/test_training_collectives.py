@@ -100,8 +100,14 @@ print(json.dumps({kind.name: (kind.count, kind.bytes) for kind in collectives(te
 
 
 def test_a_program_compiled_for_eight_devices_has_the_collectives_that_were_written():
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=240, env=environment)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=240, env=environment
+    )
     assert done.returncode == 0, done.stderr
     # Five layers gather a float32 matrix of 16 x 16 each; one sum of 3 x 16.
     assert json.loads(done.stdout) == {"all-gather": [5, 5 * 16 * 16 * 4], "all-reduce": [1, 3 * 16 * 4]}

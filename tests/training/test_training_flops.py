@@ -22,7 +22,9 @@ def products(jaxpr) -> float:
     for equation in jaxpr.eqns:
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
-            total += products(getattr(inner, "jaxpr", inner)) if hasattr(inner, "eqns") or hasattr(inner, "jaxpr") else 0.0
+            total += (
+                products(getattr(inner, "jaxpr", inner)) if hasattr(inner, "eqns") or hasattr(inner, "jaxpr") else 0.0
+            )
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, output = equation.invars[0].aval, equation.outvars[0].aval
@@ -59,13 +61,16 @@ def test_counts_are_the_products_of_the_traced_model(preset, fields):
     counted = forward_flops(config, LENGTH)
     # The reference computes all keys and masks; a causal query sees (T + 1) / 2 of T on average.
     whole = counted["attention"] * 2 * LENGTH / (LENGTH + 1)
-    # First-token mass costs one more score per query and head: part of the statistics, dropped by the compiler where nobody reads it.
+    # First-token mass costs one more score per query and head: part of the statistics, dropped by the compiler where
+    # nobody reads it.
     statistics = 2.0 * config.num_layers * config.num_heads * config.head_size
-    assert traced(config) == pytest.approx(LENGTH * (sum(counted.values()) - counted["attention"] + whole + statistics), rel=1e-12)
+    assert traced(config) == pytest.approx(
+        LENGTH * (sum(counted.values()) - counted["attention"] + whole + statistics), rel=1e-12
+    )
 
 
 def test_a_window_leaves_keys_out():
-    seen = lambda window: forward_flops(make("residual", window=window), 8)["attention"]  # noqa: E731
+    seen = lambda window: forward_flops(make("residual", window=window), 8)["attention"]
     assert seen(1) * 4.5 == seen(0) and seen(8) == seen(0)
     assert seen(3) == pytest.approx(seen(1) * (1 + 2 + 6 * 3) / 8)
 

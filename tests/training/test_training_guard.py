@@ -25,7 +25,9 @@ CONFIG = Config(
 
 
 def with_fields(**sections):
-    return dataclasses.replace(CONFIG, **{name: dataclasses.replace(getattr(CONFIG, name), **fields) for name, fields in sections.items()})
+    return dataclasses.replace(
+        CONFIG, **{name: dataclasses.replace(getattr(CONFIG, name), **fields) for name, fields in sections.items()}
+    )
 
 
 @pytest.fixture
@@ -38,7 +40,9 @@ def poison(monkeypatch):
         def poisoned(batch, sharding, **options):
             calls.append(None)
             return put_batch(
-                batch | {"targets": batch["targets"] * np.float32("nan")} if len(calls) in steps else batch, sharding, **options
+                batch | {"targets": batch["targets"] * np.float32("nan")} if len(calls) in steps else batch,
+                sharding,
+                **options,
             )
 
         monkeypatch.setattr(loop, "put_batch", poisoned)
@@ -48,7 +52,9 @@ def poison(monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run(poison, tmp_path):
     poison({17})
-    with pytest.raises(loop.TrainingStopped, match=r"step 17: the loss is not finite .* the last good checkpoint is step 14"):
+    with pytest.raises(
+        loop.TrainingStopped, match=r"step 17: the loss is not finite .* the last good checkpoint is step 14"
+    ):
         loop.fit(CONFIG, tmp_path)
 
 
@@ -70,7 +76,9 @@ def test_a_run_that_skips_nothing_is_the_one_that_would_stop(tmp_path):
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(poison, tmp_path):
     poison({4, *range(9, 40)})
-    with pytest.raises(loop.TrainingStopped, match=r"step 12: 4 steps in a row were not finite .* the last good checkpoint is step 7"):
+    with pytest.raises(
+        loop.TrainingStopped, match=r"step 12: 4 steps in a row were not finite .* the last good checkpoint is step 7"
+    ):
         loop.fit(with_fields(optimizer=dict(nonfinite="skip", nonfinite_limit=4)), tmp_path)
 
 
@@ -94,9 +102,15 @@ def test_sigterm_saves_and_a_second_call_goes_on(tmp_path, monkeypatch):
 
 def test_which_checkpoints_stay(tmp_path):
     losses = iter([0.5, 0.2, 0.9, 0.4, 0.7, 0.6])
-    config = with_fields(run=dict(checkpoint_interval=5, eval_interval=5, keep_checkpoints=1, keep_every=15, keep_best=1))
+    config = with_fields(
+        run=dict(checkpoint_interval=5, eval_interval=5, keep_checkpoints=1, keep_every=15, keep_best=1)
+    )
     loop.fit(config, tmp_path, evaluators={"own": lambda model, batches: {"loss": next(losses)}})
-    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [10, 15, 30]  # best, every 15, newest and every 15
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [
+        10,
+        15,
+        30,
+    ]  # best, every 15, newest and every 15
 
 
 @pytest.mark.parametrize(
@@ -138,7 +152,9 @@ def test_the_part_of_a_batch_that_a_process_reads(split, parts, index):
     class Sharding:
         def devices_indices_map(self, shape):
             half = shape[0] // 2
-            return {_Device(process): (slice(0, half) if i < 2 else slice(half, None),) for i, process in enumerate(split)}
+            return {
+                _Device(process): (slice(0, half) if i < 2 else slice(half, None),) for i, process in enumerate(split)
+            }
 
     assert batch_part(Sharding(), 12) == (index, parts)
 

@@ -50,7 +50,13 @@ def config(pattern) -> Config:
 def evaluate(model, batches):
     """The rows and the batches there are, the model's mean output, and what cannot be logged."""
     rows = sum(len(batch["inputs"]) for batch in batches)
-    return {"rows": rows, "output": float(model(batches[0]["inputs"])[0].mean()), "table": [1.0], "none": None, "endless": float("inf")}
+    return {
+        "rows": rows,
+        "output": float(model(batches[0]["inputs"])[0].mean()),
+        "table": [1.0],
+        "none": None,
+        "endless": float("inf"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +76,8 @@ def stopped_at_5(finished, tmp_path) -> pathlib.Path:
 
 def without_clock(workdir):
     return [
-        {k: v for k, v in line.items() if not k.endswith(("time", "_per_second", "_seconds", "_share"))} for line in read_metrics(workdir)
+        {k: v for k, v in line.items() if not k.endswith(("time", "_per_second", "_seconds", "_share"))}
+        for line in read_metrics(workdir)
     ]
 
 
@@ -83,7 +90,16 @@ def test_what_a_run_writes(finished):
     lines = {line["step"]: line for line in read_metrics(workdir)}
     assert list(lines) == [2, 4, 5, 6, 8, 10, 12]
     assert returned == lines[12]
-    always = {"step", "loss", "grad_norm", "parameter_norm", "learning_rate", "time", "tokens_per_second", "step_seconds"}
+    always = {
+        "step",
+        "loss",
+        "grad_norm",
+        "parameter_norm",
+        "learning_rate",
+        "time",
+        "tokens_per_second",
+        "step_seconds",
+    }
     always |= {"data_share", "transfer_share", "device_share"}
     assert set(lines[2]) == set(lines[8]) == always
     telemetry = {"null_mass", "null_mass/layer0", "first_token_mass", "first_token_mass/layer0"}
@@ -122,21 +138,28 @@ def poison(monkeypatch, name):
         def step(state, batch):
             number = int(state.step) + 1
             metrics = dict.fromkeys(("loss", "grad_norm", "parameter_norm", "learning_rate"), jnp.float32(number))
-            return state._replace(step=jnp.int32(number)), metrics | ({name: jnp.float32(jnp.nan)} if number >= 7 else {})
+            return state._replace(step=jnp.int32(number)), metrics | (
+                {name: jnp.float32(jnp.nan)} if number >= 7 else {}
+            )
 
         return step
 
     monkeypatch.setattr(loop, "make_step", make_step)
 
 
-@pytest.mark.parametrize("name, words", [("loss", "the loss"), ("grad_norm", "the gradient"), ("parameter_norm", "a parameter")])
+@pytest.mark.parametrize(
+    "name, words", [("loss", "the loss"), ("grad_norm", "the gradient"), ("parameter_norm", "a parameter")]
+)
 def test_a_run_that_is_no_longer_finite_stops(config, stopped_at_5, monkeypatch, name, words):
     poison(monkeypatch, name)
     asked = set_fields(config, "run", telemetry_interval=0, checkpoint_interval=4)
     with pytest.raises(TrainingStopped) as error:
         fit(asked, stopped_at_5)
     folder = stopped_at_5 / "checkpoints"
-    assert str(error.value) == f"step 7: {words} is not finite ({name} = nan); stopped, the last good checkpoint is step 5 in {folder}"
+    assert (
+        str(error.value)
+        == f"step 7: {words} is not finite ({name} = nan); stopped, the last good checkpoint is step 5 in {folder}"
+    )
     assert [line["step"] for line in read_metrics(stopped_at_5)] == [2, 4, 5, 6]
     assert [path.name for path in folder.iterdir()] == ["5"]
 
@@ -144,10 +167,14 @@ def test_a_run_that_is_no_longer_finite_stops(config, stopped_at_5, monkeypatch,
 def test_a_learning_rate_that_is_too_high(config, tmp_path):
     """The real step: parameters overflow float32 at once, and nothing is saved."""
     asked = set_fields(
-        set_fields(config, "optimizer", learning_rate=1e30, warmup_steps=0), "run", checkpoint_interval=1, telemetry_interval=0
+        set_fields(config, "optimizer", learning_rate=1e30, warmup_steps=0),
+        "run",
+        checkpoint_interval=1,
+        telemetry_interval=0,
     )
     with pytest.raises(
-        TrainingStopped, match=r"step 1: a parameter is not finite \(parameter_norm = inf\); stopped, there is no checkpoint yet"
+        TrainingStopped,
+        match=r"step 1: a parameter is not finite \(parameter_norm = inf\); stopped, there is no checkpoint yet",
     ):
         fit(asked, tmp_path)
     assert read_metrics(tmp_path) == []
@@ -165,7 +192,10 @@ def test_another_corpus_in_the_same_place(config, stopped_at_5, pattern, tmp_pat
 @pytest.mark.parametrize(
     "config, message",
     [
-        (Config(model=ModelConfig(vocab_size=300)), r"model\.vocab_size: 300 asked for, but the bytes tokenizer has 258; leave it at 0"),
+        (
+            Config(model=ModelConfig(vocab_size=300)),
+            r"model\.vocab_size: 300 asked for, but the bytes tokenizer has 258; leave it at 0",
+        ),
         (
             Config(model=ModelConfig(inputs="vectors", vector_dim=5), data=DataConfig(corpus="trigger", trigger_dim=7)),
             r"model\.vector_dim: 5 asked for, but the corpus trigger has 9; leave it at 0",
@@ -188,7 +218,9 @@ def test_a_workdir_that_cannot_be_written(config, tmp_path):
 
 
 def test_nothing_is_written_for_a_mesh_that_cannot_be(config, tmp_path):
-    with pytest.raises(UserError, match=f"mesh: data=640 x fsdp=1 x tensor=1 needs 640 devices, there are {len(jax.devices())}"):
+    with pytest.raises(
+        UserError, match=f"mesh: data=640 x fsdp=1 x tensor=1 needs 640 devices, there are {len(jax.devices())}"
+    ):
         fit(set_fields(config, "mesh", data=640), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -201,19 +233,29 @@ def command(pattern, tmp_path, *arguments):
     path.write_text(CONFIG.format(pattern=pattern))
     return subprocess.run(
         [sys.executable, "-W", "error", ROOT / "train.py", f"--config={path}", *arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def test_mistakes_are_one_line_and_exit_code_2(pattern, tmp_path, stopped_at_5):
     short = tmp_path / "short.txt"
     short.write_text("hi")
     for arguments, message in [
-        ((f"--workdir={stopped_at_5}", "--set", "model.width=16"), "holds a run with another config: model.width is 14 there, 16 now"),
+        (
+            (f"--workdir={stopped_at_5}", "--set", "model.width=16"),
+            "holds a run with another config: model.width is 14 there, 16 now",
+        ),
         ((f"--workdir={tmp_path / 'config.py'}",), "cannot write to"),
         # Ends after the checkpoints are opened and before anything is saved: no thread may be left behind.
         ((f"--workdir={tmp_path / 'short'}", "--set", f"data.pattern={short}"), "use a smaller data.sequence_length"),
-        ((f"--workdir={tmp_path / 'new'}", "--set", "data.batch_size=7", "--set", "optimizer.accumulation_steps=2"), "does not divide"),
+        (
+            (f"--workdir={tmp_path / 'new'}", "--set", "data.batch_size=7", "--set", "optimizer.accumulation_steps=2"),
+            "does not divide",
+        ),
     ]:
         done = command(pattern, tmp_path, *arguments)
         assert done.returncode == 2

@@ -19,7 +19,10 @@ VECTORS = ModelConfig(inputs="vectors", vector_dim=5)
 def tokens() -> tuple[np.ndarray, dict]:
     random = np.random.default_rng(0)
     logits = 30 * random.standard_normal((3, 7, 16)).astype(np.float32)
-    batch = {"targets": random.integers(0, 11, (3, 7)).astype(np.int32), "weights": random.random((3, 7)).astype(np.float32)}
+    batch = {
+        "targets": random.integers(0, 11, (3, 7)).astype(np.int32),
+        "weights": random.random((3, 7)).astype(np.float32),
+    }
     return logits, batch
 
 
@@ -71,7 +74,10 @@ def test_nothing_to_predict_costs_nothing(tokens):
 def test_parts_of_a_batch_add_up(tokens):
     logits, batch = tokens
     total = total_weight({"weights": jnp.array(batch["weights"])})
-    rows = [mean_loss(jnp.array(logits[i : i + 1]), {name: x[i : i + 1] for name, x in batch.items()}, TOKENS, total) for i in range(3)]
+    rows = [
+        mean_loss(jnp.array(logits[i : i + 1]), {name: x[i : i + 1] for name, x in batch.items()}, TOKENS, total)
+        for i in range(3)
+    ]
     assert_allclose(sum(rows), mean_loss(jnp.array(logits), batch, TOKENS), rtol=1e-6)
 
 
@@ -85,7 +91,10 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one(tied):
     with jax.enable_x64(True):
         ends = {name: jnp.asarray(random.normal(size=spec.shape)) for name, spec in ends_parameters(config).items()}
         final = jnp.asarray(random.normal(size=(2, 20, 3)))
-        batch = {"targets": jnp.asarray(random.integers(0, 53, (2, 20))), "weights": jnp.asarray(random.random((2, 20)))}
+        batch = {
+            "targets": jnp.asarray(random.integers(0, 53, (2, 20))),
+            "weights": jnp.asarray(random.random((2, 20))),
+        }
 
         def plain(ends, final):
             return mean_loss(unembed(ends, config, final, unconstrained), batch, config)

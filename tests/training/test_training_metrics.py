@@ -79,7 +79,9 @@ def test_speed_says_where_the_time_went_and_what_share_of_the_peak_was_used(monk
         with speed.spending("data"):
             now += 0.25
         now += 0.75
-    assert speed.read(4) == {"tokens_per_second": 100.0, "step_seconds": 1.0, "mfu": 0.3} | nothing | {"data_share": 0.25}
+    assert speed.read(4) == {"tokens_per_second": 100.0, "step_seconds": 1.0, "mfu": 0.3} | nothing | {
+        "data_share": 0.25
+    }
     now += 2.0
     assert speed.read(5) == {"tokens_per_second": 50.0, "step_seconds": 2.0, "mfu": 0.15} | nothing
 

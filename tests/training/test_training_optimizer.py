@@ -39,9 +39,18 @@ def test_a_run_may_end_within_its_warmup():
 
 @pytest.mark.parametrize("clip_norm, factor", [(0.5, 0.5 / 1.3), (2.0, 1.0), (0.0, 1.0)])
 def test_one_update_by_hand(clip_norm, factor):
-    """Two AdamW updates (arXiv 1711.05101, algorithm 2) of a matrix and a vector whose gradients have norm 1.3 together."""
+    """Two AdamW updates (arXiv 1711.05101, algorithm 2) of a matrix and a vector whose gradients have norm 1.3
+    together.
+    """
     config = OptimizerConfig(
-        learning_rate=0.1, warmup_steps=2, schedule="constant", weight_decay=0.01, beta1=0.7, beta2=0.8, epsilon=1e-3, clip_norm=clip_norm
+        learning_rate=0.1,
+        warmup_steps=2,
+        schedule="constant",
+        weight_decay=0.01,
+        beta1=0.7,
+        beta2=0.8,
+        epsilon=1e-3,
+        clip_norm=clip_norm,
     )
     optimizer = make_optimizer(config, steps=5)
     params = {"matrix": jnp.array([[1.0, -2.0]]), "vector": jnp.array([3.0])}
@@ -62,7 +71,9 @@ def test_one_update_by_hand(clip_norm, factor):
 @pytest.mark.parametrize("norm", ["rmsnorm", "preaffine", "gatednorm", "dyt"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_weight_decay_takes_projections_only(preset, norm):
-    shapes = parameter_shapes(ModelConfig(preset=preset, norm=norm, qk_norm=True, vocab_size=11, width=32, num_layers=4))
+    shapes = parameter_shapes(
+        ModelConfig(preset=preset, norm=norm, qk_norm=True, vocab_size=11, width=32, num_layers=4)
+    )
     kept = {path[-1].key for path, take in jax.tree_util.tree_leaves_with_path(decayed(shapes)) if not take}
     router = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(shapes.get("routers", {}))}
     norms = {"scale", "pre_scale", "alpha", "shift", "query_norm", "key_norm"}

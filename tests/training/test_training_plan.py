@@ -1,4 +1,6 @@
-"""What a plan says, and what it makes of a wrong --plan, without a compiler. Those that compile are in tests/aot/test_plan.py."""
+"""What a plan says, and what it makes of a wrong --plan, without a compiler. Those that compile are in
+tests/aot/test_plan.py.
+"""
 
 import importlib.util
 import math
@@ -65,11 +67,18 @@ def test_a_plan_adds_up_and_fits_up_to_the_last_byte():
 
 def test_a_description_gives_every_figure():
     text = describe(plan(found=[Collective("all-gather", 12, 3 * 2**20)], kind="TPU v5 lite", fsdp=8), Config())
-    for expected in ("8 devices (data=1 x fsdp=8", "together                  6.00 GiB   fits in 16.00 GiB (38 %)", "5.120e+11   a step; 1.000e+09 a token",
-                     "197 TFLOP/s 2.6 ms a step", "all-gather                3.00 MiB   a step, 12 times"):  # fmt: skip
+    for expected in (
+        "8 devices (data=1 x fsdp=8",
+        "together                  6.00 GiB   fits in 16.00 GiB (38 %)",
+        "5.120e+11   a step; 1.000e+09 a token",
+        "197 TFLOP/s 2.6 ms a step",
+        "all-gather                3.00 MiB   a step, 12 times",
+    ):
         assert expected in text
     assert "suggestion" not in text and "peak" not in describe(plan(), Config())
-    assert "DOES NOT FIT" in describe(plan(temporary=14), Config()) and "suggestion: " in describe(plan(temporary=14), Config())
+    assert "DOES NOT FIT" in describe(plan(temporary=14), Config()) and "suggestion: " in describe(
+        plan(temporary=14), Config()
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,19 +91,42 @@ def test_a_description_gives_every_figure():
         (plan(temporary=20), Config(model=ModelConfig(preset="residual")), "model.remat=layer"),
         (plan(temporary=20), Config(model=ModelConfig(preset="oasis_blocks")), "model.remat=layer"),
         (plan(temporary=20), Config(model=ModelConfig(stack="unroll")), "model.remat=layer"),
-        (plan(temporary=20), Config(), "accumulation_steps=2 "),  # a loop that recomputes everything whatever remat says
-        (plan(temporary=20, fsdp=8), Config(data=DataConfig(batch_size=24)), "a larger mesh.tensor"),  # three examples cannot be halved
-        (plan(temporary=20, fsdp=8), Config(model=ModelConfig(remat="layer"), data=DataConfig(batch_size=32), optimizer=OptimizerConfig(accumulation_steps=2)), "accumulation_steps=4 "),
-        (plan(temporary=20, fsdp=8), Config(model=ModelConfig(remat="layer"), data=DataConfig(batch_size=8)), "a larger mesh.tensor or mesh.sequence"),
+        (
+            plan(temporary=20),
+            Config(),
+            "accumulation_steps=2 ",
+        ),  # a loop that recomputes everything whatever remat says
+        (
+            plan(temporary=20, fsdp=8),
+            Config(data=DataConfig(batch_size=24)),
+            "a larger mesh.tensor",
+        ),  # three examples cannot be halved
+        (
+            plan(temporary=20, fsdp=8),
+            Config(
+                model=ModelConfig(remat="layer"),
+                data=DataConfig(batch_size=32),
+                optimizer=OptimizerConfig(accumulation_steps=2),
+            ),
+            "accumulation_steps=4 ",
+        ),
+        (
+            plan(temporary=20, fsdp=8),
+            Config(model=ModelConfig(remat="layer"), data=DataConfig(batch_size=8)),
+            "a larger mesh.tensor or mesh.sequence",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_suggestion_follows_what_takes_the_memory(made, config, expected):
     assert expected in suggestion(made, config)
 
 
 def test_a_refusal_of_the_compiler_is_read_as_bytes():
     used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
-    beside = "E1000: Ran out of memory on HBM, the total memory required for HLO temporaries (74.00G) exceeds available HBM (15.75G)."
+    beside = (
+        "E1000: Ran out of memory on HBM, the total memory required for HLO temporaries (74.00G) exceeds "
+        "available HBM (15.75G)."
+    )
     assert refused_bytes(used, 3 * GIB) == int(20.5 * GIB)
     assert refused_bytes(beside, 3 * GIB) == 77 * GIB
     assert refused_bytes("INTERNAL: a bug", 0) is None
@@ -116,7 +148,9 @@ def test_the_abstract_batch_is_that_of_the_data(fields):
     data = DataConfig(sequence_length=16, batch_size=2, **fields)
     config = Config(data=data)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    real = next(train_batches(load_corpus(data, seed=0, tokenizer=TOKENIZERS["bytes"].train([b"a"], 0)).train, data, seed=0))
+    real = next(
+        train_batches(load_corpus(data, seed=0, tokenizer=TOKENIZERS["bytes"].train([b"a"], 0)).train, data, seed=0)
+    )
     assert {name: (x.shape, x.dtype) for name, x in real.items()} == {
         name: (x.shape, x.dtype) for name, x in planning.abstract_batch(config, mesh).items()
     }
@@ -126,7 +160,9 @@ def test_targets_and_memories_do_not_clash():
     assert not planning.TPU_MEMORY.keys() & planning.GPUS.keys()
 
 
-@pytest.mark.parametrize(("name", "billions"), [("oasis_600m", 0.6), ("oasis_1b", 1), ("oasis_8b", 8), ("oasis_70b", 70)])
+@pytest.mark.parametrize(
+    ("name", "billions"), [("oasis_600m", 0.6), ("oasis_1b", 1), ("oasis_8b", 8), ("oasis_70b", 70)]
+)
 def test_large_configs_have_the_size_of_their_name(name, billions):
     config = with_vocabulary(load_config(str(ROOT / "configs" / f"{name}.py")))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(parameter_shapes(config.model)))

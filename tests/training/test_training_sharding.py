@@ -39,8 +39,16 @@ def test_the_mesh_takes_the_devices_that_are_left():
         (MeshConfig(fsdp=16), 8, "mesh: data=1 x fsdp=16 x tensor=1 needs 16 devices, there are 8"),
         (MeshConfig(fsdp=3), 8, "mesh.data: 8 devices are not divisible by fsdp=3 x tensor=1 = 3"),
         (MeshConfig(rules=(("heds", ("tensor",)),)), 1, "mesh.rules: unknown name 'heds' (did you mean 'heads'?)"),
-        (MeshConfig(rules=(("heads", ("tensr",)),)), 1, "mesh.rules, heads: unknown name 'tensr' (did you mean 'tensor'?)"),
-        (MeshConfig(rules=(("heads", "tensor"),)), 1, "mesh.rules: expected (logical axis, (mesh axes ...)), got ('heads', 'tensor')"),
+        (
+            MeshConfig(rules=(("heads", ("tensr",)),)),
+            1,
+            "mesh.rules, heads: unknown name 'tensr' (did you mean 'tensor'?)",
+        ),
+        (
+            MeshConfig(rules=(("heads", "tensor"),)),
+            1,
+            "mesh.rules: expected (logical axis, (mesh axes ...)), got ('heads', 'tensor')",
+        ),
     ],
 )
 def test_a_mesh_that_cannot_be(config, devices, message):
@@ -51,9 +59,13 @@ def test_a_mesh_that_cannot_be(config, devices, message):
 
 
 def test_logical_axes():
-    assert logical_to_spec(DEFAULT_RULES, ("batch", "length", "heads", None)) == PartitionSpec(("data", "fsdp"), "sequence", "tensor", None)
+    assert logical_to_spec(DEFAULT_RULES, ("batch", "length", "heads", None)) == PartitionSpec(
+        ("data", "fsdp"), "sequence", "tensor", None
+    )
     assert logical_to_spec(DEFAULT_RULES, ()) == PartitionSpec()
-    with pytest.raises(UserError, match="mesh axis 'tensor' is claimed more than once by an array with the logical axes"):
+    with pytest.raises(
+        UserError, match="mesh axis 'tensor' is claimed more than once by an array with the logical axes"
+    ):
         logical_to_spec(DEFAULT_RULES, ("heads", "mlp"))
 
 
@@ -70,7 +82,9 @@ def test_a_parameter_that_its_axes_do_not_divide():
     )
 
 
-@pytest.mark.parametrize("accumulation, message", [(1, "12 is not divisible by the 8"), (3, "12 / optimizer.accumulation_steps=3 = 4 is")])
+@pytest.mark.parametrize(
+    "accumulation, message", [(1, "12 is not divisible by the 8"), (3, "12 / optimizer.accumulation_steps=3 = 4 is")]
+)
 def test_a_batch_that_the_devices_do_not_divide(accumulation, message):
     config = Config(data=DataConfig(batch_size=12), optimizer=OptimizerConfig(accumulation_steps=accumulation))
     assert batch_sharding(config, abstract(data=2, fsdp=2, tensor=8)).spec == PartitionSpec(("data", "fsdp"))
@@ -83,12 +97,14 @@ def test_a_batch_that_the_devices_do_not_divide(accumulation, message):
 def test_examples_that_the_sequence_axis_does_not_divide():
     config = Config(data=DataConfig(sequence_length=20, batch_size=8))
     with pytest.raises(
-        UserError, match=r"^data.sequence_length: 20 is not divisible by mesh.sequence=4 in two parts each; take a multiple of 8$"
+        UserError,
+        match=r"^data.sequence_length: 20 is not divisible by mesh.sequence=4 in two parts each; take a multiple of 8$",
     ):
         placement(config, abstract(sequence=4))
     with pytest.raises(
         UserError,
-        match=r"^data.sequence_length: 20 is not divisible by sequence=2 x tensor=3, over which .*; take a multiple of 12, another mesh",
+        match=r"^data.sequence_length: 20 is not divisible by sequence=2 x tensor=3, over which .*; take a "
+        r"multiple of 12, another mesh",
     ):
         placement(config, abstract(sequence=2, tensor=3))
     rules = tuple((name, ("sequence",) if name == "stream" else axes) for name, axes in DEFAULT_RULES)
@@ -112,8 +128,14 @@ MESHES = {
 }
 MIXED = "fsdp=2 sequence=2 tensor=2"
 MODELS = {preset: dict(preset=preset, num_layers=1) for preset in PRESETS}
-MODELS |= {"oasis": dict(preset="oasis", num_layers=2), "oasis_blocks": dict(preset="oasis_blocks", num_layers=2, blocks=3)}
-MODELS |= {f"{name} as loops": MODELS[name] | dict(num_layers=2, stack="scan") for name in ("residual", "attnres", "oasis_blocks", "oasis")}
+MODELS |= {
+    "oasis": dict(preset="oasis", num_layers=2),
+    "oasis_blocks": dict(preset="oasis_blocks", num_layers=2, blocks=3),
+}
+MODELS |= {
+    f"{name} as loops": MODELS[name] | dict(num_layers=2, stack="scan")
+    for name in ("residual", "attnres", "oasis_blocks", "oasis")
+}
 
 
 def train_on_8_devices(steps: int, models: list[str], meshes: list[str]) -> dict:
@@ -152,7 +174,8 @@ def test_equal_losses_on_1_and_8_devices(steps, models, meshes):
         for name, run in runs.items():
             assert_allclose(run["loss"], alone["loss"], rtol=1e-5, err_msg=f"{model} on {name}")
             assert_allclose(run["grad_norm"], alone["grad_norm"], rtol=1e-5, err_msg=f"{model} on {name}")
-            # A draw of order 1 may differ in its last bit: a shard's remainder is not vectorized like the whole array's.
+            # A draw of order 1 may differ in its last bit: a shard's remainder is not vectorized like the whole
+            # array's.
             assert run["initial_difference"] <= 2**-23
             sizes = MESHES[name]
             assert run["query_shard"][-3:] == [40 // sizes.get("fsdp", 1), 12 // sizes.get("tensor", 1), 10]

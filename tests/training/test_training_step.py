@@ -59,7 +59,9 @@ def compiled(config: Config):
 
 def train(config, batch, steps=6):
     """(last state, metrics of every step) of training on one batch."""
-    own = initial(config)._replace(rng=jax.random.key(0))  # the one part that is on the device already, and would be given up
+    own = initial(config)._replace(
+        rng=jax.random.key(0)
+    )  # the one part that is on the device already, and would be given up
     state = jax.device_put(own, shardings_of(abstract_state(config, MESH)))
     batch = put_batch(batch, batch_sharding(config, MESH))
     found = []
@@ -75,11 +77,15 @@ def column(metrics, name):
 
 def moments(state):
     """The first moments of AdamW."""
-    return next(part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")).mu
+    return next(
+        part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
+    ).mu
 
 
 def test_one_step_is_that_of_the_plain_definition(batch):
-    """Loss and gradient by autodiff outside the step; the gradient's norm is reported as it is, its clipped form is used."""
+    """Loss and gradient by autodiff outside the step; the gradient's norm is reported as it is, its clipped form is
+    used.
+    """
     config = make_config(dict(clip_norm=0.01, beta1=0.75))
     arrays = {name: jnp.array(x) for name, x in batch.items()}
 
@@ -125,9 +131,13 @@ def test_remat_gives_equal_losses(batch):
     assert_allclose(column(recomputed, "loss"), column(stored, "loss"), rtol=1e-6)
 
 
-@pytest.mark.parametrize("options", [dict(preset="residual"), dict(preset="attnres"), dict(preset="oasis_blocks", blocks=2)])
+@pytest.mark.parametrize(
+    "options", [dict(preset="residual"), dict(preset="attnres"), dict(preset="oasis_blocks", blocks=2)]
+)
 def test_the_program_of_loops_does_not_grow_with_depth(options):
-    """Neither that of a step nor that of the first state: what there is to compile has as many lines at 12 layers as at 4."""
+    """Neither that of a step nor that of the first state: what there is to compile has as many lines at 12
+    layers as at 4.
+    """
     lines = []
     for layers in (4, 12):
         config = make_config(num_layers=layers, stack="scan", **options)

@@ -39,11 +39,16 @@ def before(tmp_path_factory) -> tuple[pathlib.Path, Config]:
     config = Config(
         model=ModelConfig(preset="oasis", num_layers=1, width=14, num_heads=1, mlp_dim=22),
         data=DataConfig(
-            corpus="files", pattern=write_texts(tmp_path_factory.mktemp("before"), "apples"), tokenizer="bpe", bpe_vocab_size=300,
-            sequence_length=9, batch_size=5, holdout_fraction=0.2,
+            corpus="files",
+            pattern=write_texts(tmp_path_factory.mktemp("before"), "apples"),
+            tokenizer="bpe",
+            bpe_vocab_size=300,
+            sequence_length=9,
+            batch_size=5,
+            holdout_fraction=0.2,
         ),
         run=RunConfig(steps=20),
-    )  # fmt: skip
+    )
     corpus = load_corpus(config.data, seed=0)
     state, workdir = new_state(with_sizes(config, corpus), MESH), tmp_path_factory.mktemp("runs") / "before"
     workdir.mkdir()
@@ -72,7 +77,8 @@ def test_parameters_are_taken_and_nothing_else(before, asked, tmp_path, capsys):
     assert after.tokenizer.identity == source.tokenizer.identity
     assert after.corpus_identity["sha256"] != source.corpus_identity["sha256"]
 
-    # At learning rate 0 the parameters are those of the other run, bit for bit, and the losses its model's on the new data from its beginning.
+    # At learning rate 0 the parameters are those of the other run, bit for bit, and the losses its model's on the new
+    # data from its beginning.
     mesh_state = abstract_state(after.config, MESH)
     with (
         Checkpoints(before[0], keep=None, say=print) as old,
@@ -99,18 +105,37 @@ def test_a_model_with_the_same_parameters_may_differ_and_says_so(before, asked):
         sized = changed(other, "model", vocab_size=start.config.model.vocab_size)
         starting_parameters(start, sized, MESH, said.append)
     (line,) = said
-    assert line.endswith("; the model is another one: model.normalizer is 'softmax1' there, 'softmax' now; model.window is 0 there, 5 now")
+    assert line.endswith(
+        "; the model is another one: model.normalizer is 'softmax1' there, 'softmax' now; model.window is 0 there, "
+        "5 now"
+    )
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(width=28), r"ends.embedding: shape \(304, 14\) in .*/checkpoints, shape \(304, 28\) in this model .model.width is 14 there, 28"),
-        (dict(num_layers=2), r"layers.attention.key: shape \(1, 14, 1, 14\) in .*, shape \(2, 14, 1, 14\) in this model .model.num_layers is 1"),
-        (dict(qk_norm=True), r"layers.attention.key_norm: no such array in .*, shape \(1, 14\) in this model .model.qk_norm is False there, True"),
-        (dict(preset="residual"), r"routers.beta_raw: shape \(2,\) in .*/checkpoints, no such array in this model .model.router is 'projected' there, 'none'"),
+        (
+            dict(width=28),
+            r"ends.embedding: shape \(304, 14\) in .*/checkpoints, shape \(304, 28\) in this model .model.width is "
+            r"14 there, 28",
+        ),
+        (
+            dict(num_layers=2),
+            r"layers.attention.key: shape \(1, 14, 1, 14\) in .*, shape \(2, 14, 1, 14\) in this model "
+            r".model.num_layers is 1",
+        ),
+        (
+            dict(qk_norm=True),
+            r"layers.attention.key_norm: no such array in .*, shape \(1, 14\) in this model .model.qk_norm is "
+            r"False there, True",
+        ),
+        (
+            dict(preset="residual"),
+            r"routers.beta_raw: shape \(2,\) in .*/checkpoints, no such array in this model .model.router is "
+            r"'projected' there, 'none'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_another_shape_is_refused_by_the_name_of_its_parameter(asked, fields, message):
     preset = fields.pop("preset", "oasis")
     model = dataclasses.replace(asked.model.with_preset(preset), **fields)
@@ -123,14 +148,19 @@ def test_another_shape_is_refused_by_the_name_of_its_parameter(asked, fields, me
 
 def test_nothing_to_start_from(before, asked, tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    for folder, message in ((tmp_path / "nowhere", "there is no run in"), (tmp_path / "empty", "has no checkpoint yet")):
-        with pytest.raises(UserError, match=f"^run.init_from: .*{message}"), starting_point(
-            changed(asked, "run", init_from=str(folder)), print
-        ):  # fmt: skip
+    for folder, message in (
+        (tmp_path / "nowhere", "there is no run in"),
+        (tmp_path / "empty", "has no checkpoint yet"),
+    ):
+        with (
+            pytest.raises(UserError, match=f"^run.init_from: .*{message}"),
+            starting_point(changed(asked, "run", init_from=str(folder)), print),
+        ):
             pass
-    with pytest.raises(UserError, match=r"^data.tokenizer: bytes asked for, but the model in run.init_from reads bpe"), starting_point(
-        changed(asked, "data", tokenizer="bytes"), print
-    ):  # fmt: skip
+    with (
+        pytest.raises(UserError, match=r"^data.tokenizer: bytes asked for, but the model in run.init_from reads bpe"),
+        starting_point(changed(asked, "data", tokenizer="bytes"), print),
+    ):
         pass
 
 

@@ -1,15 +1,15 @@
 """Attention with a null on Hopper GPUs: our own Pallas kernels for Mosaic GPU, forward and backward.
 
-Tiling. A program of the forward and of the query-gradient kernel owns 128 query rows of one head, 64 for each of two computing
-warpgroups; a third warpgroup copies key and value tiles ahead of them. A program of the key-gradient kernel owns 128 keys of one key
-head and walks over the query tiles of all its query heads. Every gradient is thus summed by one program in a fixed order: the backward
-pass is deterministic, at the price of computing the scores twice. Tiles that the causal mask or the window rules out are never
-copied; only those at the edge compute a mask. Copies clip at the arrays'
-ends; only a length that is no multiple of 8 is padded first, to the next one.
+Tiling. A program of the forward and of the query-gradient kernel owns 128 query rows of one head, 64 for each of two
+computing warpgroups; a third warpgroup copies key and value tiles ahead of them. A program of the key-gradient kernel
+owns 128 keys of one key head and walks over the query tiles of all its query heads. Every gradient is thus summed by
+one program in a fixed order: the backward pass is deterministic, at the price of computing the scores twice. Tiles that
+the causal mask or the window rules out are never copied; only those at the edge compute a mask. Copies clip at the
+arrays' ends; only a length that is no multiple of 8 is padded first, to the next one.
 
-Few query rows (decoding against a cache): the query heads that share a key head become the rows of one 64-row tile, so that a key is
-read once for all of them, and the keys are split over as many programs as the chip has room for. The parts are free of the null;
-merging adds it once.
+Few query rows (decoding against a cache): the query heads that share a key head become the rows of one 64-row tile, so
+that a key is read once for all of them, and the keys are split over as many programs as the chip has room for. The
+parts are free of the null; merging adds it once.
 """
 
 import functools
@@ -31,7 +31,9 @@ _PROCESSORS = 132  # multiprocessors of an H100 or H200: how many programs run s
 
 
 def check_available(query, key) -> None:
-    """Raises Unavailable where the kernels cannot serve such arrays, or not on the device that the call is compiled for."""
+    """Raises Unavailable where the kernels cannot serve such arrays, or not on the device that the call is compiled
+    for.
+    """
     if jax.__version_info__ < _OLDEST_JAX:
         raise Unavailable(f"needs jax {'.'.join(map(str, _OLDEST_JAX))} or newer, this is jax {jax.__version__}")
     if not interpreting():
@@ -41,7 +43,9 @@ def check_available(query, key) -> None:
         if not _HOPPER.search(device.kind):
             raise Unavailable(f"runs on Hopper GPUs only, the call is compiled for {device.kind}")
         if 12080 <= _cuda_version() < 12091:
-            raise Unavailable("the assembler of CUDA 12.8.0 to 12.9.0 miscompiles causal masks; install 12.9.1 or newer")
+            raise Unavailable(
+                "the assembler of CUDA 12.8.0 to 12.9.0 miscompiles causal masks; install 12.9.1 or newer"
+            )
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unavailable(f"computes in bfloat16 and float16, the inputs are {query.dtype}")
     if query.shape[3] not in HEAD_SIZES:
@@ -66,7 +70,11 @@ def _problem(options: Options, rows: int, keys: int, segments, fold: int = 1):
 
 
 def _ids(segments, repeats: int = 1):
-    return () if segments is None else (jnp.repeat(segments[0].astype(jnp.int32), repeats, axis=1), segments[1].astype(jnp.int32))
+    return (
+        ()
+        if segments is None
+        else (jnp.repeat(segments[0].astype(jnp.int32), repeats, axis=1), segments[1].astype(jnp.int32))
+    )
 
 
 def _forward(options: Options, query, key, value, null_logit, segments) -> tuple[NullAttention, Float[Array, "B N T"]]:
@@ -89,27 +97,41 @@ def _forward(options: Options, query, key, value, null_logit, segments) -> tuple
 
 
 def split_count(batch: int, key_heads: int, keys: int) -> int:
-    """Into how many parts decoding cuts the keys: as many as programs fit the chip at once, each with at least 256 keys."""
+    """Into how many parts decoding cuts the keys: as many as programs fit the chip at once, each with at least 256
+    keys.
+    """
     return max(1, min(_PROCESSORS // (batch * key_heads), keys // 256))
 
 
 def _decode(options: Options, query, key, value, null_logit, segments):
-    """Few query rows: grouped heads folded into one tile of rows, null-free parts over the keys, merged with the null."""
+    """Few query rows: grouped heads folded into one tile of rows, null-free parts over the keys, merged with
+    the null.
+    """
     from pallas_kernels.null_attention.mosaic_gpu.forward import forward_kernel
 
     (batch, length, heads, size), (_, keys, key_heads, _) = query.shape, key.shape
     group, splits = heads // key_heads, split_count(batch, key_heads, keys)
-    rows = query.reshape(batch, length, key_heads, group, size).swapaxes(2, 3).reshape(batch, length * group, key_heads, size)
+    rows = (
+        query.reshape(batch, length, key_heads, group, size)
+        .swapaxes(2, 3)
+        .reshape(batch, length * group, key_heads, size)
+    )
     no_null = jnp.full((batch, key_heads), -jnp.inf, jnp.float32)
     problem = _problem(options, length * group, keys, segments, group)
     output, top, total = forward_kernel(problem, splits, rows, key, value, no_null, _ids(segments, group))
-    output = output.reshape(batch, splits, length, group, key_heads, size).swapaxes(3, 4).reshape(batch, splits, length, heads, size)
+    output = (
+        output.reshape(batch, splits, length, group, key_heads, size)
+        .swapaxes(3, 4)
+        .reshape(batch, splits, length, heads, size)
+    )
     lse = top + jnp.log(total)  # -inf where a part holds no key of the row
     lse = lse.reshape(batch, splits, key_heads, length, group).swapaxes(3, 4).reshape(batch, splits, heads, length)
     parts = range(splits)
     result = merge_partials([output[:, i] for i in parts], [lse[:, i] for i in parts], null_logit=null_logit)
     attended = jax.nn.logsumexp(lse, axis=1)
-    return result, jnp.where(attended == -jnp.inf, 0.0, jnp.exp(attended - jnp.where(attended == -jnp.inf, 0.0, result.lse)))
+    return result, jnp.where(
+        attended == -jnp.inf, 0.0, jnp.exp(attended - jnp.where(attended == -jnp.inf, 0.0, result.lse))
+    )
 
 
 def _backward(options: Options, query, key, value, segments, lse, delta, d_output):

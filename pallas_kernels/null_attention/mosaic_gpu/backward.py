@@ -1,4 +1,5 @@
-"""The backward kernels: FlashAttention's, given lse and delta. One sums over keys for the query's gradient, one over query rows for the keys'.
+"""The backward kernels: FlashAttention's, given lse and delta. One sums over keys for the query's gradient, one over
+query rows for the keys'.
 
 With P = exp(scores - lse): dV = P^T dO, dP = dO V^T, dS = P * (dP - delta), dQ = scale * dS K and dK = scale * dS^T Q.
 """
@@ -14,20 +15,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.null_attention.mosaic_gpu import tiles
 from pallas_kernels.null_attention.mosaic_gpu.tiles import LOG2E, ROWS, WGMMA, Problem
 
-# A tile of the walked-over axis has 64 rows in a ring of 2. A thread holds H / 2 floats an accumulator and 32 each of scores and dP.
-# At head size 256 one computing warpgroup fits into shared memory, and one accumulator into its registers: dK and dV come from two kernels.
+# A tile of the walked-over axis has 64 rows in a ring of 2. A thread holds H / 2 floats an accumulator and 32 each of
+# scores and dP. At head size 256 one computing warpgroup fits into shared memory, and one accumulator into its
+# registers: dK and dV come from two kernels.
 TILE = 64
 STAGES = 2
 BEYOND = 1e30  # lse of rows beyond the last: their probabilities are 0
 
 
 def backward_kernels(problem: Problem, query, key, value, segments, lse, delta, d_output):
-    """Gradients of query [B, T, N, H], key and value [B, S, K, H]; segments ([B, T], [B, S]) or (), lse and delta [B, N, T] float32."""
+    """Gradients of query [B, T, N, H], key and value [B, S, K, H]; segments ([B, T], [B, S]) or (), lse and
+    delta [B, N, T] float32.
+    """
     query, key, value, d_output = map(tiles.whole_groups, (query, key, value, d_output))
     warpgroups = 1 if query.shape[3] == 256 else 2
     block = warpgroups * ROWS
     rows, keys = (pl.cdiv(length, block) * block for length in (query.shape[1], key.shape[1]))
-    pad = lambda x, length, value: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])], constant_values=value)  # noqa: E731
+    pad = lambda x, length, value: jnp.pad(
+        x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])], constant_values=value
+    )
     segments = tuple(pad(ids, length, 0) for ids, length in zip(segments, (rows, keys)))
     lse, delta = pad(lse.astype(jnp.float32) * LOG2E, rows, BEYOND), pad(delta.astype(jnp.float32), rows, 0.0)
     operands = (query, key, value, d_output, lse, delta, *segments)
@@ -43,8 +49,12 @@ def _like(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _scratch(problem: Problem, dtype, size: int, warpgroups: int, own: tuple[str, ...], ring: tuple[str, ...], rows_in_ring: bool):
-    """Buffers and barriers: two tiles of a warpgroup's own and two rings, lse and delta in the ring or beside the own tiles."""
+def _scratch(
+    problem: Problem, dtype, size: int, warpgroups: int, own: tuple[str, ...], ring: tuple[str, ...], rows_in_ring: bool
+):
+    """Buffers and barriers: two tiles of a warpgroup's own and two rings, lse and delta in the ring or beside
+    the own tiles.
+    """
     barrier = functools.partial(plgpu.Barrier, num_barriers=STAGES)
     rows = plgpu.SMEM((STAGES if rows_in_ring else warpgroups, TILE), jnp.float32)
     scratch = {name: tiles.half_tile(dtype, warpgroups, ROWS, size) for name in own}
@@ -57,7 +67,9 @@ def _scratch(problem: Problem, dtype, size: int, warpgroups: int, own: tuple[str
         scratch[f"{name}_arrived"] = barrier(num_arrivals=copies)
         scratch[f"{name}_consumed"] = barrier(num_arrivals=warpgroups)
     if problem.segmented:
-        scratch |= dict(own_ids=plgpu.SMEM((warpgroups, ROWS), jnp.int32), ring_ids=plgpu.SMEM((STAGES, TILE), jnp.int32))
+        scratch |= dict(
+            own_ids=plgpu.SMEM((warpgroups, ROWS), jnp.int32), ring_ids=plgpu.SMEM((STAGES, TILE), jnp.int32)
+        )
     return scratch
 
 
@@ -94,7 +106,7 @@ def _query_body(problem: Problem, warpgroups: int, group: int, query, key, value
         if problem.segmented:
             copies.append((segments[0].at[batch, rows], s["own_ids"].at[warpgroup]))
         tiles.load_rows(copies, s["own_arrived"].at[warpgroup])
-        row = lambda name: plgpu.load(s[name].at[warpgroup], layout=WGMMA.reduce(1))  # noqa: E731
+        row = lambda name: plgpu.load(s[name].at[warpgroup], layout=WGMMA.reduce(1))
         row_lse, row_delta, ids = row("lse"), row("delta"), row("own_ids") if problem.segmented else None
 
         def step(masked, j, gradient):
@@ -121,7 +133,7 @@ def _query_body(problem: Problem, warpgroups: int, group: int, query, key, value
         plgpu.wait_smem_to_gmem(0)
 
     def copy():
-        columns = lambda step: pl.ds((sweep.first + step) * TILE, TILE)  # noqa: E731
+        columns = lambda step: pl.ds((sweep.first + step) * TILE, TILE)
 
         def keys(step):
             ids = [(segments[1].at[batch, columns(step)], s["ring_ids"])] if problem.segmented else []
@@ -174,7 +186,9 @@ def _key_body(problem: Problem, warpgroups: int, group: int, wanted, query, key,
             q, do, shape = s["q"].at[slot], s["do"].at[slot], (ROWS, TILE)
             plgpu.barrier_wait(s["q_arrived"].at[slot])
             scores, slope = tiles.base2_scores(problem.options, tiles.product(shape, k, q.T))
-            row_lse, *row_ids = tiles.read_vectors(*((s[name].at[slot], 1) for name in ("lse", *["ring_ids"] * problem.segmented)))
+            row_lse, *row_ids = tiles.read_vectors(
+                *((s[name].at[slot], 1) for name in ("lse", *["ring_ids"] * problem.segmented))
+            )
             if masked:
                 pair = (*row_ids, ids) if problem.segmented else None
                 scores = jnp.where(tiles.mask(problem, shape, i * TILE, start, pair, key_axis=0), scores, -jnp.inf)

@@ -1,4 +1,6 @@
-"""The forward kernel: online softmax over key tiles, the null entering once as the first maximum and in the last denominator."""
+"""The forward kernel: online softmax over key tiles, the null entering once as the first maximum and in the last
+denominator.
+"""
 
 import functools
 
@@ -11,8 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.null_attention.mosaic_gpu import tiles
 from pallas_kernels.null_attention.mosaic_gpu.tiles import LOG2E, ROWS, WGMMA, Problem
 
-# Head size -> (keys a tile, slots of the ring): 128 KiB of key and value tiles beside up to 64 KiB of queries, of 227 KiB.
-# A thread holds H / 2 floats of the output and half as many of scores as the tile has keys, of 232 registers.
+# Head size -> (keys a tile, slots of the ring): 128 KiB of key and value tiles beside up to 64 KiB of queries, of 227
+# KiB. A thread holds H / 2 floats of the output and half as many of scores as the tile has keys, of 232 registers.
 TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
 LOWEST = -1e30  # the first maximum of a row without a null; finite, so that no difference of two infinities arises
 
@@ -27,8 +29,8 @@ def forward_kernel(problem: Problem, splits: int, query, key, value, null_logit,
       segments: ([B, R], [B, S]) int32, or () without.
 
     Returns:
-      output [B * splits, R, N, H], normalized; maxima of the scores and the null, and sums of exp(score - maximum) without
-      the null, [B * splits, N, R] float32. A part's index is its batch entry's times `splits` plus its own.
+      output [B * splits, R, N, H], normalized; maxima of the scores and the null, and sums of exp(score - maximum)
+      without the null, [B * splits, N, R] float32. A part's index is its batch entry's times `splits` plus its own.
     """
     query, key, value = map(tiles.whole_groups, (query, key, value))
     batch, rows, heads, size = query.shape
@@ -107,8 +109,10 @@ def _body(problem: Problem, splits: int, warpgroups: int, group: int, query, key
             return accumulator, new_top, total
 
         b = null_logit[batch, head] * LOG2E
-        row = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), WGMMA.reduce(1))  # noqa: E731
-        accumulator, top, total = sweep.run(step, (tiles.zeros((ROWS, size)), row(lax.max(b, jnp.float32(LOWEST))), row(0.0)))
+        row = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), WGMMA.reduce(1))
+        accumulator, top, total = sweep.run(
+            step, (tiles.zeros((ROWS, size)), row(lax.max(b, jnp.float32(LOWEST))), row(0.0))
+        )
 
         denominator = total + jnp.exp2(row(b) - top)
         empty = denominator == 0.0  # neither a key nor a null

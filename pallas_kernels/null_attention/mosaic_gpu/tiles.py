@@ -1,4 +1,5 @@
-"""What the three kernels share: which tiles a program visits, masks, scores, matrix products and the copying warpgroup.
+"""What the three kernels share: which tiles a program visits, masks, scores, matrix products and the copying
+warpgroup.
 
 A program is one or two computing warpgroups, 64 rows each, and one that copies tiles ahead through a ring of buffers.
 """
@@ -26,7 +27,8 @@ class Problem(NamedTuple):
     """The static facts of a call.
 
     options: the operator's static arguments.
-    rows: query rows, `fold` consecutive ones for each position: grouped heads that share a key head and, in decoding, a tile.
+    rows: query rows, `fold` consecutive ones for each position: grouped heads that share a key head and, in decoding, a
+      tile.
     keys: S.
     fold: query rows a position.
     segmented: whether segment ids are given.
@@ -116,7 +118,9 @@ def key_sweep(problem: Problem, first_row, rows: int, tile: int, share=0, shares
 
 
 def query_sweep(problem: Problem, first_key, keys: int, tile: int) -> Sweep:
-    """The query tiles that see keys first_key .. first_key + keys; rows and keys beyond the arrays need no mask there (fold is 1)."""
+    """The query tiles that see keys first_key .. first_key + keys; rows and keys beyond the arrays need no
+    mask there (fold is 1).
+    """
     window, offset = problem.options.window, problem.offset
     first, stop = _int(0), _int(pl.cdiv(problem.rows, tile))
     full, full_stop = first, stop
@@ -141,7 +145,9 @@ def mask(problem: Problem, shape: tuple[int, int], first_row, first_key, segment
         if problem.options.window is not None:
             allowed &= distance < problem.options.window * problem.fold
     if segments is not None:
-        queries, columns = (lax.broadcast_in_dim(x, shape, [axis]) for x, axis in zip(segments, (1 - key_axis, key_axis)))
+        queries, columns = (
+            lax.broadcast_in_dim(x, shape, [axis]) for x, axis in zip(segments, (1 - key_axis, key_axis))
+        )
         allowed &= queries == columns
     return allowed
 
@@ -188,7 +194,8 @@ def copy_ahead(steps, stages: int, groups: Sequence[tuple]):
     Args:
       steps: how many.
       stages: slots of the ring.
-      groups: (consumed barriers, arrived barriers, copies), copies(step) a list of (source in global memory, ring of buffers).
+      groups: (consumed barriers, arrived barriers, copies), copies(step) a list of (source in global memory, ring of
+        buffers).
     """
 
     @pl.loop(0, steps)
@@ -247,7 +254,15 @@ def split_threads(warpgroups: int, compute: Callable, copy: Callable):
 
 
 def launch(
-    body: Callable, name: str, problem: Problem, operands: Sequence, *, grid: tuple[int, int, int], warpgroups: int, out_type, scratch
+    body: Callable,
+    name: str,
+    problem: Problem,
+    operands: Sequence,
+    *,
+    grid: tuple[int, int, int],
+    warpgroups: int,
+    out_type,
+    scratch,
 ):
     """Runs body(*operands, *results, scratch) over a grid (head, tile, batch); returns the results, of out_type."""
     results = plgpu.kernel(

@@ -1,15 +1,18 @@
 """Attention with a null on TPUs: three Pallas kernels, forward, query gradients, and key and value gradients.
 
-Scores are kept transposed, keys down the sublanes and queries along the lanes. What a row of attention carries (its maximum, its sum, lse,
-delta, the null) is then a vector along the lanes, as statistics lie in memory; a reduction over keys is a reduction over sublanes, which needs no
-shuffles between lanes; and a product of a score tile with a tile of values or keys is a plain one. The forward kernel and that of the
-query gradients write their results transposed, and read values or keys transposed; XLA turns them around outside.
+Scores are kept transposed, keys down the sublanes and queries along the lanes. What a row of attention carries (its
+maximum, its sum, lse, delta, the null) is then a vector along the lanes, as statistics lie in memory; a reduction over
+keys is a reduction over sublanes, which needs no shuffles between lanes; and a product of a score tile with a tile of
+values or keys is a plain one. The forward kernel and that of the query gradients write their results transposed, and
+read values or keys transposed; XLA turns them around outside.
 
-The last axis of a grid runs over the tiles of the other side that a tile can reach. Its length is that of the longest such run, and a tile with
-a shorter one names the same tile again, which is not copied again, and skips the arithmetic: causal and windowed attention neither compute nor
-read what is masked. Only tiles that the mask cuts apply it. Decoding (few queries) folds the query heads of a group into one tile, so that they share one reading of the keys.
+The last axis of a grid runs over the tiles of the other side that a tile can reach. Its length is that of the longest
+such run, and a tile with a shorter one names the same tile again, which is not copied again, and skips the arithmetic:
+causal and windowed attention neither compute nor read what is masked. Only tiles that the mask cuts apply it. Decoding
+(few queries) folds the query heads of a group into one tile, so that they share one reading of the keys.
 
-Everything is deterministic. Statistics and accumulators are float32; probabilities enter the products in the type of the inputs.
+Everything is deterministic. Statistics and accumulators are float32; probabilities enter the products in the type of
+the inputs.
 """
 
 import functools
@@ -23,8 +26,24 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.dispatch import Unavailable, interpreting, target_device
 from pallas_kernels.null_attention.base import NullAttention, Options
 from pallas_kernels.null_attention.mosaic_tpu.kernels import forward_kernel, key_kernel, query_kernel
-from pallas_kernels.null_attention.mosaic_tpu.layout import from_rows, pad, padded_size, segment_inputs, statistic, to_keys, to_rows
-from pallas_kernels.null_attention.mosaic_tpu.tiles import Blocks, Shape, by_keys, by_rows, key_range, longest_run, row_range
+from pallas_kernels.null_attention.mosaic_tpu.layout import (
+    from_rows,
+    pad,
+    padded_size,
+    segment_inputs,
+    statistic,
+    to_keys,
+    to_rows,
+)
+from pallas_kernels.null_attention.mosaic_tpu.tiles import (
+    Blocks,
+    Shape,
+    by_keys,
+    by_rows,
+    key_range,
+    longest_run,
+    row_range,
+)
 from pallas_kernels.null_attention.vjp import differentiable
 
 _LARGEST_HEAD = 256
@@ -41,16 +60,23 @@ def _check(query) -> None:
 
 
 def _how() -> dict:
-    """For the compiler: only the last axis of a grid has an order. The interpreter takes no such hint together with vmap."""
+    """For the compiler: only the last axis of a grid has an order. The interpreter takes no such hint together with
+    vmap.
+    """
     if interpreting():
         return {"interpret": pltpu.InterpretParams(detect_races=True)}
-    return {"compiler_params": pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"))}
+    return {
+        "compiler_params": pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"))
+    }
 
 
-def _run(kernel: Callable, name: str, grid, inputs: dict, in_specs: dict, outputs: dict, out_specs: dict, scratch: dict) -> list[jax.Array]:
+def _run(
+    kernel: Callable, name: str, grid, inputs: dict, in_specs: dict, outputs: dict, out_specs: dict, scratch: dict
+) -> list[jax.Array]:
     """Runs kernel(names, *refs), whose refs are the inputs, outputs and scratch buffers by these names.
 
-    Inside a caller's `jax.shard_map` the outputs vary over the devices as the inputs do, which vjp.py has made all vary alike.
+    Inside a caller's `jax.shard_map` the outputs vary over the devices as the inputs do, which vjp.py has made all vary
+    alike.
     """
     names = (*inputs, *outputs, *scratch)
     varying = jax.typeof(inputs["query"]).manual_axis_type
@@ -89,8 +115,13 @@ def _forward(options: Options, query, key, value, null_logit, segments):
         "null_attention_forward",
         (batch, kernel_heads, shape.row_tiles, steps),
         {"query": q, "key": k, "value": v, "null_logit": b} | segment_inputs(segments, shape),
-        {"query": blocks.rows(), "key": blocks.keys(), "value": blocks.keys_transposed(), "null_logit": blocks.null()} | blocks.segments(),
-        {"output": jax.ShapeDtypeStruct((batch, kernel_heads, size, shape.rows), q.dtype), "top_out": row, "total_out": row},
+        {"query": blocks.rows(), "key": blocks.keys(), "value": blocks.keys_transposed(), "null_logit": blocks.null()}
+        | blocks.segments(),
+        {
+            "output": jax.ShapeDtypeStruct((batch, kernel_heads, size, shape.rows), q.dtype),
+            "top_out": row,
+            "total_out": row,
+        },
         {"output": blocks.rows_transposed(), "top_out": blocks.per_row(), "total_out": blocks.per_row()},
         {
             "top": pltpu.VMEM((1, shape.row_tile), jnp.float32),
@@ -104,7 +135,9 @@ def _forward(options: Options, query, key, value, null_logit, segments):
     empty = total + null == 0.0
     z = jnp.where(empty, 1.0, total + null)
     # log(z) without losing a small total when the null is the largest term and exp(b - top) = 1
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log1p(jnp.where(empty, 0.0, total + jnp.expm1(null_logit[:, None] - top))))
+    lse = jnp.where(
+        empty, -jnp.inf, top + jnp.log1p(jnp.where(empty, 0.0, total + jnp.expm1(null_logit[:, None] - top)))
+    )
     return NullAttention(from_rows(output, query, shape, key_heads).astype(dtype), null / z, lse), total / z
 
 
@@ -116,17 +149,31 @@ def _backward(options: Options, query, key, value, segments, lse, delta, d_outpu
     q, d_o = (to_rows(_computed(x), shape, key_heads) for x in (query, d_output))
     k, v = (to_keys(_computed(x), shape) for x in (key, value))
     inputs = {"query": q, "key": k, "value": v, "d_output": d_o}
-    inputs |= {"lse": statistic(lse, shape, key_heads), "delta": statistic(delta, shape, key_heads)} | segment_inputs(segments, shape)
+    inputs |= {"lse": statistic(lse, shape, key_heads), "delta": statistic(delta, shape, key_heads)} | segment_inputs(
+        segments, shape
+    )
 
     def specs(blocks: Blocks) -> dict[str, pl.BlockSpec]:
         rows, keys, per_row = blocks.rows(), blocks.keys(), blocks.per_row()
-        return {"query": rows, "key": keys, "value": keys, "d_output": rows, "lse": per_row, "delta": per_row} | blocks.segments()
+        return {
+            "query": rows,
+            "key": keys,
+            "value": keys,
+            "d_output": rows,
+            "lse": per_row,
+            "delta": per_row,
+        } | blocks.segments()
 
     blocks = by_rows(options, shape, size)
     (d_query,) = _run(
         functools.partial(query_kernel, options, shape),
         "null_attention_query_gradient",
-        (batch, kernel_heads, shape.row_tiles, longest_run(functools.partial(key_range, options, shape), shape.row_tiles)),
+        (
+            batch,
+            kernel_heads,
+            shape.row_tiles,
+            longest_run(functools.partial(key_range, options, shape), shape.row_tiles),
+        ),
         inputs | {"key_transposed": k.swapaxes(2, 3)},
         specs(blocks) | {"key_transposed": blocks.keys_transposed()},
         {"d_query": jax.ShapeDtypeStruct((batch, kernel_heads, size, shape.rows), q.dtype)},

@@ -18,11 +18,15 @@ _LOWEST = -1e30  # where a row's maximum starts without a null; finite, so that 
 def _dot(x, y, contract: tuple[int, int]):
     """A product of two tiles in float32, contracted over these dimensions; exact to float32 for float32 inputs."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(x, y, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x, y, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _allowed(options: Options, shape: Shape, refs, row_tile, key_tile):
-    """Which keys the rows of a tile may see, [keys, rows]; None where nothing can mask one. What padded rows see is of no consequence."""
+    """Which keys the rows of a tile may see, [keys, rows]; None where nothing can mask one. What padded rows
+    see is of no consequence.
+    """
     tile = shape.key_tile, shape.row_tile
     key = key_tile * shape.key_tile + lax.broadcasted_iota(jnp.int32, (shape.key_tile, 1), 0)
     allowed = None
@@ -41,7 +45,9 @@ def _allowed(options: Options, shape: Shape, refs, row_tile, key_tile):
 
 
 def _score_tile(options: Options, shape: Shape, refs, row_tile, key_tile, masked: bool):
-    """Scores [keys, rows] of a tile, -inf where a key may not be seen, and the slope of the soft cap (None without one)."""
+    """Scores [keys, rows] of a tile, -inf where a key may not be seen, and the slope of the soft cap (None without
+    one).
+    """
     scores = _dot(refs["key"][...], refs["query"][...], (1, 1)) * options.scale
     slope = None
     if options.softcap is not None:

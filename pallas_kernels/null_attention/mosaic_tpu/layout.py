@@ -1,4 +1,6 @@
-"""From the operator's arrays to those of the kernels and back: heads before rows, groups folded, sizes padded with zeros."""
+"""From the operator's arrays to those of the kernels and back: heads before rows, groups folded, sizes padded with
+zeros.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -55,4 +57,7 @@ def segment_inputs(segments, shape: Shape) -> dict[str, jax.Array]:
         return {}
     rows, keys = (x.astype(jnp.int32) for x in segments)
     rows = jnp.tile(rows, (1, -(-shape.rows // rows.shape[1]))) if shape.folded else rows
-    return {"row_segment": pad(rows[:, : shape.rows], axis1=shape.rows)[:, None], "key_segment": pad(keys, axis1=shape.keys)[..., None]}
+    return {
+        "row_segment": pad(rows[:, : shape.rows], axis1=shape.rows)[:, None],
+        "key_segment": pad(keys, axis1=shape.keys)[..., None],
+    }

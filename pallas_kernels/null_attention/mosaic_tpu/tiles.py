@@ -1,4 +1,6 @@
-"""How attention is cut into tiles on a TPU: sizes, which tiles reach which, and the blocks that a grid's indices choose."""
+"""How attention is cut into tiles on a TPU: sizes, which tiles reach which, and the blocks that a grid's indices
+choose.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,8 +18,10 @@ TILE = 512  # queries and keys of a tile: a score tile of 1 MiB in float32, and 
 class Shape(NamedTuple):
     """Sizes after folding and padding. Rows are queries, or queries of all heads of a group where those are folded.
 
-    rows, keys: of a head, padded to multiples of row_tile and key_tile. live_keys: without the padding. offset: position of query 0 in keys.
-    length: queries of a head, which is what positions repeat after. heads_per_key: query heads, as the kernels see them, that share a key head.
+    rows, keys: of a head, padded to multiples of row_tile and key_tile. live_keys: without the padding. offset:
+      position of query 0 in keys.
+    length: queries of a head, which is what positions repeat after. heads_per_key: query heads, as the kernels see
+    them, that share a key head.
     """
 
     rows: int
@@ -39,9 +43,16 @@ class Shape(NamedTuple):
         row_tile = min(TILE, round_up(rows, LANES))
         key_tile = min(TILE, max(LANES, round_up(keys, LANES)))
         return cls(
-            round_up(rows, row_tile), max(round_up(keys, key_tile), key_tile), keys, row_tile, key_tile, keys - length, length,
-            1 if folded else group, folded,
-        )  # fmt: skip
+            round_up(rows, row_tile),
+            max(round_up(keys, key_tile), key_tile),
+            keys,
+            row_tile,
+            key_tile,
+            keys - length,
+            length,
+            1 if folded else group,
+            folded,
+        )
 
     @property
     def row_tiles(self) -> int:
@@ -57,7 +68,9 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def key_range(options: Options, shape: Shape, row_tile):
-    """(first, last) key tile that a tile of rows can reach; last < first where it reaches none. For Python and traced numbers."""
+    """(first, last) key tile that a tile of rows can reach; last < first where it reaches none. For Python
+    and traced numbers.
+    """
     first, last = row_tile * 0, row_tile * 0 + shape.key_tiles - 1
     low, high = _positions(shape, row_tile)
     if options.causal or options.window is not None:
@@ -81,7 +94,9 @@ def row_range(options: Options, shape: Shape, key_tile):
 
 
 def wholly_visible(options: Options, shape: Shape, row_tile, key_tile):
-    """Whether every row of a tile may see every key of a tile, as far as positions tell. A bool where that is the same for all tiles."""
+    """Whether every row of a tile may see every key of a tile, as far as positions tell. A bool where that is
+    the same for all tiles.
+    """
     if not options.causal and options.window is None:
         return True if shape.keys == shape.live_keys else key_tile < shape.key_tiles - 1
     low, high = _positions(shape, row_tile)
@@ -97,7 +112,9 @@ def _positions(shape: Shape, row_tile):
 
 
 def _floor(x, divisor: int):
-    """Floor division; traced numbers have no negative results in use, where both divisions of an integer core agree after clamping to -1."""
+    """Floor division; traced numbers have no negative results in use, where both divisions of an integer core agree
+    after clamping to -1.
+    """
     return x // divisor if isinstance(x, int) else jnp.where(x < 0, -1, lax.div(x, jnp.int32(divisor)))
 
 
@@ -115,7 +132,9 @@ def longest_run(reach: Callable, tiles: int) -> int:
 
 
 class Blocks(NamedTuple):
-    """How the grid's indices (batch, head, tile, step) choose the blocks: row(b, h, i, j) -> (head, tile of rows), key -> (head, tile of keys)."""
+    """How the grid's indices (batch, head, tile, step) choose the blocks: row(b, h, i, j) -> (head, tile of
+    rows), key -> (head, tile of keys).
+    """
 
     shape: Shape
     size: int
@@ -128,7 +147,9 @@ class Blocks(NamedTuple):
 
     def rows_transposed(self) -> pl.BlockSpec:
         """[B, heads, H, rows]"""
-        return pl.BlockSpec((None, None, self.size, self.shape.row_tile), lambda b, *i: (b, self.row(*i)[0], 0, self.row(*i)[1]))
+        return pl.BlockSpec(
+            (None, None, self.size, self.shape.row_tile), lambda b, *i: (b, self.row(*i)[0], 0, self.row(*i)[1])
+        )
 
     def keys(self) -> pl.BlockSpec:
         """[B, heads, keys, H]"""
@@ -136,11 +157,15 @@ class Blocks(NamedTuple):
 
     def keys_transposed(self) -> pl.BlockSpec:
         """[B, heads, H, keys]"""
-        return pl.BlockSpec((None, None, self.size, self.shape.key_tile), lambda b, *i: (b, self.key(*i)[0], 0, self.key(*i)[1]))
+        return pl.BlockSpec(
+            (None, None, self.size, self.shape.key_tile), lambda b, *i: (b, self.key(*i)[0], 0, self.key(*i)[1])
+        )
 
     def per_row(self) -> pl.BlockSpec:
         """[B, heads, 1, rows]"""
-        return pl.BlockSpec((None, None, 1, self.shape.row_tile), lambda b, *i: (b, self.row(*i)[0], 0, self.row(*i)[1]))
+        return pl.BlockSpec(
+            (None, None, 1, self.shape.row_tile), lambda b, *i: (b, self.row(*i)[0], 0, self.row(*i)[1])
+        )
 
     def null(self) -> pl.BlockSpec:
         """[heads, 1, rows]"""
