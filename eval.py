@@ -4,7 +4,7 @@ runs/report`.
 
 from collections.abc import Sequence
 
-from oasis_jax.command_line import Parser, run_main
+from oasis_jax.commands.command_line import Parser, run_main
 
 
 def parser() -> Parser:
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
+    from oasis_jax.evaluation.report.terminal import print_comparison
     from oasis_jax.evaluation.runs import evaluate
-    from oasis_jax.evaluation.terminal import print_comparison
 
     runs = evaluate(
         args.workdir,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from oasis_jax.command_line import parse_train, run_main
+from oasis_jax.commands.command_line import parse_train, run_main
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,10 +13,10 @@ import _harness as harness
 import numpy as np
 from flax import nnx
 
-from oasis_jax.command_line import load_config
-from oasis_jax.decoder import Decoder
+from oasis_jax.commands.command_line import load_config
 from oasis_jax.evaluation import EVALUATORS, choose, measure_model
 from oasis_jax.evaluation.evaluator import _read, of_model
+from oasis_jax.model.decoder import Decoder
 
 DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
 VOCAB = 258  # bytes

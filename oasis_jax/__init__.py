@@ -2,18 +2,18 @@
 
 Modules (Flax NNX; native Linen twins in `oasis_jax.linen`): Attention, Router, Norm, MLP, Decoder.
 Configs: AttentionConfig, RouterConfig, NormConfig, ModelConfig, PRESETS.
-The pure functions behind them: `oasis_jax.attention.attention`, `oasis_jax.routing.route`, `oasis_jax.norms.norm`;
+The pure functions behind them: `oasis_jax.model.attention.attention`, `oasis_jax.model.router.route`, `oasis_jax.model.norms.norm`;
 the operators under those: `pallas_kernels.null_attention`, `pallas_kernels.depth_route`.
 """
 
-from oasis_jax.attention import Attention
 from oasis_jax.config import PRESETS, AttentionConfig, ModelConfig, NormConfig, RouterConfig
-from oasis_jax.decoder import Decoder
 from oasis_jax.errors import UserError
-from oasis_jax.mlp import MLP
-from oasis_jax.norms import Norm
-from oasis_jax.routing import Router
-from oasis_jax.statistics import AttentionStatistics, RouterStatistics, Statistics
+from oasis_jax.model.attention import Attention
+from oasis_jax.model.decoder import Decoder
+from oasis_jax.model.mlp import MLP
+from oasis_jax.model.norms import Norm
+from oasis_jax.model.router import Router
+from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics, Statistics
 
 __all__ = [
     "MLP",

@@ -6,17 +6,17 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oasis_jax.attention import Constrain, attention, attention_parameters
 from oasis_jax.config import AttentionConfig, ModelConfig, NormConfig, RouterConfig
-from oasis_jax.decoder import Inputs, Outputs, check_model, decode, ends_parameters
-from oasis_jax.mlp import mlp, mlp_parameters
-from oasis_jax.norms import norm, norm_parameters
-from oasis_jax.numerics import FLOAT, Numerics
-from oasis_jax.parameters import ParameterSpec
-from oasis_jax.remat import POLICIES
-from oasis_jax.routing import Evidence, Sources, route, router_parameters
-from oasis_jax.stack import router_names
-from oasis_jax.statistics import AttentionStatistics, RouterStatistics, Statistics
+from oasis_jax.model.attention import Constrain, attention, attention_parameters
+from oasis_jax.model.decoder import Inputs, Outputs, check_model, decode, ends_parameters
+from oasis_jax.model.mlp import mlp, mlp_parameters
+from oasis_jax.model.norms import norm, norm_parameters
+from oasis_jax.model.numerics import FLOAT, Numerics
+from oasis_jax.model.parameters import ParameterSpec
+from oasis_jax.model.remat import POLICIES
+from oasis_jax.model.router import Evidence, Sources, route, router_parameters
+from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics, Statistics
+from oasis_jax.model.wiring import router_names
 
 
 def _declare(module: nn.Module, specs: Mapping[str, ParameterSpec]) -> dict[str, Array]:
@@ -24,7 +24,7 @@ def _declare(module: nn.Module, specs: Mapping[str, ParameterSpec]) -> dict[str,
 
 
 class Norm(nn.Module):
-    """`oasis_jax.norms.norm` over `width` channels."""
+    """`oasis_jax.model.norms.norm` over `width` channels."""
 
     config: NormConfig
     width: int
@@ -35,7 +35,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """`oasis_jax.attention.attention`; see there for the options and what comes back."""
+    """`oasis_jax.model.attention.attention`; see there for the options and what comes back."""
 
     config: AttentionConfig
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """`oasis_jax.routing.route`."""
+    """`oasis_jax.model.router.route`."""
 
     config: RouterConfig
 
@@ -57,7 +57,7 @@ class Router(nn.Module):
 
 
 class MLP(nn.Module):
-    """`oasis_jax.mlp.mlp`."""
+    """`oasis_jax.model.mlp.mlp`."""
 
     width: int
     hidden: int
@@ -89,7 +89,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder of `oasis_jax.decoder`; see there."""
+    """The decoder of `oasis_jax.model.decoder`; see there."""
 
     config: ModelConfig
 

@@ -8,7 +8,14 @@ import sys
 
 import pytest
 
-from oasis_jax.command_line import Parser, apply_overrides, describe_fields, load_config, parse_train, train_parser
+from oasis_jax.commands.command_line import (
+    Parser,
+    apply_overrides,
+    describe_fields,
+    load_config,
+    parse_train,
+    train_parser,
+)
 from oasis_jax.config import METHOD_FIELDS, PRESETS, Config, DataConfig, ModelConfig, sections
 from oasis_jax.errors import UserError
 
@@ -297,7 +304,7 @@ def test_what_follows_two_dashes_is_no_flag():
 
 SCRIPT = """
 import os, signal, sys
-from oasis_jax.command_line import run_main
+from oasis_jax.commands.command_line import run_main
 from oasis_jax.errors import UserError
 
 # a shell's background jobs ignore it, and so would their children

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from flax import nnx
 
 from oasis_jax.evaluation.evaluator import Batch, Evaluator, Measurements, Value, of_model, run_evaluators
-from oasis_jax.evaluation.families import DEFAULT, DEFINITIONS, EVALUATORS, choose
 from oasis_jax.evaluation.library import measure
+from oasis_jax.evaluation.measures.table import DEFAULT, DEFINITIONS, EVALUATORS, choose
 
 
 def evaluate_model(
@@ -17,7 +17,7 @@ def evaluate_model(
     """Measures a model with one compiled forward pass per batch, whatever the number of evaluators.
 
     Args:
-      model: an `oasis_jax.decoder.Decoder`; `measure` takes any other.
+      model: an `oasis_jax.model.decoder.Decoder`; `measure` takes any other.
       batches: dicts of arrays [B, T, ...] with "inputs", "targets" and "weights", as `oasis_jax.data.eval_batches`
         gives them; at least one. "bytes" [B, T], the bytes that each target stands for, adds bits per byte.
       evaluators: name -> Evaluator; the default set where not given.

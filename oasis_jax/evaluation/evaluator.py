@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import bootstrap
-from oasis_jax.evaluation.attention_statistics import Probabilities, probabilities
 from oasis_jax.evaluation.bootstrap import Estimate, Interval
-from oasis_jax.statistics import AttentionStatistics, Statistics
+from oasis_jax.evaluation.measures.probabilities import Probabilities, probabilities
+from oasis_jax.model.statistics import AttentionStatistics, Statistics
 
 Batch = Mapping[str, np.ndarray]
 Rows = dict[str, Array]

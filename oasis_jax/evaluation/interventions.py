@@ -20,8 +20,8 @@ from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.evaluation.bootstrap import Estimate, intervals
 from oasis_jax.evaluation.evaluator import Batch
-from oasis_jax.stack import router_names
-from oasis_jax.statistics import RouterStatistics
+from oasis_jax.model.statistics import RouterStatistics
+from oasis_jax.model.wiring import router_names
 from oasis_jax.training.loss import token_losses
 
 FAMILIES = ("embedding", "current", "older")
@@ -253,7 +253,7 @@ def intervene(
     """Runs a Decoder with one thing changed at a time.
 
     Args:
-      model: an `oasis_jax.decoder.Decoder`; it is left as it is.
+      model: an `oasis_jax.model.decoder.Decoder`; it is left as it is.
       batches: dicts of arrays [B, T, ...] with "inputs", "targets" and "weights"; at least one.
       interventions: names of `INTERVENTIONS`, or "all".
       begin_token: whether every sequence starts with a begin token.

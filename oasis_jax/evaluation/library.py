@@ -6,8 +6,8 @@ from typing import Any
 
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation.evaluator import Batch, Measurements, Reading, run_evaluators
-from oasis_jax.evaluation.families import choose
-from oasis_jax.statistics import AttentionStatistics, Statistics
+from oasis_jax.evaluation.measures.table import choose
+from oasis_jax.model.statistics import AttentionStatistics, Statistics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,13 +16,13 @@ import numpy as np
 from oasis_jax.data import Corpus, Tokenizer, eval_batches, load_corpus
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation import DEFINITIONS, Evaluator, bootstrap, choose, measure_model
-from oasis_jax.evaluation.comparison import MeasuredRun, groups, not_comparable
 from oasis_jax.evaluation.evaluator import Batch
 from oasis_jax.evaluation.interventions import INTERVENTIONS, intervene
 from oasis_jax.evaluation.interventions import choose as choose_interventions
-from oasis_jax.evaluation.quantization import Scheme, parse_schemes, quantization
-from oasis_jax.evaluation.report import write_report
-from oasis_jax.evaluation.views import look
+from oasis_jax.evaluation.quantization.inference import Scheme, parse_schemes, quantization
+from oasis_jax.evaluation.report.comparison import MeasuredRun, groups, not_comparable
+from oasis_jax.evaluation.report.page import write_report
+from oasis_jax.evaluation.report.views import look
 from oasis_jax.training.checkpoints import LoadedRun, check_corpus, load_run
 from oasis_jax.training.metrics import read_metrics
 

@@ -22,8 +22,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, E
 
 from oasis_jax.config import Config, RunConfig, from_dict, sections, to_dict
 from oasis_jax.data import Corpus, Tokenizer
-from oasis_jax.decoder import Decoder
 from oasis_jax.errors import UserError
+from oasis_jax.model.decoder import Decoder
 from oasis_jax.training.distributed import is_first, wait_for_all
 from oasis_jax.training.sharding import parameter_shapes
 from oasis_jax.training.state import TrainState, abstract_state, build_model, placed
@@ -43,7 +43,7 @@ _MAY_DIFFER = {
 _FROM_DATA = ("vocab_size", "vector_dim")
 
 _FILE_LIST = "files.json"
-_LAYOUT = "stacked"  # of the parameters, see oasis_jax.stacked
+_LAYOUT = "stacked"  # of the parameters, see oasis_jax.model.layout
 
 T = TypeVar("T")
 

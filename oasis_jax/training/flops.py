@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping
 
-from oasis_jax.attention import attention_parameters
 from oasis_jax.config import ModelConfig
-from oasis_jax.decoder import ends_parameters
-from oasis_jax.mlp import mlp_parameters
-from oasis_jax.norms import norm_parameters
-from oasis_jax.parameters import ParameterSpec
-from oasis_jax.routing import router_parameters
-from oasis_jax.stack import router_names
+from oasis_jax.model.attention import attention_parameters
+from oasis_jax.model.decoder import ends_parameters
+from oasis_jax.model.mlp import mlp_parameters
+from oasis_jax.model.norms import norm_parameters
+from oasis_jax.model.parameters import ParameterSpec
+from oasis_jax.model.router import router_parameters
+from oasis_jax.model.wiring import router_names
 
 # Dense bfloat16 FLOP/s of one device, from its maker's data sheet, by the start of JAX's name of it.
 PEAK_FLOPS = {

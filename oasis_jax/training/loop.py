@@ -13,8 +13,8 @@ import jax
 
 from oasis_jax.config import Config, RunConfig
 from oasis_jax.data import Corpus, eval_batches, load_corpus, train_batches
-from oasis_jax.decoder import Decoder
 from oasis_jax.errors import Preempted, UserError
+from oasis_jax.model.decoder import Decoder
 from oasis_jax.training.checkpoints import Checkpoints, Keep, check_corpus, describe
 from oasis_jax.training.distributed import batch_part, is_first
 from oasis_jax.training.flops import peak_flops, training_flops

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oasis_jax.attention import Constrain
 from oasis_jax.config import ModelConfig
-from oasis_jax.decoder import ends_parameters, padded_vocab, unembed
-from oasis_jax.parameters import Parameters
+from oasis_jax.model.attention import Constrain
+from oasis_jax.model.decoder import ends_parameters, padded_vocab, unembed
+from oasis_jax.model.parameters import Parameters
 
 
 def token_losses(

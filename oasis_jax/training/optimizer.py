@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from oasis_jax.config import OptimizerConfig
-from oasis_jax.stacked import STACKS
+from oasis_jax.model.layout import STACKS
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -32,7 +32,7 @@ def decayed(params: dict) -> dict:
     queries.
 
     Args:
-      params: stacked, see `oasis_jax.stacked`; a layer's own rank decides.
+      params: stacked, see `oasis_jax.model.layout`; a layer's own rank decides.
     """
 
     def is_matrix(path, x):

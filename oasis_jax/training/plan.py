@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from oasis_jax.config import Config
 from oasis_jax.data import TOKENIZERS
 from oasis_jax.errors import UserError, nearest
-from oasis_jax.scanned import follows_remat, uses_scan
+from oasis_jax.model.scanned import follows_remat, uses_scan
 from oasis_jax.training.collectives import Collective, collectives
 from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.gpu_targets import gpu_descriptions, memory_bytes

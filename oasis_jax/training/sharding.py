@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from oasis_jax.config import Config, MeshConfig, ModelConfig
 from oasis_jax.errors import UserError, unknown_name
-from oasis_jax.normalizers import DENSE_NORMALIZERS
-from oasis_jax.stacked import initial_params, stacked_axes
+from oasis_jax.model.layout import initial_params, stacked_axes
+from oasis_jax.model.normalizers import DENSE_NORMALIZERS
 from pallas_kernels import OperatorSharding, zigzag
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")  # neighbours last
@@ -160,7 +160,7 @@ def placement(config: Config, mesh: Mesh) -> Placement:
 
 
 def parameter_shapes(config: ModelConfig) -> dict:
-    """Shape and type of every parameter of a training state: stacked, see `oasis_jax.stacked`."""
+    """Shape and type of every parameter of a training state: stacked, see `oasis_jax.model.layout`."""
     return jax.eval_shape(lambda: initial_params(config, jax.random.key(0)))
 
 

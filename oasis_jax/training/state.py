@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from oasis_jax.config import Config, ModelConfig
-from oasis_jax.decoder import Decoder, with_parameters
-from oasis_jax.stacked import initial_params, unstack_layers
+from oasis_jax.model.decoder import Decoder, with_parameters
+from oasis_jax.model.layout import initial_params, unstack_layers
 from oasis_jax.training.optimizer import make_optimizer
 from oasis_jax.training.sharding import parameter_shardings, replicated
 
@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
     """Everything that training changes, and the key that whatever is random in step k folds k into."""
 
     step: Int[Array, ""]  # updates made
-    params: dict  # stacked, see oasis_jax.stacked; float32
+    params: dict  # stacked, see oasis_jax.model.layout; float32
     opt_state: optax.OptState
     rng: Array  # a jax.random.key
 

@@ -9,12 +9,12 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from oasis_jax import statistics
 from oasis_jax.config import Config, ModelConfig
-from oasis_jax.decoder import with_parameters
-from oasis_jax.norms import norm
-from oasis_jax.scanned import final_stream, uses_scan
-from oasis_jax.stacked import stack_layers, unstack_layers
+from oasis_jax.model import statistics
+from oasis_jax.model.decoder import with_parameters
+from oasis_jax.model.layout import stack_layers, unstack_layers
+from oasis_jax.model.norms import norm
+from oasis_jax.model.scanned import final_stream, uses_scan
 from oasis_jax.training.loss import chunked_mean_loss, total_weight
 from oasis_jax.training.optimizer import learning_rate, make_optimizer
 from oasis_jax.training.sharding import Placement, batch_sharding, placement, replicated
@@ -52,7 +52,7 @@ def make_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple
 
 
 def make_telemetry(config: Config, mesh: Mesh) -> Callable[[dict, Batch], Metrics]:
-    """The compiled telemetry(params, batch) -> `oasis_jax.statistics.telemetry` of a forward pass.
+    """The compiled telemetry(params, batch) -> `oasis_jax.model.statistics.telemetry` of a forward pass.
 
     A function of its own, so that looking at a run at other intervals, or never, changes no bit of it.
     """
@@ -93,7 +93,7 @@ def training_loss(
     """The mean loss of a batch, with the layers as loops (`scan`) or one by one; equal values and gradients.
 
     Args:
-      params: stacked for loops, otherwise layer by layer; see `oasis_jax.stacked`.
+      params: stacked for loops, otherwise layer by layer; see `oasis_jax.model.layout`.
       total: see `mean_loss`.
     """
     segment_ids = batch.get("segment_ids")

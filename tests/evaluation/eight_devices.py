@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from oasis_jax.decoder import Decoder
 from oasis_jax.evaluation import EVALUATORS, measure_model
 from oasis_jax.evaluation.evaluator import _read, of_model
-from oasis_jax.stacked import stack_layers
+from oasis_jax.model.decoder import Decoder
+from oasis_jax.model.layout import stack_layers
 from oasis_jax.training.sharding import batch_sharding, make_mesh, parameter_shardings, put_batch
 from oasis_jax.training.state import build_model
 

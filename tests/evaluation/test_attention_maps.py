@@ -9,13 +9,13 @@ import pytest
 from evaluation.toys import NORMALIZERS, ROUNDING, WITH_NULL, all_probabilities, build, forward, token_batches
 from flax import nnx
 
-from oasis_jax.attention import Attention
 from oasis_jax.config import AttentionConfig
 from oasis_jax.evaluation import EVALUATORS
-from oasis_jax.evaluation.attention_maps import EPSILONS
-from oasis_jax.evaluation.attention_statistics import PREFIX, probabilities
 from oasis_jax.evaluation.evaluator import _read, of_model
-from oasis_jax.statistics import AttentionStatistics, Static
+from oasis_jax.evaluation.measures.attention_maps import EPSILONS
+from oasis_jax.evaluation.measures.probabilities import PREFIX, probabilities
+from oasis_jax.model.attention import Attention
+from oasis_jax.model.statistics import AttentionStatistics, Static
 
 
 def xlogx(p: np.ndarray) -> np.ndarray:

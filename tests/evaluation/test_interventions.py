@@ -10,10 +10,10 @@ from evaluation.toys import build, forward, token_batches
 from flax import nnx
 
 from oasis_jax.config import ModelConfig
-from oasis_jax.decoder import Decoder
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation import evaluate_model
 from oasis_jax.evaluation.interventions import INTERVENTIONS, families, intervene
+from oasis_jax.model.decoder import Decoder
 
 # Float32 losses of two compilations, and a change is the difference of two of them.
 CLOSE = dict(rel=1e-5, abs=2e-5)

@@ -6,8 +6,8 @@ from evaluation.toys import ROUNDING, all_probabilities, build, forward, token_b
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import EVALUATORS
-from oasis_jax.evaluation.joint import NEAR_NO_OP, source_layers
-from oasis_jax.stack import router_names
+from oasis_jax.evaluation.measures.joint import NEAR_NO_OP, source_layers
+from oasis_jax.model.wiring import router_names
 
 CASES = [
     dict(preset="oasis"),

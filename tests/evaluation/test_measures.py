@@ -7,13 +7,13 @@ from evaluation.toys import BATCH, LENGTH, NORMALIZERS, ROUNDING, WITH_NULL, bui
 from flax import nnx
 
 from oasis_jax.config import ModelConfig
-from oasis_jax.decoder import Decoder
 from oasis_jax.evaluation import DEFINITIONS, EVALUATORS, evaluate_model
-from oasis_jax.evaluation.attention_statistics import conditional_mass
-from oasis_jax.evaluation.depth import depth_sinks, source_columns
-from oasis_jax.evaluation.outliers import kurtosis
-from oasis_jax.evaluation.sinks import sink_rate
-from oasis_jax.stack import router_names
+from oasis_jax.evaluation.measures.depth import depth_sinks, source_columns
+from oasis_jax.evaluation.measures.outliers import kurtosis
+from oasis_jax.evaluation.measures.probabilities import conditional_mass
+from oasis_jax.evaluation.measures.sinks import sink_rate
+from oasis_jax.model.decoder import Decoder
+from oasis_jax.model.wiring import router_names
 
 
 def measure(model: Decoder, batches: list[dict]) -> dict:

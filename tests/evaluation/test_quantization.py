@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from oasis_jax.attention import attention, attention_parameters
 from oasis_jax.config import PRESETS, AttentionConfig, ModelConfig
-from oasis_jax.decoder import Decoder
 from oasis_jax.errors import UserError
-from oasis_jax.evaluation.quantization import (
+from oasis_jax.evaluation.quantization.inference import (
     SCHEMES,
     Calibration,
     Quantized,
@@ -29,7 +27,7 @@ from oasis_jax.evaluation.quantization import (
     rounded_tensors,
     smoothing_factors,
 )
-from oasis_jax.evaluation.quantizers import (
+from oasis_jax.evaluation.quantization.quantizers import (
     Format,
     as_matrices,
     asymmetric,
@@ -39,7 +37,9 @@ from oasis_jax.evaluation.quantizers import (
     symmetric,
     symmetric_mse,
 )
-from oasis_jax.numerics import Numerics
+from oasis_jax.model.attention import attention, attention_parameters
+from oasis_jax.model.decoder import Decoder
+from oasis_jax.model.numerics import Numerics
 
 EPS = float(np.finfo(np.float32).eps)
 VOCAB = 29

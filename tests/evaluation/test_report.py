@@ -10,16 +10,16 @@ import shutil
 
 import pytest
 
-from oasis_jax.command_line import run_main
+from oasis_jax.commands.command_line import run_main
 from oasis_jax.config import Config, DataConfig, ModelConfig
 from oasis_jax.data import load_corpus
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation import DEFINITIONS
-from oasis_jax.evaluation.comparison import TABLE, MeasuredRun, best, groups, method, not_comparable, rows, show
-from oasis_jax.evaluation.report import write_report
+from oasis_jax.evaluation.report.comparison import TABLE, MeasuredRun, best, groups, method, not_comparable, rows, show
+from oasis_jax.evaluation.report.page import write_report
+from oasis_jax.evaluation.report.terminal import print_comparison
+from oasis_jax.evaluation.report.words import findings, summary
 from oasis_jax.evaluation.runs import evaluate, unique_labels, with_bytes
-from oasis_jax.evaluation.terminal import print_comparison
-from oasis_jax.evaluation.words import findings, summary
 from oasis_jax.training.checkpoints import Checkpoints, Keep, describe, load_run
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.metrics import MetricsWriter

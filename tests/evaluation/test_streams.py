@@ -6,8 +6,8 @@ import pytest
 from evaluation.toys import ROUNDING, build, forward, token_batches
 
 from oasis_jax.evaluation import EVALUATORS, measure
-from oasis_jax.evaluation.order_statistics import kth_smallest, median
-from oasis_jax.statistics import Statistics
+from oasis_jax.evaluation.measures.order_statistics import kth_smallest, median
+from oasis_jax.model.statistics import Statistics
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8, 1001])

@@ -13,14 +13,14 @@ from flax import nnx
 
 from oasis_jax.config import Config, DataConfig, ModelConfig
 from oasis_jax.data.tokenizers import BytesTokenizer
-from oasis_jax.decoder import Decoder
 from oasis_jax.evaluation import DEFINITIONS
-from oasis_jax.evaluation.comparison import TABLE, MeasuredRun, cell, change_text, interval_text
 from oasis_jax.evaluation.interventions import Effect
-from oasis_jax.evaluation.report import write_report
-from oasis_jax.evaluation.sections import by_role
-from oasis_jax.evaluation.views import EDGES, histogram, look
-from oasis_jax.evaluation.words import summary
+from oasis_jax.evaluation.report.comparison import TABLE, MeasuredRun, cell, change_text, interval_text
+from oasis_jax.evaluation.report.page import write_report
+from oasis_jax.evaluation.report.sections import by_role
+from oasis_jax.evaluation.report.views import EDGES, histogram, look
+from oasis_jax.evaluation.report.words import summary
+from oasis_jax.model.decoder import Decoder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

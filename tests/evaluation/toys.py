@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from oasis_jax.config import ModelConfig
-from oasis_jax.decoder import Decoder
+from oasis_jax.model.decoder import Decoder
 
 BATCH, LENGTH, VOCAB = 3, 11, 29
 NORMALIZERS = ("softmax", "softmax1", "learned_sink", "clipped", "entmax15", "sparsemax", "softpick")

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from oasis_jax.config import DEFAULT_RULES, ModelConfig
-from oasis_jax.decoder import padded_vocab
+from oasis_jax.model.decoder import padded_vocab
 from oasis_jax.training.sharding import parameter_shapes, parameter_shardings
 
 HERE = pathlib.Path(__file__).parent

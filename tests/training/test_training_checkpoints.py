@@ -14,7 +14,7 @@ import pytest
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, from_dict, to_dict
 from oasis_jax.data import load_corpus
 from oasis_jax.errors import UserError
-from oasis_jax.stacked import unstack_layers
+from oasis_jax.model.layout import unstack_layers
 from oasis_jax.training.checkpoints import Checkpoints, Keep, check_corpus, describe, differing_fields, load_run
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.sharding import make_mesh

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from oasis_jax.config import ModelConfig
-from oasis_jax.decoder import Decoder
 from oasis_jax.errors import UserError
+from oasis_jax.model.decoder import Decoder
 from oasis_jax.training.flops import forward_flops, peak_flops, training_flops
 from oasis_jax.training.profiling import parse_steps
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from oasis_jax.attention import unconstrained
 from oasis_jax.config import ModelConfig
-from oasis_jax.decoder import ends_parameters, unembed
+from oasis_jax.model.attention import unconstrained
+from oasis_jax.model.decoder import ends_parameters, unembed
 from oasis_jax.training.loss import chunked_mean_loss, loss_chunks, mean_loss, token_losses, total_weight
 
 TOKENS = ModelConfig(vocab_size=11)

@@ -10,7 +10,7 @@ import types
 import jax
 import pytest
 
-from oasis_jax.command_line import load_config
+from oasis_jax.commands.command_line import load_config
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from oasis_jax.data import TOKENIZERS, load_corpus, train_batches
 from oasis_jax.errors import UserError

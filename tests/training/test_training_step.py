@@ -10,8 +10,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from oasis_jax.stacked import initial_params
-from oasis_jax.statistics import telemetry
+from oasis_jax.model.layout import initial_params
+from oasis_jax.model.statistics import telemetry
 from oasis_jax.training.loss import mean_loss
 from oasis_jax.training.plan import abstract_batch
 from oasis_jax.training.sharding import batch_sharding, make_mesh, parameter_shapes, put_batch

@@ -1,0 +1,213 @@
+"""Where the depth routers look: weights router by source, their null mass, entropy, depth sinks, and the
+coupling beta.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import xlogy
+
+from oasis_jax.config import ModelConfig
+from oasis_jax.evaluation import bootstrap
+from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
+from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
+from oasis_jax.evaluation.measures.sinks import EPSILON
+from oasis_jax.model.statistics import RouterStatistics
+from oasis_jax.model.wiring import router_names, sublayer_names
+
+MINIMUM_SOURCES = 3  # with two sources one of them always has weight 1/2: no sink to speak of
+
+_ALPHA = "depth weights alpha of every router, token and source"
+_BY_SOURCE = "mean over tokens and sequences; router x source, null where a router does not read a source"
+_OASIS = "OASIS, arXiv 2605.17887"
+_ROUTED = "models with depth routers"
+_SINK = (
+    f"share of routers with at least {MINIMUM_SOURCES} sources in which the mean weight over tokens and "
+    f"sequences exceeds {EPSILON}"
+)
+DEFINITIONS = {
+    "depth_weights": {"tensor": _ALPHA, "average": _BY_SOURCE, "source": _OASIS, "applies_to": _ROUTED},
+    "depth_weight_variance": {
+        "tensor": _ALPHA,
+        "average": "variance over the tokens of a sequence, mean over sequences; router x source",
+        "source": _OASIS,
+        "applies_to": _ROUTED,
+    },
+    "depth_routers": {
+        "tensor": "names of the routers, the rows of the matrices",
+        "average": "none",
+        "source": _OASIS,
+        "applies_to": _ROUTED,
+    },
+    "depth_sources": {
+        "tensor": "names of the sources, the columns of the matrices",
+        "average": "none",
+        "source": _OASIS,
+        "applies_to": _ROUTED,
+    },
+    "depth_entropy": {
+        "tensor": "entropy of alpha in nats, the depth null one of the outcomes",
+        "average": "mean over tokens, sequences and routers",
+        "source": _OASIS,
+        "applies_to": _ROUTED,
+    },
+    "depth_max_weight": {
+        "tensor": "largest alpha over sources",
+        "average": "mean over tokens, sequences and routers",
+        "source": _OASIS,
+        "applies_to": _ROUTED,
+    },
+    "depth_embedding_weight": {
+        "tensor": "alpha of the embedding",
+        "average": "mean over tokens, sequences and routers",
+        "source": _OASIS,
+        "applies_to": _ROUTED,
+    },
+    "depth_null_mass": {
+        "tensor": "depth null mass of every router and token",
+        "average": "mean over tokens, sequences and routers",
+        "source": _OASIS,
+        "applies_to": "depth routers with Softmax1",
+    },
+    "depth_sink_rate": {
+        "tensor": "alpha of the embedding, the first source",
+        "average": _SINK,
+        "source": _OASIS,
+        "applies_to": f"models with a router over at least {MINIMUM_SOURCES} sources",
+    },
+    "depth_sink_rate_by_source": {
+        "tensor": _ALPHA,
+        "average": f"{_SINK}, of the routers that read the source; one value a source",
+        "source": _OASIS,
+        "applies_to": f"models with a router over at least {MINIMUM_SOURCES} sources",
+    },
+    "beta": {
+        "tensor": "beta = min(softplus(beta_raw), 10)",
+        "average": "mean over routers",
+        "source": _OASIS,
+        "applies_to": "models with the inter-layer null signal",
+    },
+    "beta_by_router": {
+        "tensor": "beta = min(softplus(beta_raw), 10)",
+        "average": "none; one value a router",
+        "source": _OASIS,
+        "applies_to": "models with the inter-layer null signal",
+    },
+}
+
+
+def source_columns(config: ModelConfig) -> tuple[list[str], dict[str, list[int]]]:
+    """The columns of the depth matrices, and for every router which of them its sources are, in order.
+
+    cumulative: "embedding", the streams after the layers before ("layer0" ...), and the candidates of the router's own
+    layer, "own attention" and "own mlp". delta: "embedding" and one column a sublayer, or one a block ("block1" ...,
+    the last of a router's being the running one).
+    """
+    names, sublayers = router_names(config), sublayer_names(config)
+    if config.wiring == "cumulative":
+        layers = [f"layer{i}" for i in range(config.num_layers - 1)]
+        own = [len(layers) + 1, len(layers) + 2]
+        rows = {name: [*range(index // 2 + 1), *own[: index % 2 + 1]] for index, name in enumerate(names)}
+        return ["embedding", *layers, "own attention", "own mlp"], rows
+    count = config.blocks or len(sublayers)
+    size = len(sublayers) // count
+    columns = [f"block{i + 1}" for i in range(count)] if config.blocks else sublayers
+    rows = {name: list(range(min(index // size + 1, count) + 1)) for index, name in enumerate(names)}
+    return ["embedding", *columns], rows
+
+
+def foreign_columns(sources: dict[str, int]) -> tuple[list[str], dict[str, list[int]]]:
+    """The same for routers of a foreign model, of which only the numbers of sources are known: "source0" is
+    the oldest.
+    """
+    return [f"source{i}" for i in range(max(sources.values()))], {
+        name: list(range(count)) for name, count in sources.items()
+    }
+
+
+def _rows_of(place: str, router: RouterStatistics) -> Rows:
+    weights, null = router.weights, router.null_mass
+    entropy = -(xlogy(weights, weights).sum(-1) + xlogy(null, null))
+    return {
+        f"weights/{place}": weights.mean(1),
+        f"variance/{place}": weights.var(1),
+        f"entropy/{place}": entropy.mean(1),
+        f"largest/{place}": weights.max(-1).mean(1),
+        f"null/{place}": null.mean(1),
+    }
+
+
+def read(reading: Reading) -> Rows | None:
+    """ "<what>/<number>/<router>" -> means over tokens: weights and variance [B, sources], the others [B]; beta [B],
+    the same for all.
+    """
+    rows = {}
+    for index, (name, router) in enumerate(reading.statistics.routers.items()):
+        place = f"{index:04d}/{name}"  # rows come out of jit in alphabetical order
+        rows |= _rows_of(place, router)
+        if router.beta is not None:
+            rows[f"beta/{place}"] = jnp.broadcast_to(router.beta, router.weights.shape[:1])
+    return rows or None
+
+
+def _matrix(
+    by_router: dict[str, np.ndarray], columns: tuple[list[str], dict[str, list[int]]]
+) -> list[list[float | None]]:
+    names, places = columns
+    return [
+        [dict(zip(places[name], row.tolist())).get(i) for i in range(len(names))] for name, row in by_router.items()
+    ]
+
+
+def depth_sinks(weights: list[list[float | None]]) -> list[float | None]:
+    """Per column of a router x source matrix of mean weights: share of the routers that read it in which it
+    is a sink.
+    """
+    wide = [row for row in weights if sum(w is not None for w in row) >= MINIMUM_SOURCES]
+    given = [[row[i] for row in wide if row[i] is not None] for i in range(len(weights[0]))]
+    return [sum(w > EPSILON for w in column) / len(column) if column else None for column in given]
+
+
+def _share_of_sinks(means: np.ndarray) -> np.ndarray:
+    return (means > EPSILON).mean(-1)
+
+
+def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
+    """Means over sequences, then over routers."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for place, values in rows.items():
+        kind, _, router = place.split("/", 2)
+        found.setdefault(kind, {})[router] = values
+    sources = {name: values.shape[1] for name, values in found["weights"].items()}
+    columns = source_columns(config) if config else foreign_columns(sources)
+    weights = _matrix({name: values.mean(0) for name, values in found["weights"].items()}, columns)
+
+    def average(kind: str) -> Estimate:
+        return per_sequence(np.stack(list(found[kind].values()), -1), bootstrap.mean)
+
+    embedding = {name: values[:, 0] for name, values in found["weights"].items()}
+    wide = [values for name, values in embedding.items() if sources[name] >= MINIMUM_SOURCES]
+    metrics = {
+        "depth_weights": weights,
+        "depth_weight_variance": _matrix({name: values.mean(0) for name, values in found["variance"].items()}, columns),
+        "depth_routers": list(sources),
+        "depth_sources": columns[0],
+        "depth_entropy": average("entropy"),
+        "depth_max_weight": average("largest"),
+        "depth_embedding_weight": per_sequence(np.stack(list(embedding.values()), -1), bootstrap.mean),
+    }
+    if any(values.any() for values in found["null"].values()):  # depth softmax has a null mass of exactly 0
+        metrics["depth_null_mass"] = average("null")
+    if wide:
+        metrics |= {
+            "depth_sink_rate": per_sequence(np.stack(wide, -1), _share_of_sinks),
+            "depth_sink_rate_by_source": depth_sinks(weights),
+        }
+    if "beta" in found:
+        metrics |= {
+            "beta": average("beta").value,
+            "beta_by_router": [float(values[0]) for values in found["beta"].values()],
+        }
+    return metrics
+
+
+DEPTH = Evaluator(read, finish, DEFINITIONS)

@@ -1,0 +1,117 @@
+"""Massive activations: a few huge numbers at fixed channels of the stream (Sun et al., arXiv 2402.17762)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from oasis_jax.config import ModelConfig
+from oasis_jax.evaluation import bootstrap
+from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
+from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
+from oasis_jax.evaluation.measures.order_statistics import median
+
+MAGNITUDE = 100.0
+RATIO = 1000.0  # over the median magnitude of the sequence's layer output
+
+_MASSIVE = (
+    f"elements h of each layer's output [T, D] with |h| > {MAGNITUDE:g} and |h| >= {RATIO:g} x median |h| "
+    "of the sequence"
+)
+_SOURCE, _TAPS = "Sun et al., arXiv 2402.17762", "models that give their layers' outputs"
+DEFINITIONS = {
+    "massive_activations": {
+        "tensor": _MASSIVE,
+        "average": "number a sequence, mean over sequences, largest over layers",
+        "source": _SOURCE,
+        "applies_to": _TAPS,
+    },
+    "massive_activations_by_layer": {
+        "tensor": _MASSIVE,
+        "average": "number a sequence, mean over sequences; one value a layer",
+        "source": _SOURCE,
+        "applies_to": _TAPS,
+    },
+    "massive_activation_places": {
+        "tensor": _MASSIVE,
+        "average": "none; per layer that has any: how many of all sequences lie at which position and channel, the "
+        "most frequent 8 of each",
+        "source": _SOURCE,
+        "applies_to": _TAPS,
+    },
+    "largest_activation_by_layer": {
+        "tensor": "element of each layer's output [T, D] with the largest |h|",
+        "average": "none; the largest of all sequences with its value, position, channel and ratio to its "
+        "sequence's median |h|",
+        "source": _SOURCE,
+        "applies_to": _TAPS,
+    },
+    "largest_activation_ratio": {
+        "tensor": "max |h| / median |h| of each layer's output [T, D]",
+        "average": "mean over sequences, largest over layers",
+        "source": _SOURCE,
+        "applies_to": _TAPS,
+    },
+}
+
+
+def _layer(h: Float[Array, "B T D"]) -> Rows:
+    batch, _, width = h.shape
+    flat = h.reshape(batch, -1).astype(jnp.promote_types(h.dtype, jnp.float32))
+    size = jnp.abs(flat)
+    middle = median(size)
+    index = size.argmax(-1)
+    massive = ((size > MAGNITUDE) & (size >= RATIO * middle[:, None])).reshape(h.shape)
+    return {
+        "value": jnp.take_along_axis(flat, index[:, None], 1)[:, 0],
+        "position": index // width,
+        "channel": index % width,
+        "median": middle,
+        "at_position": massive.sum(2),
+        "at_channel": massive.sum(1),
+    }
+
+
+def read(reading: Reading) -> Rows | None:
+    """Per layer: the largest element [B, L] and the numbers of massive ones by position [B, L, T] and channel [B, L,
+    D].
+    """
+    layers = [_layer(h) for h in reading.statistics.taps.get("layer_output", [])]
+    return jax.tree.map(lambda *x: jnp.stack(x, 1), *layers) if layers else None
+
+
+def _places(counts: Float[np.ndarray, " places"]) -> dict[str, int]:
+    order = np.argsort(-counts, kind="stable")[:8]
+    return {str(place): int(counts[place]) for place in order if counts[place]}
+
+
+def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
+    """Counts per sequence first, then the mean over sequences."""
+    del config
+    counts, ratios = (
+        rows["at_channel"].sum(-1),
+        np.abs(rows["value"]) / np.maximum(rows["median"], np.finfo(np.float32).tiny),
+    )
+    largest = []
+    for layer, sequence in enumerate(np.abs(rows["value"]).argmax(0)):
+        place = {name: int(rows[name][sequence, layer]) for name in ("position", "channel")}
+        value, ratio = float(rows["value"][sequence, layer]), float(ratios[sequence, layer])
+        largest.append({"layer": layer, "value": value, **place, "ratio_to_median": ratio})
+    places = [
+        {
+            "layer": int(layer),
+            "positions": _places(rows["at_position"][:, layer].sum(0)),
+            "channels": _places(rows["at_channel"][:, layer].sum(0)),
+        }
+        for layer in np.flatnonzero(counts.any(0))
+    ]
+    return {
+        "massive_activations": per_sequence(counts, bootstrap.largest),
+        "massive_activations_by_layer": counts.mean(0).tolist(),
+        "massive_activation_places": places,
+        "largest_activation_by_layer": largest,
+        "largest_activation_ratio": per_sequence(ratios, bootstrap.largest),
+    }
+
+
+MASSIVE = Evaluator(read, finish, DEFINITIONS)

@@ -1,0 +1,70 @@
+"""The trigger task: do heads that have nothing to do attend to the first token, or to the null? (arXiv 2603.11487)"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from oasis_jax.config import ModelConfig
+from oasis_jax.evaluation import bootstrap
+from oasis_jax.evaluation.bootstrap import Estimate
+from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
+from oasis_jax.evaluation.measures.probabilities import has_null
+
+_SOURCE = "trigger-conditional averaging, arXiv 2603.11487"
+_TASK, _NULL_TASK = "the trigger task", "the trigger task and normalizers that leave mass to a null"
+_P, _OMEGA = "attention probability of the first token (key 0)", "null mass omega"
+_KINDS = {
+    "non_trigger": "queries that carry no trigger, the first query left out",
+    "trigger": "queries that carry the trigger",
+}
+
+
+def _definitions() -> dict[str, dict[str, str]]:
+    definitions = {}
+    for kind, rows in _KINDS.items():
+        for name, tensor, applies_to in (("first_token_mass", _P, _TASK), ("null_mass", _OMEGA, _NULL_TASK)):
+            common = {"tensor": f"{tensor} of {rows}", "source": _SOURCE, "applies_to": applies_to}
+            definitions[f"{kind}_{name}"] = {
+                "average": "mean over those queries of all sequences, then over layers and heads"
+            } | common
+            definitions[f"{kind}_{name}_by_head"] = {
+                "average": "mean over those queries of all sequences; layer x head"
+            } | common
+    strongest = {"average": "mean over those queries of all sequences, the largest over layers and heads"}
+    return definitions | {"non_trigger_first_token_mass_max": definitions["non_trigger_first_token_mass"] | strongest}
+
+
+DEFINITIONS = _definitions()
+
+
+def read(reading: Reading) -> Rows | None:
+    """Per kind of query: how many there are [B], and the sums of the masses over them [B, L, N]."""
+    if "trigger" not in reading.batch or not reading.attention:
+        return None
+    trigger = reading.batch["trigger"]
+    masks = {"trigger": trigger, "non_trigger": ~trigger & (jnp.arange(trigger.shape[1]) > 0)}
+    masses = ("first_token_mass", "null_mass") if has_null(reading.attention) else ("first_token_mass",)
+    rows = {f"{kind}_count": mask.sum(-1) for kind, mask in masks.items()}
+    for name in masses:
+        mass = jnp.stack([getattr(layer, name) for layer in reading.attention], 1)
+        rows |= {f"{kind}_{name}": jnp.einsum("BLNT,BT->BLN", mass, mask) for kind, mask in masks.items()}
+    return rows
+
+
+def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
+    """Sums over all sequences before dividing; nothing for a kind of query that never occurs."""
+    del config
+    metrics = {}
+    for kind in _KINDS:
+        for name in (f"{kind}_first_token_mass", f"{kind}_null_mass"):
+            if name in rows and rows[f"{kind}_count"].any():
+                totals, counts = rows[name], rows[f"{kind}_count"][:, None]
+                by_head = Estimate(totals.reshape(len(totals), -1), counts, bootstrap.mean)
+                metrics |= {name: by_head, f"{name}_by_head": (totals.sum(0) / counts.sum()).tolist()}
+    if "non_trigger_first_token_mass" in metrics:
+        metrics["non_trigger_first_token_mass_max"] = metrics["non_trigger_first_token_mass"]._replace(
+            reduce=bootstrap.largest
+        )
+    return metrics
+
+
+TRIGGER = Evaluator(read, finish, DEFINITIONS)

@@ -1,0 +1,157 @@
+"""The report: one self-contained page, no request to anywhere."""
+
+import html
+import pathlib
+from collections.abc import Sequence
+
+from oasis_jax.evaluation import DEFINITIONS
+from oasis_jax.evaluation.bootstrap import DESCRIPTION, LEVEL
+from oasis_jax.evaluation.report.comparison import (
+    ABSENT,
+    NOT_APPLICABLE,
+    MeasuredRun,
+    Row,
+    best,
+    cell,
+    describe_data,
+    groups,
+    interval_text,
+    method,
+    not_comparable,
+    rows,
+)
+from oasis_jax.evaluation.report.figures import Picture, color, save, scale_css, svg
+from oasis_jax.evaluation.report.pictures import pictures
+from oasis_jax.evaluation.report.sections import interventions, quantized, token_views
+from oasis_jax.evaluation.report.words import findings, summary
+
+_STYLE = pathlib.Path(__file__).with_name("style.css")
+
+
+def write_report(runs: Sequence[MeasuredRun], folder: pathlib.Path) -> pathlib.Path:
+    """Writes folder/index.html and folder/figures/*.png and *.svg, and returns the page's path."""
+    found = pictures(runs)
+    (folder / "figures").mkdir(exist_ok=True)
+    for picture in found:
+        save(picture, folder / "figures")
+    page = folder / "index.html"
+    page.write_text(_page(runs, found), encoding="utf-8")
+    return page
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _name(run: MeasuredRun) -> str:
+    """A label that may break after an underscore."""
+    return _text(run.label).replace("_", "_<wbr>")
+
+
+def _chip(index: int) -> str:
+    return f'<span class="chip" style="background:{color(index)}"></span>'
+
+
+def _page(runs: Sequence[MeasuredRun], found: Sequence[Picture]) -> str:
+    names = (
+        " and ".join([", ".join(run.label for run in runs[:-1]), runs[-1].label]) if len(runs) > 1 else runs[0].label
+    )
+    warning = not_comparable(runs)
+    leads = "".join(_lead(group) for group in groups(runs))
+    tables = "".join(_table(group, runs) for group in groups(runs))
+    style = _STYLE.read_text(encoding="utf-8").replace("SCALE", scale_css())
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
+        '<link rel="icon" '
+        f'href="data:,"><title>{_text(names)}</title><style>{style}</style></head>\n<body><main>\n'
+        f"<h1>{_text(names)}</h1>{leads}"
+        + (f'<p class="warn">{_text(warning)}</p>' if warning else "")
+        + tables
+        + "".join(_picture(picture, runs) for picture in found if picture.on_page)
+        + token_views(runs)
+        + quantized(runs)
+        + interventions(runs)
+        + _definitions()
+        + _origins(runs)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _lead(group: Sequence[MeasuredRun]) -> str:
+    points = "".join(f"<li><b>{_text(topic)}.</b> {_text(text)}</li>" for topic, text in findings(group).items())
+    return f'<p class="lead">{_text(summary(group))}</p>' + (f'<ul class="points">{points}</ul>' if points else "")
+
+
+def _table(group: Sequence[MeasuredRun], runs: Sequence[MeasuredRun]) -> str:
+    heads = ""
+    for run in group:
+        how = method(run.config)
+        small = f"<small>{_text(how).replace('_', '_<wbr>')}</small>" if how != run.label else ""
+        heads += f"<th>{_chip(runs.index(run))}&nbsp;{_name(run)}{small}</th>"
+    body = []
+    for row in rows(group):
+        winners = best(row, group)
+        cells = "".join(_cell(row, run, run.label in winners) for run in group)
+        way = "↓" if row.direction == "lower" else ""
+        body.append(f'<tr><td title="{_text(row.name)}"><i>{way}</i>{_text(row.title)}</td>{cells}</tr>')
+    return (
+        f'<section><h2>Measures</h2><p class="note">{_text(describe_data(group))}. ↓: lower is better, the best '
+        "value in bold; no arrow: neither "
+        f"direction is better; {NOT_APPLICABLE}: does not apply to this model; {ABSENT}: not measured. Below a "
+        f"value its {100 * LEVEL:.0f} % interval "
+        f"({DESCRIPTION['method']}, {DESCRIPTION['draws']} draws, seed {DESCRIPTION['seed']}).</p>"
+        f'<div class="scroll"><table><thead><tr><th><i></i>measure</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div></section>\n"
+    )
+
+
+def _cell(row: Row, run: MeasuredRun, wins: bool) -> str:
+    value = cell(row, run)
+    title = f' title="{_text(run.absent[row.name])}"' if row.name in run.absent else ""
+    interval = interval_text(run.intervals.get(row.name))
+    return (
+        f"<td{title}>{f'<b>{value}</b>' if wins else value}"
+        + (f"<small>{interval}</small>" if interval else "")
+        + "</td>"
+    )
+
+
+def _picture(picture: Picture, runs: Sequence[MeasuredRun]) -> str:
+    key = "".join(f"<span>{_chip(index)} {_text(label)}</span>" for label, index in picture.legend.items())
+    if picture.scale:
+        lowest, highest, unit = picture.scale
+        key = f'<span>{100 * lowest:.0f}</span><span class="bar"></span><span>{100 * highest:.0f} {_text(unit)}</span>'
+    labels = {run.label: index for index, run in enumerate(runs)}
+    panels = "".join(
+        f'<div class="panel"><h3>{_chip(labels[panel.title]) if panel.title in labels else ""}{_text(panel.title)}</h3>'
+        f"{svg(panel)}</div>"
+        for panel in picture.panels
+    )
+    return (
+        f"<section><figure><h2>{_text(picture.title)}</h2><figcaption>{_text(picture.caption)}</figcaption>"
+        f'<div class="key">{key}</div><div class="panels">{panels}</div></figure></section>\n'
+    )
+
+
+def _definitions() -> str:
+    entries = "".join(
+        f"<dt>{_text(name)}</dt><dd>Reads {_text(d['tensor'])}. Average: {_text(d['average'])}. {_text(d['source'])}."
+        + (f" Only for {_text(d['applies_to'])}." if "applies_to" in d else "")
+        + "</dd>"
+        for name, d in DEFINITIONS.items()
+    )
+    return f"<section><details><summary>What each number is</summary><dl>{entries}</dl></details></section>\n"
+
+
+def _origins(runs: Sequence[MeasuredRun]) -> str:
+    entries = "".join(
+        f"<dt>{_text(run.label)}</dt><dd>{_text(run.workdir)}, step {run.step}; preset "
+        f"{_text(method(run.config))}, {run.config.model.num_layers} layers, "
+        f"width {run.config.model.width}; corpus {_text(run.corpus['name'])}, sha256 "
+        f"{_text(run.corpus['sha256'][:12])}; "
+        f"read {run.samples['sequences']} sequences, {run.samples['positions']} positions; "
+        f"{_text(', '.join(f'{name} {version}' for name, version in run.versions.items()))}.</dd>"
+        for run in runs
+    )
+    return f"<section><details><summary>Where the runs come from</summary><dl>{entries}</dl></details></section>\n"

@@ -1,0 +1,91 @@
+"""The comparison as a table on the terminal."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from oasis_jax.evaluation.report.comparison import (
+    ABSENT,
+    MeasuredRun,
+    best,
+    cell,
+    change_text,
+    describe_data,
+    groups,
+    interval_text,
+    method,
+    not_comparable,
+    rows,
+    show,
+)
+from oasis_jax.evaluation.report.words import findings, summary
+
+
+def table(runs: Sequence[MeasuredRun]) -> Table:
+    """Runs that read the same examples, side by side; the best value bold where lower is better."""
+    found = Table(
+        title=describe_data(runs),
+        title_justify="left",
+        title_style="bold",
+        caption="↓ lower is better, the best in bold",
+        caption_justify="left",
+    )
+    found.add_column("  measure", no_wrap=True)
+    for run in runs:
+        how = method(run.config)
+        found.add_column(escape(run.label if how == run.label else f"{run.label}\n{how}"), justify="right")
+    for row in rows(runs):
+        winners = best(row, runs)
+        cells = [f"[bold]{cell(row, run)}[/bold]" if run.label in winners else cell(row, run) for run in runs]
+        found.add_row(("↓ " if row.direction == "lower" else "  ") + row.title, *cells)
+    return found
+
+
+def interventions_table(run: MeasuredRun) -> Table:
+    """What taking something away did to one run's loss."""
+    found = Table(title=f"interventions on {run.label}", title_justify="left", title_style="bold")
+    for heading in ("intervention", "sublayers", "depth"):
+        found.add_column(heading)
+    for heading in ("mean weight", "change in loss", "95 % interval"):
+        found.add_column(heading, justify="right")
+    for effect in run.interventions:
+        name = (
+            effect.intervention
+            if effect.family is None
+            else f"{effect.family}{', renormalized' if effect.renormalized else ''}"
+        )
+        interval = f"{effect.interval[0]:+.4f} to {effect.interval[1]:+.4f}" if effect.interval else ABSENT
+        change = effect.reason or f"{effect.change:+.4f}"
+        found.add_row(name, effect.sublayers or "", effect.band or "", show(effect.mean_weight), change, interval)
+    return found
+
+
+def quantization_table(run: MeasuredRun) -> Table:
+    """Every scheme of one run beside float."""
+    name = "squared error" if run.tokenizer is None else "perplexity"
+    found = Table(title=f"quantization of {run.label}", title_justify="left", title_style="bold")
+    found.add_column("scheme")
+    for heading in (name, "in float", "change", "95 % interval"):
+        found.add_column(heading, justify="right")
+    for scheme, value in run.quantization.items():
+        change, interval = change_text(value["relative_change"]), interval_text(value["interval"], change_text)
+        found.add_row(scheme, show(value["value"]), show(value["float"]), change, interval)
+    return found
+
+
+def print_comparison(runs: Sequence[MeasuredRun]) -> None:
+    """One table per group of comparable runs, and below it what its numbers say."""
+    console = Console(highlight=False)
+    for group in groups(runs):
+        console.print(table(group))
+        texts = [summary(group), *(f"{topic}: {text}" for topic, text in findings(group).items())]
+        console.print("\n".join(texts) + "\n", markup=False)
+    for run in runs:
+        if run.interventions:
+            console.print(interventions_table(run))
+        if run.quantization:
+            console.print(quantization_table(run))
+    if not_comparable(runs):
+        console.print(not_comparable(runs) + "\n", markup=False)

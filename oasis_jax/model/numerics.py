@@ -1,0 +1,40 @@
+"""How a model's matrix products are computed and what else of a forward pass is rounded, as one explicit argument.
+
+Every module takes `numerics`; `FLOAT`, the default, is plain arithmetic. Quantized inference and the calibration it
+needs (`oasis_jax.evaluation.quantization.inference`) are subclasses, so that the model itself knows nothing of either.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Numerics:
+    """Float arithmetic. A subclass overrides what it changes; names are relative to the scopes of `within`."""
+
+    # Whether the scores and probabilities of attention have to exist as arrays, for `tap` to see them.
+    materializes_attention = False
+
+    def within(self, scope: str) -> "Numerics":
+        """The numerics of a part of the model, whose names start with `scope`."""
+        del scope
+        return self
+
+    def einsum(self, name: str, equation: str, x: Array, weight: Array, **options) -> Array:
+        """A linear layer: `jnp.einsum` of an activation and a parameter."""
+        del name
+        return jnp.einsum(equation, x, weight, **options)
+
+    def lookup(self, name: str, table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of a parameter."""
+        del name
+        return table[ids]
+
+    def tap(self, name: str, x: Array) -> Array:
+        """An activation that is not the input of a linear layer: scores, probabilities, context, residual sums,
+        mixtures.
+        """
+        del name
+        return x
+
+
+FLOAT = Numerics()

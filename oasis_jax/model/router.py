@@ -1,0 +1,140 @@
+"""Depth routing: which earlier layers a sublayer reads, token by token, steered by the null mass of their attention."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from oasis_jax.config import RouterConfig
+from oasis_jax.model.attention import Constrain, backend, unconstrained
+from oasis_jax.model.numerics import FLOAT, Numerics
+from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
+from oasis_jax.model.statistics import RouterStatistics
+from pallas_kernels import depth_route
+
+Sources = Sequence[Float[Array, "B T D"]]
+Evidence = Sequence[Float[Array, "B T"]]
+
+DEPTH_NULL_LOGITS = {"softmax": -jnp.inf, "softmax1": 0.0}
+MAX_BETA = 10.0
+_BETA_RAW_START = -5.0
+
+
+def key_width(config: RouterConfig) -> int:
+    """The size of the projected router's queries and keys."""
+    return max(config.width // 4, 64)
+
+
+def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
+    """The parameters of one router: of `projected` two projections and a recency bias, of `static` a query and a key
+    norm.
+    """
+    width = config.width
+    projection = matrix((width, key_width(config)), ("embed", None), width)
+    specs = {
+        "projected": {
+            "query": projection,
+            "key": projection,
+            "recency_bias": constant((), 0.0),
+        },
+        "static": {"query": constant((width,), 0.0), "key_norm": constant((width,), 1.0)},
+    }[config.router]
+    return specs | ({"beta_raw": constant((), _BETA_RAW_START)} if config.coupling else {})
+
+
+def coupling_strength(beta_raw: Float[Array, "..."]) -> Float[Array, "..."]:
+    """beta = min(softplus(beta_raw), 10) (OASIS, arXiv 2605.17887)."""
+    return jnp.minimum(jax.nn.softplus(beta_raw), MAX_BETA)
+
+
+def projected_query(
+    query: Float[Array, "D C"], key: Float[Array, "D C"], last: Float[Array, "B T D"], numerics: Numerics = FLOAT
+) -> Float[Array, "B T D"]:
+    """u = W_k^T (W_q v_last): the key projection absorbed into the query, so that scores are u . v_i and no
+    key is ever made.
+    """
+    short = numerics.einsum("query", "BTD,DC->BTC", last, query.astype(last.dtype))
+    return numerics.einsum("key", "BTC,DC->BTD", short, key.astype(last.dtype))
+
+
+def route(
+    parameters: Parameters,
+    config: RouterConfig,
+    sources: Sources,
+    evidence: Evidence,
+    *,
+    constrain: Constrain = unconstrained,
+    numerics: Numerics = FLOAT,
+) -> tuple[Float[Array, "B T D"], RouterStatistics]:
+    """Weighs the sources of every token and sums them (OASIS, arXiv 2605.17887; static queries: AttnRes, arXiv
+    2603.15031).
+
+    Args:
+      parameters: as `router_parameters(config)` lists them.
+      config: a RouterConfig, or a ModelConfig.
+      sources: L arrays [B, T, D], oldest first.
+      evidence: L arrays [B, T], the null mass of each source's attention, mean over heads; 0 for the embedding.
+      constrain: as in `attention`; its attribute `routing` splits the tokens over devices.
+      numerics: how the router's projections are computed and the mixture rounded; scores and weights stay float.
+
+    Returns:
+      [B, T, D] and the RouterStatistics.
+    """
+    beta = coupling_strength(parameters["beta_raw"]) if config.coupling else None
+    arguments = query_arguments(parameters, config, sources[-1], len(sources), numerics=numerics)
+    if config.coupling:
+        arguments |= dict(null_evidence=evidence, coupling=beta)
+    output, weights, null_mass = depth_route(sources, **arguments, **route_options(config, constrain))
+    return numerics.tap("mixture", output), RouterStatistics(weights, null_mass, beta)
+
+
+def query_arguments(
+    parameters: Parameters,
+    config: RouterConfig,
+    last: Float[Array, "B T D"],
+    num_sources: int | Int[Array, ""],
+    capacity: int | None = None,
+    *,
+    numerics: Numerics = FLOAT,
+) -> dict[str, Array]:
+    """The arguments of `depth_route` by which a router scores its sources: query, and bias or key_norm_scale.
+
+    Args:
+      last: the newest source.
+      num_sources: how many there are.
+      capacity: how many places for sources, where that is more.
+    """
+    if config.router == "static":
+        return dict(query=parameters["query"], key_norm_scale=parameters["key_norm"])
+    query = projected_query(parameters["query"], parameters["key"], last, numerics)
+    recency = jnp.arange(capacity or num_sources, dtype=jnp.promote_types(query.dtype, jnp.float32)) / jnp.maximum(
+        num_sources - 1, 1
+    )
+    return dict(query=query, bias=parameters["recency_bias"] * recency)
+
+
+def route_options(config: RouterConfig, constrain: Constrain) -> dict[str, Any]:
+    """The arguments of `depth_route` that are the same for every router of a model."""
+    return dict(
+        score_scale=key_width(config) ** -0.5 if config.router == "projected" else 1.0,
+        null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer],
+        sharding=getattr(constrain, "routing", None),
+        implementation=backend("depth_route", config.depth_implementation),
+    )
+
+
+class Router(ParameterModule):
+    """`route` with its parameters, as an NNX module: `Router(RouterConfig(width=256, router="static"), rngs=rngs)`."""
+
+    def __init__(self, config: RouterConfig, *, rngs: nnx.Rngs):
+        super().__init__(router_parameters(config), rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self, sources: Sources, evidence: Evidence, **options
+    ) -> tuple[Float[Array, "B T D"], RouterStatistics]:
+        """See `route`."""
+        return route(self.parameters, self.config, sources, evidence, **options)
