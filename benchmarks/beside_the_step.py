@@ -9,7 +9,7 @@ import pathlib
 
 import _harness as harness
 
-from oasis_jax.commands.command_line import load_config
+from oasis_jax.commands.config_file import load_config
 from oasis_jax.data import load_corpus, train_batches
 from oasis_jax.training.guard import floats
 from oasis_jax.training.loop import with_sizes

@@ -13,7 +13,7 @@ import _harness as harness
 import numpy as np
 from flax import nnx
 
-from oasis_jax.commands.command_line import load_config
+from oasis_jax.commands.config_file import load_config
 from oasis_jax.evaluation import EVALUATORS, choose, measure_model
 from oasis_jax.evaluation.evaluator import _read, of_model
 from oasis_jax.model.decoder import Decoder

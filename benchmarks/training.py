@@ -14,9 +14,10 @@ import pathlib
 import _harness as harness
 import jax
 
-from oasis_jax.commands.command_line import apply_overrides, load_config
+from oasis_jax.commands.config_file import load_config
 from oasis_jax.config import PRESETS, Config
 from oasis_jax.data import load_corpus, train_batches
+from oasis_jax.overrides import apply_overrides
 from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
 from oasis_jax.training.state import new_state
 from oasis_jax.training.step import make_step

@@ -1,22 +1,26 @@
 """Native Flax Linen modules over the same functions as the NNX modules, with the same parameters in the same shapes."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oasis_jax.config import AttentionConfig, ModelConfig, NormConfig, RouterConfig
-from oasis_jax.model.attention import Constrain, attention, attention_parameters
-from oasis_jax.model.decoder import Inputs, Outputs, check_model, decode, ends_parameters
+from oasis_jax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, RouterConfig
+from oasis_jax.model.attention import attention, attention_parameters
+from oasis_jax.model.context import Context
+from oasis_jax.model.decoder import check_model, forward
+from oasis_jax.model.head import Inputs, Outputs, embedding_parameters, head_parameters
+from oasis_jax.model.layout import STACKS
 from oasis_jax.model.mlp import mlp, mlp_parameters
 from oasis_jax.model.norms import norm, norm_parameters
-from oasis_jax.model.numerics import FLOAT, Numerics
 from oasis_jax.model.parameters import ParameterSpec
-from oasis_jax.model.remat import POLICIES
 from oasis_jax.model.router import Evidence, Sources, route, router_parameters
 from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics, Statistics
-from oasis_jax.model.wiring import router_names
+from oasis_jax.model.wiring import schedule
+
+_NO_CONTEXT = Context()
 
 
 def _declare(module: nn.Module, specs: Mapping[str, ParameterSpec]) -> dict[str, Array]:
@@ -29,19 +33,25 @@ class Norm(nn.Module):
     config: NormConfig
     width: int
 
-    @nn.compact
+    def setup(self):
+        self.parameters = _declare(self, norm_parameters(self.config, self.width))
+
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return norm(_declare(self, norm_parameters(self.config, self.width)), self.config, x)
+        return norm(self.parameters, self.config, x)
 
 
 class Attention(nn.Module):
-    """`oasis_jax.model.attention.attention`; see there for the options and what comes back."""
+    """`oasis_jax.model.attention.attention`; see there for what comes back."""
 
     config: AttentionConfig
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], **options) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
-        return attention(_declare(self, attention_parameters(self.config)), self.config, x, **options)
+    def setup(self):
+        self.parameters = _declare(self, attention_parameters(self.config))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context = _NO_CONTEXT
+    ) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
+        return attention(self.parameters, self.config, x, context)
 
 
 class Router(nn.Module):
@@ -49,34 +59,29 @@ class Router(nn.Module):
 
     config: RouterConfig
 
-    @nn.compact
+    def setup(self):
+        self.parameters = _declare(self, router_parameters(self.config))
+
     def __call__(
-        self, sources: Sources, evidence: Evidence, **options
+        self, sources: Sources, evidence: Evidence, context: Context = _NO_CONTEXT
     ) -> tuple[Float[Array, "B T D"], RouterStatistics]:
-        return route(_declare(self, router_parameters(self.config)), self.config, sources, evidence, **options)
+        return route(self.parameters, self.config, sources, evidence, context)
 
 
 class MLP(nn.Module):
     """`oasis_jax.model.mlp.mlp`."""
 
-    width: int
-    hidden: int
+    config: MLPConfig
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], **options) -> Float[Array, "B T D"]:
-        return mlp(_declare(self, mlp_parameters(self.width, self.hidden)), x, **options)
+    def setup(self):
+        self.parameters = _declare(self, mlp_parameters(self.config))
 
-
-class _Ends(nn.Module):
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> dict[str, Array]:
-        return _declare(self, ends_parameters(self.config))
+    def __call__(self, x: Float[Array, "B T D"], context: Context = _NO_CONTEXT) -> Float[Array, "B T D"]:
+        return mlp(self.parameters, self.config, x, context)
 
 
 class Layer(nn.Module):
-    """One attention and one MLP, each with its norm."""
+    """The parameters of one attention and one MLP, each with its norm."""
 
     config: ModelConfig
 
@@ -85,7 +90,23 @@ class Layer(nn.Module):
         self.attention_norm = Norm(config, config.width)
         self.attention = Attention(config)
         self.mlp_norm = Norm(config, config.width)
-        self.mlp = MLP(config.width, config.mlp_size)
+        self.mlp = MLP(config)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """By sublayer and norm."""
+        names = ("attention_norm", "attention", "mlp_norm", "mlp")
+        return {name: getattr(self, name).parameters for name in names}
+
+
+class _Table(nn.Module):
+    """Parameters by a function of the config."""
+
+    config: ModelConfig
+    specs: Any
+
+    def setup(self):
+        self.parameters = _declare(self, self.specs(self.config))
 
 
 class Decoder(nn.Module):
@@ -96,41 +117,27 @@ class Decoder(nn.Module):
     def setup(self):
         config = self.config
         check_model(config)
-        self.ends = _Ends(config)
+        self.embedding = _Table(config, embedding_parameters)
+        self.head = _Table(config, head_parameters)
         self.layers = [Layer(config) for _ in range(config.num_layers)]
-        self.routers = [Router(config) for _ in router_names(config)]
+        self.routers = [Router(config) for _ in schedule(config).routers]
         self.final_norm = Norm(config, config.width)
 
-    def __call__(
-        self,
-        inputs: Inputs,
-        *,
-        segment_ids: Array | None = None,
-        constrain: Constrain | None = None,
-        numerics: Numerics = FLOAT,
-    ) -> tuple[Outputs, Statistics]:
-        def call(function, layer, x):
-            name = self.config.remat if numerics is FLOAT else "none"
-            return (function if name == "none" else nn.remat(function, policy=POLICIES[name]))(layer, x)
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Nested dicts, layer by layer, as `oasis_jax.Decoder.parameters` gives them."""
+        params = {name: getattr(self, name).parameters for name in ("embedding", "head", "final_norm")}
+        for name in STACKS:
+            params[name] = {i: module.parameters for i, module in enumerate(getattr(self, name))}
+        return params
 
-        return decode(
-            self.config,
-            inputs,
-            ends=self.ends(),
-            layers=self.layers,
-            routers=dict(zip(router_names(self.config), self.routers)),
-            final_norm=self.final_norm,
-            segment_ids=segment_ids,
-            constrain=constrain,
-            call=call,
-            numerics=numerics,
-        )
+    def __call__(self, inputs: Inputs, context: Context = _NO_CONTEXT) -> tuple[Outputs, Statistics]:
+        """See `oasis_jax.model.decoder.forward`."""
+        return forward(self.parameters, self.config, inputs, context)
 
 
 def params_from_nnx(parameters: Mapping) -> dict:
-    """The Linen `params` of NNX parameters (`nnx.to_pure_dict(nnx.state(model))`): list entries become
-    `layers_0` and so on.
-    """
+    """The Linen `params` of NNX parameters (`Decoder.parameters()`): entries of lists become `layers_0` and so on."""
     renamed = {}
     for name, value in parameters.items():
         if isinstance(value, Mapping) and value and all(isinstance(key, int) for key in value):
@@ -147,7 +154,7 @@ def params_to_nnx(parameters: Mapping) -> dict:
     nested: dict = {}
     for name, value in parameters.items():
         stem, _, index = name.rpartition("_")
-        if stem in ("layers", "routers") and index.isdigit():
+        if stem in STACKS and index.isdigit():
             nested.setdefault(stem, {})[int(index)] = value
         else:
             nested[name] = value

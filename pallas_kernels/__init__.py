@@ -4,9 +4,7 @@
     depth_route      a token's weighted sum over the sources of a network's depth, with a null and inter-layer null
     evidence
 
-`route_finished` and `route_running` are depth_route in two phases, for blocks of sublayers with static queries;
-`routed_stack` runs a whole stack of routed sublayers in memory linear in depth; `add_route_gradients` is depth_route's
-derivative by hand, for loops over depth where queries are made token by token.
+`add_route_gradients` is depth_route's derivative by hand, for loops over depth that keep all sources in one array.
 
 All are differentiable in every floating-point argument, through every result. `implementation=None` chooses the fastest
 backend that can serve the call; `implementations(operator)` lists the names there are and `explain(operator, ...)` says
@@ -16,14 +14,9 @@ which one a call runs and why the others do not.
 from pallas_kernels.depth_route import IMPLEMENTATIONS as _DEPTH_ROUTE
 from pallas_kernels.depth_route import (
     DepthRoute,
-    FinishedRoutes,
     RouteGradients,
-    RunningRoute,
     add_route_gradients,
     depth_route,
-    route_finished,
-    route_running,
-    routed_stack,
 )
 from pallas_kernels.dispatch import Device, Explanation, explain_call
 from pallas_kernels.null_attention import IMPLEMENTATIONS as _NULL_ATTENTION
@@ -34,20 +27,15 @@ __all__ = [
     "DepthRoute",
     "Device",
     "Explanation",
-    "FinishedRoutes",
     "NullAttention",
     "OperatorSharding",
     "RouteGradients",
-    "RunningRoute",
     "add_route_gradients",
     "depth_route",
     "explain",
     "implementations",
     "merge_partials",
     "null_attention",
-    "route_finished",
-    "route_running",
-    "routed_stack",
     "unzigzag",
     "zigzag",
 ]

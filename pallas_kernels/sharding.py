@@ -86,7 +86,7 @@ class OperatorSharding:
         return PartitionSpec(*((self.axes(dimension) or None) if dimension else None for dimension in dimensions))
 
     def check(self, name: str, shape: tuple[int, ...], *dimensions: str | None) -> None:
-        """Raises ValueError where a dimension of the array called `name` cannot be dealt out evenly."""
+        """Raises ValueError where a dimension of the array called `name` cannot be split evenly."""
         for size, dimension in zip(shape, dimensions):
             ways = self.ways(dimension) if dimension else 1
             parts = 2 * ways if dimension == "sequence" and self.layout == "zigzag" else ways

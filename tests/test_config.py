@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 
 import pytest
 
@@ -11,9 +13,11 @@ from oasis_jax.config import (
     AttentionConfig,
     Config,
     DataConfig,
+    LayerPattern,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeScaling,
     RouterConfig,
     RunConfig,
     from_dict,
@@ -33,6 +37,9 @@ METHODS = {
     "sparsemax": ("sparsemax", "cumulative", "projected", "softmax", False, "none", 0),
     "gated": ("softmax", "cumulative", "projected", "softmax", False, "elementwise", 0),
     "learned_sink": ("learned_sink", "cumulative", "projected", "softmax", False, "none", 0),
+    "null_key": ("null_key", "cumulative", "projected", "softmax", False, "none", 0),
+    "null_key_value": ("null_key_value", "cumulative", "projected", "softmax", False, "none", 0),
+    "token_null": ("token_null", "cumulative", "projected", "softmax", False, "none", 0),
     "oasis": ("softmax1", "cumulative", "projected", "softmax1", True, "none", 0),
     "oasis_blocks": ("softmax1", "delta", "static", "softmax1", True, "none", 8),
 }
@@ -89,6 +96,56 @@ def test_from_dict_refuses_a_field_it_does_not_know():
         from_dict(values)
 
 
+def test_a_stored_config_with_an_unknown_field_names_the_version_that_wrote_it():
+    values = to_dict(Config(model=ModelConfig(layer_pattern=(LayerPattern(window=3),))))
+    values["model"]["layer_pattern"][0]["windows"] = 4
+    words = r"layer_pattern.windows: unknown name .*did you mean 'window'.*; the config was written by oasis_jax 9.1$"
+    with pytest.raises(UserError, match=words):
+        from_dict(values, "9.1")
+
+
+def test_tables_survive_json():
+    scaling = RopeScaling(kind="longrope", factor=4, original_length=64, short_factors=(1,) * 3, long_factors=(2, 3, 4))
+    pattern = (LayerPattern(window=5), LayerPattern(rope_theta=0.0))
+    model = ModelConfig(width=24, num_heads=4, rope_scaling=scaling, layer_pattern=pattern)
+    config = Config(model=model)
+    found = from_dict(json.loads(json.dumps(to_dict(config))))
+    assert found == config and hash(found.model) == hash(model)
+
+
+def test_layers_follow_the_pattern():
+    pattern = (LayerPattern(window=5, rope_theta=7.0), LayerPattern(rope_theta=0.0))
+    model = ModelConfig(num_layers=4, layer_pattern=pattern, window=99)
+    layers = [model.layer(i) for i in range(4)]
+    assert [(x.window, x.rope_theta, x.layer_pattern) for x in layers] == [(5, 7.0, ()), (0, 0.0, ())] * 2
+    assert model.period == 2 and ModelConfig().layer(3) == ModelConfig()
+
+
+# Fields of a model that no config or preset of this project turns, and whose experiment does.
+TURNED_ELSEWHERE = {
+    "clip_gamma": "clipped softmax with a fixed stretch (arXiv 2306.12929)",
+    "clip_zeta": "clipped softmax with an upper stretch (arXiv 2306.12929)",
+    "clip_alpha": "how strongly clipped softmax clips (arXiv 2306.12929)",
+    "logit_softcap": "bounded scores, as Gemma 2 has them",
+    "rope_fraction": "rotary positions on three quarters of a head, as Phi-4-mini has them",
+    "residual_clip": "the ablation of arXiv 2601.22966",
+    "attention_implementation": "a backend's speed, with --set",
+    "depth_implementation": "a backend's speed, with --set",
+    "vocab_size": "from the tokenizer",
+    "vector_dim": "from the data",
+    "stack": "benchmarks/stack_memory.py",
+}
+
+
+def test_every_field_of_a_model_is_turned_by_an_experiment():
+    folder = pathlib.Path(__file__).parents[1]
+    texts = [path.read_text() for path in (folder / "configs").glob("*.py")]
+    text = "".join(texts) + (folder / "oasis_jax" / "config" / "methods.py").read_text()
+    turned = {field.name for field in dataclasses.fields(ModelConfig) if re.search(rf"\b{field.name}=", text)}
+    rest = {field.name for field in dataclasses.fields(ModelConfig)} - turned
+    assert rest == set(TURNED_ELSEWHERE)
+
+
 def test_every_field_says_what_it_is():
     for cls in sections().values():
         for field in dataclasses.fields(cls):
@@ -97,7 +154,8 @@ def test_every_field_says_what_it_is():
 
 
 def test_method_fields_are_the_ones_without_a_default_of_their_own():
-    without = {field.name for field in dataclasses.fields(ModelConfig) if field.default is None}
+    optional = {"rope_scaling"}
+    without = {field.name for field in dataclasses.fields(ModelConfig) if field.default is None} - optional
     assert without == set(METHOD_FIELDS)
 
 
@@ -148,7 +206,7 @@ WRONG = {
     "heads": (lambda: ModelConfig(width=128, num_heads=5), "model.num_heads: 5 does not divide width=128"),
     "odd head size": (
         lambda: ModelConfig(width=132, num_heads=12),
-        "model.head_dim: rotary positions need an even head size, got 11",
+        "model.head_dim: rotary positions need an even number of channels, got 11",
     ),
     "positive gamma": (lambda: ModelConfig(clip_gamma=0.1), "model.clip_gamma: must be at most 0, got 0.1"),
     "router without wiring": (
@@ -158,6 +216,33 @@ WRONG = {
     "wiring without router": (
         lambda: ModelConfig(router="none"),
         "model.router: wiring=cumulative goes with router=projected or static",
+    ),
+    "pattern that does not divide": (
+        lambda: ModelConfig(num_layers=5, layer_pattern=(LayerPattern(), LayerPattern(window=4))),
+        "model.layer_pattern: 2 entries do not divide num_layers=5; take a multiple of 2 layers or another pattern",
+    ),
+    "pattern of something else": (
+        lambda: ModelConfig(layer_pattern=(4, 0)),
+        "model.layer_pattern: expected LayerPattern(window=..., rope_theta=...), got 4",
+    ),
+    "unknown scaling": (
+        lambda: RopeScaling(kind="lama3"),
+        "model.rope_scaling.kind: unknown name 'lama3' (did you mean 'llama3'?); allowed: linear, llama3, yarn, "
+        "longrope",
+    ),
+    "scaling without its length": (
+        lambda: RopeScaling(kind="yarn", factor=4.0),
+        "model.rope_scaling.original_length: must be at least 1, got 0",
+    ),
+    "factors of another head": (
+        lambda: ModelConfig(
+            rope_scaling=RopeScaling(kind="longrope", original_length=8, short_factors=(1,), long_factors=(1,))
+        ),
+        "model.rope_scaling: longrope needs a factor for each of the 16 frequencies, got 1",
+    ),
+    "no channel turns": (
+        lambda: ModelConfig(rope_fraction=0.0),
+        "model.rope_fraction: must lie above 0 and not above 1, got 0.0",
     ),
     "blocks without delta": (lambda: ModelConfig(blocks=2), "model.blocks: only wiring=delta has blocks"),
     "too many blocks": (

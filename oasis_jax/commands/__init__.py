@@ -1,0 +1,12 @@
+"""The command line, one file per command.
+
+`oasis_jax.commands.NAME` has main(argv, program) and is imported only when its command is asked for; what it needs of JAX it
+imports inside, so that --help and mistakes in flags do not wait.
+"""
+
+# Command -> what it does, as `python -m oasis_jax --help` says it.
+COMMANDS = {
+    "train": "trains the model of a config, or plans whether that fits on some hardware",
+    "eval": "measures trained runs and writes a report",
+    "show": "prints a model's parameters and what each of its sublayers reads",
+}

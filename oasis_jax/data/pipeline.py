@@ -18,7 +18,7 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """One of `parts` equal parts of every global batch, without end; each epoch has an order of its own.
 
-    The examples are put in order first and dealt out after, so the state, {"next_index": batches read}, means the
+    The examples are put in order first and split after, so the state, {"next_index": batches read}, means the
     same for any number of parts: part p holds the examples p, p + P, p + 2P, ... of each global batch.
 
     Returns:
@@ -26,7 +26,7 @@ def train_batches(
       replay.
 
     Raises:
-      UserError: the batch cannot be dealt out evenly.
+      UserError: the batch cannot be split evenly.
     """
     if config.batch_size % parts:
         below = config.batch_size // parts * parts
@@ -35,8 +35,8 @@ def train_batches(
     # Grain's epoch e shuffles with seed + e, so run seeds 0 and 1 would share orders if used as they are.
     order = int(seed_sequence(seed, ORDER).generate_state(1)[0])
     examples = grain.MapDataset.source(source).shuffle(seed=order).repeat()
-    dealt = examples[part:_ENDLESS:parts].batch(config.batch_size // parts)
-    return iter(dealt.to_iter_dataset(_READ_AHEAD))
+    own = examples[part:_ENDLESS:parts].batch(config.batch_size // parts)
+    return iter(own.to_iter_dataset(_READ_AHEAD))
 
 
 def eval_batches(source: Source, config: DataConfig, *, num_batches: int) -> list[dict[str, np.ndarray]]:

@@ -1,23 +1,26 @@
-"""What a measure is, and the one compiled pass over the model that serves all of them."""
+"""What a measure is: what it reads of a layer, of a router and of the end of a model, and how rows become values.
+
+The model hands out its statistics as they are made, so that of a layer only rows of a few numbers a sequence outlive it.
+"""
 
 import dataclasses
 import functools
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import bootstrap
 from oasis_jax.evaluation.bootstrap import Estimate, Interval
 from oasis_jax.evaluation.measures.probabilities import Probabilities, probabilities
-from oasis_jax.model.statistics import AttentionStatistics, Statistics
+from oasis_jax.model.context import Context
+from oasis_jax.model.masks import first_in_document
+from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics
+from oasis_jax.model.unrolled import LayerStatistics
+from oasis_jax.model.wiring import Step
 
 Batch = Mapping[str, np.ndarray]
 Rows = dict[str, Array]
@@ -26,48 +29,148 @@ Identity = dict[str, object]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reading:
-    """What a measure may look at: one batch of B sequences and what the model said about it."""
+class Tokens:
+    """What all readings of a batch of B rows of T tokens share.
 
-    batch: Batch
-    outputs: Float[Array, "B T V"]
-    statistics: Statistics
-    config: ModelConfig | None = None  # None: a foreign model
-    gains: Mapping[str, list[Float[Array, " D"]]] = dataclasses.field(
-        default_factory=dict
-    )  # of the norms, by kind of tap
+    Attributes:
+      batch: its arrays [B, T, ...] in the order in which the tokens lie on the devices.
+      context: of the pass.
+      has_null: whether the normalizer of some layer may leave mass to a null.
+    """
+
+    batch: Mapping[str, Array]
+    context: Context
+    has_null: bool
 
     @property
-    def attention(self) -> list[AttentionStatistics]:
-        return self.statistics.attention
+    def length(self) -> int:
+        return self.batch["inputs"].shape[1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether every row is one document, its tokens in the order of the text."""
+        attention = self.context.placement.attention
+        return self.context.segment_ids is None and not (attention and attention.layout == "zigzag")
 
     @functools.cached_property
-    def probabilities(self) -> list[Probabilities] | None:
-        """Per layer what only the whole rows of its attention tell, read block by block once for all measures; None
-        where unknown.
-        """
-        if not self.attention or any(layer.static is None for layer in self.attention):
-            return None
-        return [probabilities(layer, self.batch.get("segment_ids")) for layer in self.attention]
+    def place(self) -> Int[Array, "#B T"]:
+        """The place of every token in its own document."""
+        order = self.context.order(self.length)
+        return (
+            order
+            if self.context.segment_ids is None
+            else order - order[0][first_in_document(self.context, self.length)]
+        )
+
+    @functools.cached_property
+    def document_length(self) -> Int[Array, "#B T"] | int:
+        """How many tokens each token's own document has."""
+        if self.context.segment_ids is None:
+            return self.length
+        first = first_in_document(self.context, self.length)
+        rows = jnp.arange(len(first))[:, None]
+        return jnp.zeros_like(first).at[rows, first].add(1)[rows, first]
+
+    def by_place(self, values: Float[Array, "B *middle T"]) -> Float[Array, "B *middle T"]:
+        """The sum over a row's documents at every place in the document; see `documents_by_place`."""
+        if self.plain:
+            return values
+        batch = values.shape[0]
+        place = jnp.broadcast_to(self.place, (batch, self.length))
+        rows = jnp.moveaxis(values, -1, 1)  # [B, T, ...]
+        return jnp.moveaxis(jnp.zeros_like(rows).at[jnp.arange(batch)[:, None], place].add(rows), 1, -1)
+
+    @property
+    def documents_by_place(self) -> Float[Array, "B T"]:
+        """How many of a row's documents reach every place."""
+        return self.by_place(jnp.ones(self.batch["inputs"].shape[:2]))
+
+    def in_order(self, values: Float[Array, "B T"]) -> Float[Array, "B T"]:
+        """Values of tokens in the order of the text."""
+        return values[:, jnp.argsort(self.context.order(self.length)[0])]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Evaluator:
-    """A family of measures: `evaluator(model, batches) -> {name: value}`.
+class LayerReading:
+    """What a measure may look at in a layer; a foreign model's statistics are None where it says nothing."""
 
-    `read` runs under jit and reduces a batch to rows, one per sequence (arrays [B, ...]), or says None where the family
-    does not apply. `finish` sees the rows of all sequences in float64 (arrays [sequences, ...]) and averages them: an
-    `Estimate` for a scalar, a value for everything else; what it leaves out does not apply.
-    Keeping a row per sequence lets `finish` threshold, average or resample over sequences as its definition demands.
+    tokens: Tokens
+    statistics: LayerStatistics
+
+    @property
+    def attention(self) -> AttentionStatistics | None:
+        return self.statistics.attention
+
+    @functools.cached_property
+    def probabilities(self) -> Probabilities | None:
+        """What only the whole rows of the layer's attention tell, read tile by tile once for all measures; None where it
+        is not known how they are made.
+        """
+        if self.attention is None or self.attention.static is None:
+            return None
+        return probabilities(self.attention, self.tokens.context, None if self.tokens.plain else self.tokens.place)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RouterReading:
+    """What a measure may look at in a router. step: of the model's schedule; None for a foreign model."""
+
+    tokens: Tokens
+    name: str
+    step: Step | None
+    statistics: RouterStatistics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FinalReading:
+    """What a measure may look at when the last layer is done.
+
+    Attributes:
+      final: the final norm's output; None where a foreign model does not give it.
+      map_logits: (function, {name: [B, T, ...]}) -> function(logits [.., t, V], {name: [.., t, ...]}) for all positions,
+        piece by piece: [B, T, ...]; the logits of all positions never exist. Vectors' outputs likewise.
+      config: None for a foreign model.
+      gains: of the norm that reads each layer's output.
     """
 
-    read: Callable[[Reading], Rows | None]
-    finish: Callable[[dict[str, np.ndarray], ModelConfig | None], dict[str, Value | Estimate]]
-    definitions: Mapping[str, Mapping[str, str]]
+    tokens: Tokens
+    final: Float[Array, "B T D"] | None
+    map_logits: Callable[[Callable, Mapping[str, Array]], Any]
+    config: ModelConfig | None = None
+    gains: Float[Array, "L D"] | None = None
 
-    def __call__(self, model: nnx.Module, batches: Iterable[Batch]) -> dict[str, Value]:
-        """Runs this family alone; see `oasis_jax.evaluation.evaluate_model` for many at once."""
-        return run_evaluators(*of_model(model), batches, {"alone": self}).values
+
+def _no_rows(reading: object) -> Rows:
+    del reading
+    return {}
+
+
+def all_rows(layers: Rows, routers: dict[str, Rows], reading: FinalReading) -> Rows:
+    """Of layers "<name>": [B, L, ...]; of routers "<name>/<number>/<router>": [B, ...]."""
+    del reading
+    found = dict(layers)
+    for number, (router, rows) in enumerate(routers.items()):  # rows leave jit in alphabetical order
+        found |= {f"{name}/{number:04d}/{router}": values for name, values in rows.items()}
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Evaluator:
+    """A family of measures.
+
+    Under jit, `layer`, `router` and `final` reduce what they are shown to rows, {name: array [B, ...]}, or to {} where the
+    family does not apply. `combine` gets the rows of all layers, stacked to [B, L, ...], and those of every router, when the
+    pass is over. `finish` sees the rows of all sequences in float64 and averages them: an `Estimate` for a scalar, a value
+    for everything else; what it leaves out does not apply. Keeping a row per sequence lets it threshold, average or
+    resample over sequences as its definition demands.
+    """
+
+    finish: Callable[[dict[str, np.ndarray], ModelConfig | None], dict[str, "Value | Estimate"]]
+    definitions: Mapping[str, Mapping[str, str]]
+    layer: Callable[[LayerReading], Rows] = _no_rows
+    router: Callable[[RouterReading], Rows] = _no_rows
+    final: Callable[[FinalReading], Rows] = _no_rows
+    combine: Callable[[Rows, dict[str, Rows], FinalReading], Rows] = all_rows
 
 
 class Measurements(NamedTuple):
@@ -80,102 +183,3 @@ class Measurements(NamedTuple):
     def intervals(self) -> dict[str, Interval | None]:
         """The confidence interval of every scalar; see `oasis_jax.evaluation.bootstrap`."""
         return bootstrap.intervals(self.estimates)
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadModel:
-    """(state, batch) -> Reading of a Decoder; equal for equal models, so that a second one compiles nothing."""
-
-    graphdef: nnx.GraphDef
-
-    def __call__(self, state, batch: Batch) -> Reading:
-        model = nnx.merge(self.graphdef, state)
-        outputs, statistics = model(batch["inputs"], segment_ids=batch.get("segment_ids"))
-        norms = {
-            kind: [getattr(layer, kind).parameters.get("scale") for layer in model.layers]
-            for kind in ("attention_norm", "mlp_norm")
-        }
-        norms["final_norm"] = [model.final_norm.parameters.get("scale")]
-        gains = {kind: scales for kind, scales in norms.items() if scales[0] is not None}
-        return Reading(batch, outputs, statistics, model.config, gains)
-
-
-def of_model(model: nnx.Module) -> tuple[ReadModel, Any, ModelConfig]:
-    """The first arguments of `run_evaluators` for a Decoder."""
-    graphdef, state = nnx.split(model)
-    return ReadModel(graphdef), state, model.config
-
-
-def _replicated(state) -> NamedSharding | None:
-    """Where results must lie so that every process can read them; None when the model is on one device."""
-    sharding = getattr(jax.tree.leaves(state)[0], "sharding", None)
-    several = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-    return NamedSharding(sharding.mesh, PartitionSpec()) if several else None
-
-
-@functools.partial(jax.jit, static_argnames=("read_model", "evaluators", "sharding"))
-def _read(
-    read_model, state, batch, evaluators: tuple[Evaluator, ...], sharding: NamedSharding | None
-) -> list[Rows | None]:
-    reading = read_model(state, batch)
-    rows = [evaluator.read(reading) for evaluator in evaluators]
-    rows = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), rows)
-    return rows if sharding is None else jax.lax.with_sharding_constraint(rows, sharding)
-
-
-def run_evaluators(
-    read_model: Callable[[Any, Batch], Reading],
-    state,
-    config: ModelConfig | None,
-    batches: Iterable[Batch],
-    evaluators: Mapping[str, Evaluator],
-) -> Measurements:
-    """One forward pass per batch for all evaluators.
-
-    Args:
-      read_model: (state, batch) -> Reading, traceable and hashable.
-      state: its parameters.
-      config: of a Decoder; None for a foreign model.
-      batches, evaluators: see `oasis_jax.evaluation.evaluate_model`.
-    """
-    chosen, batches = tuple(evaluators.values()), [dict(batch) for batch in batches]
-    if not batches:
-        raise ValueError("evaluate_model: batches is empty; give at least one")
-    sharding = _replicated(state)
-    per_batch = [jax.device_get(_read(read_model, state, batch, chosen, sharding)) for batch in batches]
-    found, estimates = {}, {}
-    for evaluator, rows in zip(chosen, zip(*per_batch)):
-        results = evaluator.finish(_joined(rows), config) if rows[0] is not None else {}
-        estimates |= {name: result for name, result in results.items() if isinstance(result, Estimate)}
-        found |= dict.fromkeys(evaluator.definitions) | results
-    values = {name: value.value if isinstance(value, Estimate) else value for name, value in found.items()}
-    return Measurements(
-        values, estimates, identity(batches, config.num_layers if config else _layers(read_model, state, batches[0]))
-    )
-
-
-def _layers(read_model, state, batch: Batch) -> int:
-    return len(
-        jax.eval_shape(
-            lambda state, batch: [layer.null_mass for layer in read_model(state, batch).attention], state, batch
-        )
-    )
-
-
-def identity(batches: Sequence[Batch], layers: int) -> Identity:
-    """What measurements were read from: the tokens, how many attention layers, how the sequences were cut."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            digest.update(name.encode() + np.ascontiguousarray(jax.device_get(batch[name])).tobytes())
-    first = np.asarray(batches[0]["inputs"])
-    return {
-        "tokens": digest.hexdigest(),
-        "layers": layers,
-        "sequences": sum(len(batch["inputs"]) for batch in batches),
-        "positions": first.shape[1],
-    }
-
-
-def _joined(rows: Sequence[Rows]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([np.asarray(batch[name], np.float64) for batch in rows]) for name in rows[0]}

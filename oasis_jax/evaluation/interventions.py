@@ -6,26 +6,29 @@ with the interval of that change over sequences, beside the mean weight that was
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.evaluation.bootstrap import Estimate, intervals
-from oasis_jax.evaluation.evaluator import Batch
-from oasis_jax.model.statistics import RouterStatistics
-from oasis_jax.model.wiring import router_names
-from oasis_jax.training.loss import token_losses
+from oasis_jax.evaluation.evaluator import Batch, Evaluator, FinalReading, Rows
+from oasis_jax.evaluation.measures.perplexity import position_losses
+from oasis_jax.evaluation.numerics import Named
+from oasis_jax.evaluation.passes import DecoderPass, collect
+from oasis_jax.model.normalizers import NULL_LOGITS
+from oasis_jax.model.wiring import schedule
+from oasis_jax.placement import Placement
+from pallas_kernels import DepthRoute
 
 FAMILIES = ("embedding", "current", "older")
 BANDS = ("early", "middle", "late")
+_NULLS = [name for name, logit in NULL_LOGITS.items() if logit != -jnp.inf]  # softmax with a null
 
 # Name -> what is changed; "sources" is many interventions.
 INTERVENTIONS = {
@@ -39,7 +42,8 @@ INTERVENTIONS = {
     "has to be that of beta",
     "softmax": "token attention normalized by softmax instead, the null taken away",
     "depth_softmax": "depth weights normalized by softmax instead, the depth null taken away",
-    "begin_token": "the first token of every sequence removed; the loss over the other targets, before and after",
+    "begin_token": "the first token of every sequence removed: no other sees it; the loss over the other targets, before "
+    "and after",
 }
 
 
@@ -60,8 +64,8 @@ class Effect(NamedTuple):
     reason: str | None = None
 
 
-class _Changes(NamedTuple):
-    """What a pass does otherwise: per router which sources are kept [L], whether the rest is renormalized, a
+class Changes(NamedTuple):
+    """What the routers of a pass do otherwise: per router which sources count [L], whether the rest is renormalized, a
     factor on the evidence.
     """
 
@@ -70,102 +74,126 @@ class _Changes(NamedTuple):
     evidence: Float[Array, ""]
 
 
-class _ChangedRouter(nnx.Module):
-    """A router whose weights and evidence are tampered with."""
+class ChangedRouters(Named):
+    """Numerics in which routers' weights and evidence are tampered with."""
 
-    def __init__(self, router: nnx.Module, keep: Array, changes: _Changes):
-        self.router, self.keep = router, nnx.data(keep)
-        self.renormalize, self.evidence = nnx.data(changes.renormalize), nnx.data(changes.evidence)
+    def __init__(self, changes: Changes):
+        super().__init__()
+        self.changes = changes
 
-    def __call__(
-        self, sources: Sequence[Array], evidence: Sequence[Array], **options
-    ) -> tuple[Array, RouterStatistics]:
-        output, statistics = self.router(sources, [psi * self.evidence for psi in evidence], **options)
-        kept = statistics.weights * self.keep
-        left = kept.sum(-1) + statistics.null_mass
-        scale = jnp.where(self.renormalize > 0, 1 / jnp.maximum(left, jnp.finfo(left.dtype).tiny), 1.0)
-        weights = kept * scale[..., None]
+    def route(self, run, sources, evidence) -> DepthRoute:
+        found = run(sources, [psi * self.changes.evidence for psi in evidence])
+        weights = found.weights * self.changes.keep[self.scope.removesuffix(".router.")]
+        left = weights.sum(-1) + found.null_mass
+        scale = jnp.where(self.changes.renormalize > 0, 1 / jnp.maximum(left, jnp.finfo(left.dtype).tiny), 1.0)
+        weights = weights * scale[..., None]
         wide = sum(weights[..., i, None] * source for i, source in enumerate(sources))
-        return wide.astype(output.dtype), RouterStatistics(weights, statistics.null_mass * scale, statistics.beta)
+        return DepthRoute(wide.astype(found.output.dtype), weights, found.null_mass * scale)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _pass(graphdef, state, batch, changes: _Changes) -> tuple[Array, Array, dict[str, Array]]:
-    """Per sequence: the weighted loss of every target [B, T], its weight [B, T] and each router's mean
-    weights [B, L].
-    """
-    model = nnx.merge(graphdef, state)
-    for index, name in enumerate(router_names(model.config)):
-        model.routers[index] = _ChangedRouter(model.routers[index], changes.keep[name], changes)
-    outputs, statistics = model(batch["inputs"], segment_ids=batch.get("segment_ids"))
-    losses = token_losses(outputs, batch, model.config) * batch["weights"]
-    return losses, batch["weights"], {name: router.weights.mean(1) for name, router in statistics.routers.items()}
+def _read_losses(reading: FinalReading) -> Rows:
+    """The weighted loss of every target [B, T] and its weight, in the order of the text."""
+    found = position_losses(reading)
+    loss, weights = found["nats" if "nats" in found else "squared_error"], found["weight"]
+    return {name: reading.tokens.in_order(x) for name, x in {"losses": loss * weights, "weights": weights}.items()}
 
 
-class _Measured(NamedTuple):
-    """All sequences of one pass in float64: losses and target weights [S, T], mean depth weights [S, L]."""
-
-    losses: np.ndarray
-    weights: np.ndarray
-    depth: dict[str, np.ndarray]
-
-
-def _run(model: nnx.Module, batches: Sequence[Batch], changes: _Changes) -> _Measured:
-    graphdef, state = nnx.split(model)
-    found = [jax.device_get(_pass(graphdef, state, dict(batch), changes)) for batch in batches]
-    return _Measured(*jax.tree.map(lambda *x: np.concatenate([np.asarray(part, np.float64) for part in x]), *found))
+_LOSSES = Evaluator(
+    router=lambda reading: {"depth": reading.statistics.weights.mean(1)},
+    combine=lambda layers, routers, reading: {f"depth/{name}": rows["depth"] for name, rows in routers.items()},
+    final=_read_losses,
+    finish=lambda rows, config: {},
+    definitions={},
+)
 
 
-def _effect(effect: Effect, base: _Measured, changed: _Measured, first: int = 0) -> Effect:
+class _Model(NamedTuple):
+    """A decoder, its batches, and what a pass of it tells: per sequence losses and weights [S, T], depth weights [S, L]."""
+
+    params: Mapping[str, Any]
+    config: ModelConfig
+    placement: Placement
+    batches: Sequence[Batch]
+
+    def run(self, changes: Changes | None = None) -> dict[str, np.ndarray]:
+        model = DecoderPass(self.config, self.placement, None if changes is None else ChangedRouters)
+        return collect(model, self.params, self.batches, (_LOSSES,), changes)[0][0]
+
+    def unchanged(self) -> Changes:
+        """Everything counts as it does."""
+        sizes = {step.router: len(step.sources) for step in schedule(self.config).steps if step.router}
+        keep = {name: np.ones(size, np.float32) for name, size in sizes.items()}
+        return Changes(keep, np.float32(0), np.float32(1))
+
+    def with_config(self, **fields) -> "_Model":
+        """The same parameters in a model of another kind; those that it does not know are not read."""
+        return self._replace(config=dataclasses.replace(self.config, **fields))
+
+    def without_beta(self) -> "_Model":
+        """With a null signal of strength 0: softplus(-inf)."""
+
+        def off(path, x):
+            return jnp.full_like(x, -jnp.inf) if path[-1].key == "beta_raw" else x
+
+        return self._replace(
+            params={**self.params, "routers": jax.tree_util.tree_map_with_path(off, self.params["routers"])}
+        )
+
+    def without_begin_token(self) -> "_Model":
+        """With a first token that no other sees and that predicts nothing; the others start at position 0."""
+        return self._replace(batches=[_without_first_token(batch) for batch in self.batches])
+
+
+def _without_first_token(batch: Batch) -> Batch:
+    shape = batch["inputs"].shape[:2]
+    first = np.broadcast_to(np.arange(shape[1]) == 0, shape)
+    positions = batch.get("positions", np.broadcast_to(np.arange(shape[1]), shape))
+    ids = batch.get("segment_ids", np.zeros(shape, np.int32))
+    return batch | {
+        "segment_ids": np.where(first, ids.min() - 1, ids).astype(np.int32),
+        "positions": np.maximum(positions - 1, 0).astype(np.int32),
+        "weights": np.where(first, 0, batch["weights"]).astype(batch["weights"].dtype),
+    }
+
+
+def _effect(
+    effect: Effect, base: Mapping[str, np.ndarray], changed: Mapping[str, np.ndarray], first: int = 0
+) -> Effect:
     """Fills in loss, change and interval; targets before `first` are left out of `base`, which `changed` does
     not have.
     """
-    losses, counts = base.losses[:, first:].sum(1), base.weights[:, first:].sum(1)
-    difference = Estimate((changed.losses.sum(1) - losses)[:, None], counts[:, None])
+    losses, counts = base["losses"][:, first:].sum(1), base["weights"][:, first:].sum(1)
+    difference = Estimate((changed["losses"].sum(1) - losses)[:, None], counts[:, None])
     interval = intervals({"change": difference})["change"]
-    return effect._replace(loss=float(changed.losses.sum() / counts.sum()), change=difference.value, interval=interval)
+    return effect._replace(
+        loss=float(changed["losses"].sum() / counts.sum()), change=difference.value, interval=interval
+    )
 
 
-def families(config: ModelConfig, counts: dict[str, int]) -> dict[str, dict[str, list[int]]]:
-    """For every router which of its sources, given their number, belong to which family."""
+def families(config: ModelConfig) -> dict[str, dict[str, list[int]]]:
+    """For every router which of its sources belong to which family."""
     found = {}
-    for index, name in enumerate(router_names(config)):
-        count = counts[name]
-        newest = index % 2 + 1 if config.wiring == "cumulative" else 1
-        found[name] = {
-            "embedding": [0],
-            "older": list(range(1, count - newest)),
-            "current": list(range(count - newest, count)),
-        }
+    for step in schedule(config).steps:
+        if step.router:
+            newest = len(step.sources) - step.current
+            members = {"embedding": [0], "older": [*range(1, newest)], "current": [*range(newest, len(step.sources))]}
+            found[step.router] = members
     return found
-
-
-def _place(name: str, config: ModelConfig) -> tuple[str, str]:
-    """'layer3.mlp' -> ('mlp', 'late') in a model of four layers."""
-    if name == "final":
-        return "final", BANDS[-1]
-    layer, kind = name.removeprefix("layer").split(".")
-    return kind, BANDS[int(layer) * len(BANDS) // config.num_layers]
 
 
 def _groups(config: ModelConfig) -> dict[tuple[str, str], list[str]]:
-    """(sublayers, band) -> its routers; ("all", "all") first."""
-    found = {("all", "all"): router_names(config)}
-    for name in router_names(config):
-        found.setdefault(_place(name, config), []).append(name)
+    """(sublayers, band) -> its routers; ("all", "all") first. A router counts to the sublayer that it is named after."""
+    steps = {step.name: step for step in schedule(config).steps}
+    found = {("all", "all"): schedule(config).routers}
+    for name in schedule(config).routers:
+        step = steps.get(name)
+        band = BANDS[step.layer * len(BANDS) // config.num_layers] if step else BANDS[-1]
+        found.setdefault((step.kind if step else name, band), []).append(name)
     return found
 
 
-def _unchanged(model: nnx.Module, batch: Batch) -> _Changes:
-    """Everything kept, for routers of the sizes this model has."""
-    shapes = nnx.eval_shape(lambda: model(jnp.asarray(batch["inputs"][:1]))[1].routers)
-    keep = {name: np.ones(router.weights.shape[-1], np.float32) for name, router in shapes.items()}
-    return _Changes(keep, np.float32(0), np.float32(1))
-
-
-def _mask_sources(model: nnx.Module, batches: Sequence[Batch], base: _Measured, unchanged: _Changes) -> list[Effect]:
-    members = families(model.config, {name: len(keep) for name, keep in unchanged.keep.items()})
-    found = []
+def _mask_sources(model: _Model, base: Mapping[str, np.ndarray]) -> list[Effect]:
+    members, unchanged, found = families(model.config), model.unchanged(), []
     for (sublayers, band), routers in _groups(model.config).items():
         for family in FAMILIES:
             masked = {name: members[name][family] for name in routers if members[name][family]}
@@ -174,51 +202,12 @@ def _mask_sources(model: nnx.Module, batches: Sequence[Batch], base: _Measured, 
             keep = dict(unchanged.keep)
             for name, sources in masked.items():
                 keep[name] = np.where(np.isin(np.arange(len(keep[name])), sources), 0, 1).astype(np.float32)
-            mean_weight = float(
-                np.mean([base.depth[name][:, sources].sum(1).mean() for name, sources in masked.items()])
-            )
+            weights = [base[f"depth/{name}"][:, sources].sum(1).mean() for name, sources in masked.items()]
             for renormalized in (False, True):
-                changed = _run(model, batches, unchanged._replace(keep=keep, renormalize=np.float32(renormalized)))
-                found.append(
-                    _effect(Effect("sources", family, sublayers, band, renormalized, mean_weight), base, changed)
-                )
+                changed = model.run(unchanged._replace(keep=keep, renormalize=np.float32(renormalized)))
+                effect = Effect("sources", family, sublayers, band, renormalized, float(np.mean(weights)))
+                found.append(_effect(effect, base, changed))
     return found
-
-
-def _copy(model: nnx.Module) -> nnx.Module:
-    graphdef, state = nnx.split(model)
-    return nnx.merge(
-        graphdef, jax.tree.map(lambda x: x, state)
-    )  # variables of its own; split and merge alone share them
-
-
-def without_beta(model: nnx.Module) -> nnx.Module:
-    """A copy whose inter-layer null signal has strength 0: softplus(-inf)."""
-    model = _copy(model)
-    for router in model.routers:
-        router.beta_raw[...] = jnp.full_like(router.beta_raw[...], -jnp.inf)
-    return model
-
-
-def with_softmax(model: nnx.Module) -> nnx.Module:
-    """A copy whose token attention is normalized by softmax; a learned null logit is not read."""
-    model = _copy(model)
-    for layer in model.layers:
-        layer.attention.config = dataclasses.replace(layer.attention.config, normalizer="softmax")
-    return model
-
-
-def with_depth_softmax(model: nnx.Module) -> nnx.Module:
-    """A copy whose depth routers are normalized by softmax."""
-    model = _copy(model)
-    for router in model.routers:
-        router.config = dataclasses.replace(router.config, depth_normalizer="softmax")
-    return model
-
-
-def without_first_token(batch: Batch) -> Batch:
-    """A batch [B, T - 1, ...] that starts one token later."""
-    return {name: values[:, 1:] for name, values in batch.items()}
 
 
 def _why_not(name: str, config: ModelConfig, begin_token: bool) -> str | None:
@@ -227,7 +216,7 @@ def _why_not(name: str, config: ModelConfig, begin_token: bool) -> str | None:
         "sources": (config.wiring != "residual", "models with depth routers"),
         "beta": (config.coupling, "models with the inter-layer null signal"),
         "evidence": (config.coupling, "models with the inter-layer null signal"),
-        "softmax": (config.normalizer in ("softmax1", "learned_sink"), "normalizers softmax1 and learned_sink"),
+        "softmax": (config.normalizer in _NULLS, f"normalizers {', '.join(_NULLS)}"),
         "depth_softmax": (
             config.wiring != "residual" and config.depth_normalizer == "softmax1",
             "depth routers with Softmax1",
@@ -248,13 +237,18 @@ def choose(names: Iterable[str], where: str = "interventions") -> list[str]:
 
 
 def intervene(
-    model: nnx.Module, batches: Sequence[Batch], *, interventions: Iterable[str] = ("all",), begin_token: bool = False
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    placement: Placement,
+    batches: Iterable[Batch],
+    *,
+    interventions: Iterable[str] = ("all",),
+    begin_token: bool = False,
 ) -> list[Effect]:
-    """Runs a Decoder with one thing changed at a time.
+    """Runs a decoder with one thing changed at a time.
 
     Args:
-      model: an `oasis_jax.model.decoder.Decoder`; it is left as it is.
-      batches: dicts of arrays [B, T, ...] with "inputs", "targets" and "weights"; at least one.
+      params, config, placement, batches: see `oasis_jax.evaluation.evaluate`; batches have targets and weights.
       interventions: names of `INTERVENTIONS`, or "all".
       begin_token: whether every sequence starts with a begin token.
 
@@ -264,28 +258,23 @@ def intervene(
     Raises:
       UserError: an unknown intervention, or no batch.
     """
-    chosen, batches = choose(interventions), list(batches)
-    if not batches:
+    chosen, model = choose(interventions), _Model(params, config, placement, list(batches))
+    if not model.batches:
         raise UserError("interventions: batches is empty; give at least one")
-    unchanged = _unchanged(model, batches[0])
-    base = _run(model, batches, unchanged)
-    changed_models: dict[str, Callable] = {
-        "beta": without_beta,
-        "softmax": with_softmax,
-        "depth_softmax": with_depth_softmax,
+    base, found = model.run(), []
+    runs = {
+        "beta": lambda: model.without_beta().run(),
+        "evidence": lambda: model.run(model.unchanged()._replace(evidence=np.float32(0))),
+        "softmax": lambda: model.with_config(normalizer="softmax").run(),
+        "depth_softmax": lambda: model.with_config(depth_normalizer="softmax").run(),
+        "begin_token": lambda: model.without_begin_token().run(),
     }
-    found = []
     for name in chosen:
-        reason = _why_not(name, model.config, begin_token)
+        reason = _why_not(name, config, begin_token)
         if reason:
             found.append(Effect(name, reason=reason))
         elif name == "sources":
-            found += _mask_sources(model, batches, base, unchanged)
-        elif name == "evidence":
-            found.append(_effect(Effect(name), base, _run(model, batches, unchanged._replace(evidence=np.float32(0)))))
-        elif name == "begin_token":
-            shorter = [without_first_token(batch) for batch in batches]
-            found.append(_effect(Effect(name), base, _run(model, shorter, unchanged), first=1))
+            found += _mask_sources(model, base)
         else:
-            found.append(_effect(Effect(name), base, _run(changed_models[name](model), batches, unchanged)))
+            found.append(_effect(Effect(name), base, runs[name](), first=int(name == "begin_token")))
     return found

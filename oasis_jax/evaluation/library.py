@@ -1,26 +1,17 @@
 """The measures for somebody else's model: a function, its parameters, batches."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
+from jaxtyping import Array
+
 from oasis_jax.errors import UserError
-from oasis_jax.evaluation.evaluator import Batch, Measurements, Reading, run_evaluators
+from oasis_jax.evaluation.evaluator import Batch, Measurements
 from oasis_jax.evaluation.measures.table import choose
-from oasis_jax.model.statistics import AttentionStatistics, Statistics
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ReadFunction:
-    """(params, batch) -> Reading of a foreign model; compiled once for all batches of one `measure`."""
-
-    apply: Callable
-
-    def __call__(self, params, batch: Batch) -> Reading:
-        segments = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
-        result = self.apply(params, batch["inputs"], **segments)
-        outputs, statistics = result if isinstance(result, tuple) else (result, ())
-        return Reading(batch, outputs, as_statistics(statistics))
+from oasis_jax.evaluation.passes import FunctionPass, run_evaluators
+from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics, Statistics
+from oasis_jax.model.unrolled import LayerStatistics
 
 
 def as_statistics(found: Statistics | AttentionStatistics | Sequence[AttentionStatistics]) -> Statistics:
@@ -38,6 +29,16 @@ def as_statistics(found: Statistics | AttentionStatistics | Sequence[AttentionSt
                 f"list of oasis_jax.AttentionStatistics, got {type(layer).__name__} among them"
             )
     return Statistics(layers, {}, {})
+
+
+def parts(
+    found: Statistics | AttentionStatistics | Sequence[AttentionStatistics],
+) -> tuple[list[LayerStatistics], Mapping[str, RouterStatistics], Array | None]:
+    """Of every layer, of routers by name, the final norm's output; None where the model says nothing."""
+    attention, routers, taps = as_statistics(found)
+    kinds = [taps.get(kind, []) for kind in LayerStatistics._fields if kind != "attention"]
+    final = taps.get("final_norm") or [None]
+    return [LayerStatistics(*layer) for layer in zip_longest(attention, *kinds)], routers, final[0]
 
 
 def measure(
@@ -70,4 +71,4 @@ def measure(
             raise UserError(f"measure: batch {number} has no 'inputs', only {', '.join(batch) or 'nothing'}")
         if not all(batch["inputs"].shape[:2]):
             raise UserError(f"measure: batch {number} is empty: inputs of shape {tuple(batch['inputs'].shape)}")
-    return run_evaluators(_ReadFunction(apply_fn), params, None, batches, chosen)
+    return run_evaluators(FunctionPass(apply_fn, parts), params, batches, chosen)

@@ -1,5 +1,5 @@
 """From workdirs to a report: load each run from its checkpoint alone, measure it on its held-out data, write
-down what was found.
+down what was found. Several processes compute together, the first one writes.
 """
 
 import itertools
@@ -8,22 +8,25 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 
 from oasis_jax.data import Corpus, Tokenizer, eval_batches, load_corpus
 from oasis_jax.errors import UserError
-from oasis_jax.evaluation import DEFINITIONS, Evaluator, bootstrap, choose, measure_model
+from oasis_jax.evaluation import DEFINITIONS, Evaluator, bootstrap, choose
+from oasis_jax.evaluation import evaluate as evaluate_decoder
 from oasis_jax.evaluation.evaluator import Batch
 from oasis_jax.evaluation.interventions import INTERVENTIONS, intervene
 from oasis_jax.evaluation.interventions import choose as choose_interventions
-from oasis_jax.evaluation.quantization.inference import Scheme, parse_schemes, quantization
+from oasis_jax.evaluation.quantization import Scheme, parse_schemes, quantization
 from oasis_jax.evaluation.report.comparison import MeasuredRun, groups, not_comparable
 from oasis_jax.evaluation.report.page import write_report
 from oasis_jax.evaluation.report.views import look
-from oasis_jax.training.checkpoints import LoadedRun, check_corpus, load_run
+from oasis_jax.training.checkpoints import check_corpus
+from oasis_jax.training.distributed import is_first, wait_for_all
+from oasis_jax.training.load import LoadedRun, load_run
 from oasis_jax.training.metrics import read_metrics
 
 
@@ -35,8 +38,11 @@ def evaluate(
     measures: Sequence[str] = ("default",),
     interventions: Sequence[str] = (),
     quantize: Sequence[str] = (),
+    overrides: Iterable[str] = (),
 ) -> list[MeasuredRun]:
     """Measures runs and writes report/metrics.json, report/index.html and report/figures/*.png.
+
+    Every process of a distributed run has to call it; the first one writes.
 
     Args:
       workdirs: of trained runs; each is loaded from its newest whole checkpoint.
@@ -45,24 +51,30 @@ def evaluate(
       measures: names of families of measures; "default" and "all" stand for several.
       interventions: names of interventions, or "all"; see `oasis_jax.evaluation.interventions`.
       quantize: quantization schemes such as "w8a8_tensor" or "w4a8+smooth"; each is measured beside float.
+      overrides: "section.field=value" of how models are computed, such as "mesh.fsdp=8"; by default all devices split the
+        batch.
 
     Raises:
       UserError: a workdir twice or without a run, a corpus that is not the run's, an unknown measure,
-        intervention or scheme, a report that cannot be written.
+        intervention or scheme, an override of what was trained, a report that cannot be written.
     """
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches: must be at least 1, got {num_batches}")
     evaluators, interventions = choose(measures, "--measures"), choose_interventions(interventions, "--interventions")
     schemes = parse_schemes(quantize)
-    labels, folder = unique_labels(workdirs), _writable(report)
-    loaded = [load_run(workdir) for workdir in workdirs]  # all of them, before the first is measured
+    labels, folder, overrides = unique_labels(workdirs), pathlib.Path(report), list(overrides)
+    if is_first():
+        _check_writable(folder)
+    loaded = [load_run(workdir, overrides=overrides) for workdir in workdirs]  # all, before the first is measured
     runs = [
         measure_run(run, workdir, label, num_batches, evaluators, interventions, schemes)
         for run, workdir, label in zip(loaded, workdirs, labels)
     ]
-    text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
-    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    write_report(runs, folder)
+    if is_first():
+        text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
+        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        write_report(runs, folder)
+    wait_for_all("the report is written")
     return runs
 
 
@@ -83,16 +95,14 @@ def unique_labels(workdirs: Sequence[str | os.PathLike]) -> list[str]:
     return labels
 
 
-def _writable(report: str | os.PathLike) -> pathlib.Path:
-    """The folder, before anything is measured."""
-    folder = pathlib.Path(report)
+def _check_writable(folder: pathlib.Path) -> None:
+    """Before anything is measured."""
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(f"--report: cannot write to {str(folder)!r}: {error.strerror}") from None
-    return folder
 
 
 def measure_run(
@@ -112,13 +122,13 @@ def measure_run(
         raise UserError(f"{workdir}: {error}") from None
     batches = eval_batches(corpus.heldout, run.config.data, num_batches=num_batches or run.config.run.eval_batches)
     batches = [with_bytes(batch, run.tokenizer) for batch in batches]
-    sequences = sum(len(batch["inputs"]) for batch in batches)
-    measurements = measure_model(run.model, batches, evaluators)
-    metrics = measurements.values
+    model = (run.params, run.config.model, run.placement)
+    measurements = evaluate_decoder(*model, batches, evaluators)
     begin_token = run.tokenizer is not None and run.config.data.begin_token
-    effects = (
-        intervene(run.model, batches, interventions=interventions, begin_token=begin_token) if interventions else []
-    )
+    effects = []
+    if interventions:
+        effects = intervene(*model, batches, interventions=interventions, begin_token=begin_token)
+    metrics, sequences = measurements.values, measurements.identity["sequences"]
     return MeasuredRun(
         label=label,
         workdir=str(workdir),
@@ -126,7 +136,7 @@ def measure_run(
         config=run.config,
         corpus=run.corpus_identity,
         tokenizer=run.tokenizer and run.tokenizer.identity,
-        samples={"sequences": sequences, "positions": sequences * batches[0]["inputs"].shape[1]},
+        samples={"sequences": sequences, "positions": sequences * measurements.identity["positions"]},
         metrics={name: _finite(metrics.get(name)) for name in DEFINITIONS},
         absent={name: _why_absent(name, metrics) for name in DEFINITIONS if _finite(metrics.get(name)) is None},
         history=read_metrics(workdir),
@@ -134,7 +144,7 @@ def measure_run(
         measurements=measurements,
         intervals={name: interval and _finite(list(interval)) for name, interval in measurements.intervals().items()},
         interventions=effects,
-        view=_finite(look(run.model, batches[0], run.tokenizer)),
+        view=_finite(look(*model, batches[0], run.tokenizer)),
         quantization=_finite(_quantized(run, corpus, batches, schemes)),
     )
 
@@ -146,7 +156,7 @@ def _quantized(
     if not schemes:
         return {}
     calibration = eval_batches(corpus.train, run.config.data, num_batches=len(batches))
-    return quantization(run.model, batches, calibration, schemes)
+    return quantization(run.params, run.config.model, run.placement, batches, calibration, schemes)
 
 
 def with_bytes(batch: Batch, tokenizer: Tokenizer | None) -> Batch:

@@ -1,39 +1,27 @@
 """Self-attention that can say "nothing here": one pure function, one table of parameters, one NNX module."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from oasis_jax.config import AttentionConfig
-from oasis_jax.errors import unknown_name
+from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.model.context import Context
+from oasis_jax.model.masks import context_mask, first_in_document, first_key_scores, scores
 from oasis_jax.model.normalizers import DENSE_NORMALIZERS, NULL_LOGITS, null_softmax
 from oasis_jax.model.norms import rms_norm
-from oasis_jax.model.numerics import FLOAT, Numerics
 from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
+from oasis_jax.model.rotary import rotary_angles, rotate
 from oasis_jax.model.statistics import AttentionStatistics, Static
-from pallas_kernels import OperatorSharding, implementations, null_attention, zigzag
+from pallas_kernels import implementations, null_attention
 
-Constrain = Callable[[Array, tuple[str | None, ...]], Array]
-
-
-def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
-    """The `constrain` of a model that is not sharded."""
-    del axes
-    return x
-
-
-def operator_sharding(constrain: Constrain) -> OperatorSharding | None:
-    """How attention is split over devices: what a `constrain` carries as its attribute `operators`, else nothing."""
-    return getattr(constrain, "operators", None)
-
-
-def _positions(length: int, sharding: OperatorSharding | None) -> Int[Array, "1 T"]:
-    """0 .. T-1, in the order in which the sequence lies on its devices."""
-    positions = jnp.arange(length)[None]
-    return zigzag(positions, sharding.ways("sequence")) if sharding and sharding.layout == "zigzag" else positions
+_NO_CONTEXT = Context()
+# Parameters that are no part of a product in the compute type: the null's, whose scores are float32 or better, and
+# gains.
+_WIDE = ("null_logit", "null_key", "null_value", "query_norm", "key_norm")
 
 
 def backend(operator: str, name: str) -> str | None:
@@ -46,75 +34,17 @@ def backend(operator: str, name: str) -> str | None:
     return name
 
 
-def rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Rotary positions (Su et al., arXiv 2104.09864): channel i of the first half turns with channel i of the
-    second.
+class Null(NamedTuple):
+    """The null option of a layer: its logit, for all heads, per head [N] or per query [B, N, T], and its
+    value [N, H] or zero.
     """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
+    logit: float | Float[Array, "..."]
+    value: Float[Array, "N H"] | None = None
 
-def _allowed(query: Array, key: Array, config: AttentionConfig, segment_ids: Int[Array, "B T"] | None) -> Array:
-    """Which of the first S keys a query may see: [1 or B, 1, T, S]."""
-    distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])[None, :]
-    allowed = (distance >= 0) & ((distance < config.window) if config.window else True)
-    allowed = allowed[None, None]
-    if segment_ids is not None:
-        allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, : key.shape[1]])
-    return allowed
-
-
-def _scores(query: Array, key: Array, config: AttentionConfig) -> Float[Array, "B N T S"]:
-    """Scaled, soft-capped scores in float32 or better; key may hold fewer positions than query."""
-    batch, length, heads, size = query.shape
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    grouped = query.reshape(batch, length, key.shape[2], -1, size)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=wide) * size**-0.5
-    if config.logit_softcap:
-        scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
-    return scores.reshape(batch, heads, length, key.shape[1])
-
-
-def _fused(query, key, value, null_logit, config: AttentionConfig, segment_ids, sharding) -> AttentionStatistics:
-    output, null_mass, lse = null_attention(
-        query,
-        key,
-        value,
-        null_logit=null_logit,
-        is_causal=True,
-        window=config.window or None,
-        segment_ids=segment_ids,
-        logit_softcap=config.logit_softcap or None,
-        sharding=sharding,
-        implementation=backend("null_attention", config.attention_implementation),
-    )
-    first_key = key[:, :1]  # position 0 comes first in every layout
-    first = _scores(query, first_key, config)[..., 0]
-    allowed = _allowed(query, first_key, config, segment_ids)[..., 0]
-    first_token_mass = jnp.where(allowed, jnp.exp(jnp.where(allowed, first - lse, 0.0)), 0.0)
-    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, Static(config))
-
-
-def _dense(
-    query, key, value, null_logit, config: AttentionConfig, segment_ids, numerics: Numerics
-) -> AttentionStatistics:
-    """Attention through materialized probabilities; `null_logit` is for the normalizers of the fused operator."""
-    allowed = _allowed(query, key, config, segment_ids)
-    scores = numerics.tap("scores", _scores(query, key, config))
-    if config.normalizer in DENSE_NORMALIZERS:
-        p, lse = DENSE_NORMALIZERS[config.normalizer](scores, allowed, config), None
-        null_mass = jax.nn.relu(1.0 - p.sum(-1))
-    else:
-        p, null_mass, lse = null_softmax(scores, allowed, null_logit)
-    p = numerics.tap("probabilities", p)
-    batch, _, length, keys = p.shape
-    grouped = p.reshape(batch, key.shape[2], -1, length, keys).astype(value.dtype)
-    output = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, value).reshape(query.shape)
-    return AttentionStatistics(query, key, value, output, null_mass, p[..., 0], lse, Static(config))
+    @property
+    def per_query(self) -> bool:
+        return jnp.ndim(self.logit) > 1
 
 
 def attention_parameters(config: AttentionConfig) -> dict[str, ParameterSpec]:
@@ -126,10 +56,24 @@ def attention_parameters(config: AttentionConfig) -> dict[str, ParameterSpec]:
         "value": matrix((width, key_heads, size), ("embed", "kv_heads", None), width),
         "output": matrix((heads, size, width), ("heads", None, "embed"), heads * size),
     }
+    if config.qkv_bias:
+        specs["query_bias"] = constant((heads, size), 0.0, "bias", ("heads", None))
+        specs["key_bias"] = constant((key_heads, size), 0.0, "bias", ("kv_heads", None))
+        specs["value_bias"] = constant((key_heads, size), 0.0, "bias", ("kv_heads", None))
+    if config.output_bias:
+        specs["output_bias"] = constant((width,), 0.0, "bias")
     if config.qk_norm:
-        specs |= {"query_norm": constant((size,), 1.0), "key_norm": constant((size,), 1.0)}
-    if NULL_LOGITS.get(config.normalizer, 0.0) is None:
-        specs["null_logit"] = ParameterSpec((heads,), ("heads",), jax.nn.initializers.zeros)
+        specs |= {"query_norm": constant((size,), 1.0, "norm"), "key_norm": constant((size,), 1.0, "norm")}
+    null = {
+        "null_logit": constant((heads,), 0.0, "null", ("heads",)),
+        "null_key": constant((key_heads, size), 0.0, "null", ("kv_heads", None)),
+        "null_projection": constant((width, heads), 0.0, "null", ("embed", "heads")),
+    }
+    made_of = NULL_LOGITS.get(config.normalizer)
+    if made_of in null:
+        specs[made_of] = null[made_of]
+    if config.normalizer == "null_key_value":
+        specs["null_value"] = constant((key_heads, size), 0.0, "null", ("kv_heads", None))
     if config.gate == "elementwise":
         specs["gate"] = matrix((width, heads, size), ("embed", "heads", None), width)
     elif config.gate == "per_head":
@@ -138,14 +82,7 @@ def attention_parameters(config: AttentionConfig) -> dict[str, ParameterSpec]:
 
 
 def attention(
-    parameters: Parameters,
-    config: AttentionConfig,
-    x: Float[Array, "B T D"],
-    *,
-    segment_ids: Int[Array, "B T"] | None = None,
-    positions: Int[Array, "#B T"] | None = None,
-    constrain: Constrain = unconstrained,
-    numerics: Numerics = FLOAT,
+    parameters: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], context: Context = _NO_CONTEXT
 ) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
     """Causal self-attention with the normalizer that `config.normalizer` names (OASIS, arXiv 2605.17887).
 
@@ -153,47 +90,137 @@ def attention(
       parameters: as `attention_parameters(config)` lists them.
       config: an AttentionConfig, or a ModelConfig.
       x: [B, T, D], normed already; computed in its type, probabilities in float32 or better.
-      segment_ids: [B, T]; attention stays within equal ids.
-      positions: [B, T] or [1, T] for the rotary embedding; default 0 .. T-1.
-      constrain: function (array, logical axes) -> array that pins the sharding of activations; its attribute
-        `operators`, where it has one, splits the operator over devices. With layout="zigzag" x, segment_ids and
-        positions are in that order.
-      numerics: how linear layers are computed and activations rounded.
+      context: see Context.
 
     Returns:
       [B, T, D] after the output projection, and the layer's AttentionStatistics.
+
+    Raises:
+      UserError: positions or segment_ids that do not fit x.
     """
-    x = constrain(x, ("batch", "length", None))
-    p = {name: value.astype(x.dtype) for name, value in parameters.items() if name != "null_logit"}
-    query, key, value = (numerics.einsum(name, "BTD,DNH->BTNH", x, p[name]) for name in ("query", "key", "value"))
-    if config.qk_norm:
-        query, key = rms_norm(query, parameters["query_norm"]), rms_norm(key, parameters["key_norm"])
-    if config.rope_theta:
-        positions = _positions(x.shape[1], operator_sharding(constrain)) if positions is None else positions
-        query, key = rope(query, positions, config.rope_theta), rope(key, positions, config.rope_theta)
-    query = constrain(query, ("batch", "length", "heads", None))
-    key, value = (constrain(y, ("batch", "length", "kv_heads", None)) for y in (key, value))
-
-    null_logit = NULL_LOGITS.get(config.normalizer)
-    if null_logit is None:  # learned, or of no use to this normalizer
-        null_logit = parameters.get("null_logit")
-    sharding = operator_sharding(constrain)
-    if numerics.materializes_attention and sharding and sharding.layout == "zigzag":
-        raise ValueError(
-            "attention: numerics that see scores and probabilities need the sequence in order, not layout='zigzag'"
-        )
-    if config.normalizer in DENSE_NORMALIZERS or numerics.materializes_attention:
-        statistics = _dense(query, key, value, null_logit, config, segment_ids, numerics)
+    context.check(*x.shape[:2])
+    x = context.constrain(x, "batch", "length", None)
+    p = {name: value if name in _WIDE else value.astype(x.dtype) for name, value in parameters.items()}
+    query, key, value = project(p, config, x, context)
+    key, value = context.with_cached(key, value)
+    null = null_option(p, config, x, query)
+    if config.normalizer in DENSE_NORMALIZERS or context.numerics.materializes_attention:
+        statistics = _dense(query, key, value, null, config, context)
+    elif null.per_query or null.value is not None:
+        _check_dense_null(config)
+        statistics = _dense(query, key, value, null, config, context)
     else:
-        statistics = _fused(query, key, value, null_logit, config, segment_ids, sharding)
+        statistics = _fused(query, key, value, null, config, context)
+    heads = context.numerics.tap("context", statistics.head_output)
+    return output_projection(p, config, x, heads, context), statistics
 
-    heads = numerics.tap("context", statistics.head_output)
+
+def project(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], context: Context) -> tuple[Array, ...]:
+    """Queries [B, T, N, H], keys and values [B, T, K, H]: projected, normed and turned."""
+    found = []
+    for name in ("query", "key", "value"):
+        y = context.numerics.einsum(name, "BTD,DNH->BTNH", x, p[name])
+        found.append(y + p[f"{name}_bias"] if config.qkv_bias else y)
+    query, key, value = found
+    if config.qk_norm:
+        query = rms_norm(query, p["query_norm"], config.norm_epsilon)
+        key = rms_norm(key, p["key_norm"], config.norm_epsilon)
+    if config.rope_theta:
+        cos, sin = rotary_angles(config, context.positions_of(x.shape[1]), x.dtype)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    query = context.constrain(query, "batch", "length", "heads", None)
+    key, value = (context.constrain(y, "batch", "length", "kv_heads", None) for y in (key, value))
+    return query, key, value
+
+
+def null_option(
+    p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], query: Float[Array, "B T N H"]
+) -> Null:
+    """What the null of this layer is; a null key is neither normed nor turned, and scored as every key."""
+    made_of = NULL_LOGITS.get(config.normalizer, 0.0)
+    if made_of == "null_key":
+        key = p["null_key"].astype(query.dtype)[None, None]
+        logit = scores(query, jnp.broadcast_to(key, (query.shape[0], *key.shape[1:])), config)[..., 0]
+        value = p["null_value"] if config.normalizer == "null_key_value" else None
+        return Null(logit, None if value is None else jnp.repeat(value, config.num_heads // config.key_heads, axis=0))
+    if made_of == "null_projection":
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logit = jnp.einsum("BTD,DN->BTN", x, p["null_projection"], preferred_element_type=wide)
+        return Null(logit.swapaxes(1, 2))  # the other order is a product that CPUs do not have in bfloat16
+    return Null(p["null_logit"] if made_of == "null_logit" else made_of)
+
+
+def _check_dense_null(config: AttentionConfig) -> None:
+    """A backend that was named is not replaced in silence by another algorithm."""
+    if config.attention_implementation not in ("auto", "reference"):
+        raise UserError(
+            f"attention_implementation: normalizer={config.normalizer} is computed by auto or reference only, "
+            f"got {config.attention_implementation}"
+        )
+
+
+def _fused(query, key, value, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
+    output, null_mass, lse = null_attention(
+        query,
+        key,
+        value,
+        null_logit=null.logit,
+        is_causal=True,
+        window=config.window or None,
+        segment_ids=None if context.segment_ids is None else (context.segment_ids, context.key_segments),
+        logit_softcap=config.logit_softcap or None,
+        scale=config.score_scale,
+        sharding=context.placement.attention,
+        implementation=backend("null_attention", config.attention_implementation),
+    )
+    first, visible = first_key_scores(query, key, config, context)
+    first_token_mass = jnp.exp(jnp.where(visible, first - lse, -jnp.inf))
+    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, Static(config))
+
+
+def _dense(query, key, value, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
+    """Attention through materialized probabilities."""
+    allowed = context_mask(context, config, query.shape[1])
+    logits = context.numerics.tap("scores", scores(query, key, config))
+    if config.normalizer in DENSE_NORMALIZERS:
+        p, lse = DENSE_NORMALIZERS[config.normalizer](logits, allowed, config), None
+        null_mass = jax.nn.relu(1.0 - p.sum(-1))
+    else:
+        p, null_mass, lse = null_softmax(logits, allowed, null.logit)
+    p = context.numerics.tap("probabilities", p)
+    batch, _, length, keys = p.shape
+    grouped = p.reshape(batch, key.shape[2], -1, length, keys).astype(value.dtype)
+    output = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, value).reshape(query.shape)
+    if null.value is not None:
+        output += jnp.einsum("BNT,NH->BTNH", null_mass, null.value).astype(output.dtype)
+    return AttentionStatistics(query, key, value, output, null_mass, _first_mass(p, context), lse, Static(config))
+
+
+def _first_mass(p: Float[Array, "B N T S"], context: Context) -> Float[Array, "B N T"]:
+    """Each query's probability of the first key of its own document."""
+    if context.segment_ids is None:
+        return p[..., 0]
+    first = jnp.broadcast_to(first_in_document(context, p.shape[2])[:, None, :, None], (*p.shape[:3], 1))
+    return jnp.take_along_axis(p, first, axis=-1)[..., 0]
+
+
+def output_projection(
+    p: Parameters,
+    config: AttentionConfig,
+    x: Float[Array, "B T D"],
+    heads: Float[Array, "B T N H"],
+    context: Context,
+) -> Float[Array, "B T D"]:
+    """Gates the heads' outputs and projects them back to the width."""
+    numerics = context.numerics
     if config.gate == "elementwise":
         heads = heads * jax.nn.sigmoid(numerics.einsum("gate", "BTD,DNH->BTNH", x, p["gate"]))
     elif config.gate == "per_head":
         heads = heads * jax.nn.sigmoid(numerics.einsum("gate", "BTD,DN->BTN", x, p["gate"]))[..., None]
     output = numerics.einsum("output", "BTNH,NHD->BTD", heads, p["output"])
-    return constrain(output, ("batch", "length", None)), statistics
+    if config.output_bias:
+        output = output + p["output_bias"]
+    return context.constrain(output, "batch", "length", None)
 
 
 class Attention(ParameterModule):
@@ -205,6 +232,8 @@ class Attention(ParameterModule):
         super().__init__(attention_parameters(config), rngs=rngs)
         self.config = config
 
-    def __call__(self, x: Float[Array, "B T D"], **options) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
-        """See `attention` for the options and what comes back."""
-        return attention(self.parameters, self.config, x, **options)
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context = _NO_CONTEXT
+    ) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
+        """See `attention`."""
+        return attention(self.parameters, self.config, x, context)

@@ -1,32 +1,38 @@
-"""The decoder: embedding, a stack of attention and MLP sublayers in one of three wirings, a head."""
+"""The decoder: embedding, layers in one of three wirings, a head; as pure functions and as an NNX module over them."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError
-from oasis_jax.model.attention import Attention, Constrain, backend, unconstrained
-from oasis_jax.model.mlp import MLP
-from oasis_jax.model.norms import Norm
-from oasis_jax.model.numerics import FLOAT, Numerics
-from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, matrix
-from oasis_jax.model.remat import rematerialized
-from oasis_jax.model.router import Router
-from oasis_jax.model.statistics import AttentionStatistics, Statistics
-from oasis_jax.model.wiring import WIRINGS, router_names, sublayer_names
+from oasis_jax.model.attention import attention_parameters, backend
+from oasis_jax.model.context import Context
+from oasis_jax.model.head import (
+    Inputs,
+    Outputs,
+    Params,
+    embed,
+    embedding_parameters,
+    head_parameters,
+    unembed,
+    with_offset,
+)
+from oasis_jax.model.layer import Layer
+from oasis_jax.model.layout import STACKS
+from oasis_jax.model.mlp import mlp_parameters
+from oasis_jax.model.norms import Norm, norm, norm_parameters
+from oasis_jax.model.parameters import ParameterModule, ParameterSpec
+from oasis_jax.model.router import Router, router_parameters
+from oasis_jax.model.statistics import Statistics
+from oasis_jax.model.unrolled import Unrolled, run_unrolled
+from oasis_jax.model.wiring import schedule
 
-Inputs = Int[Array, "B T"] | Float[Array, "B T I"]
-Outputs = Float[Array, "B T O"]
-
-
-def padded_vocab(vocab_size: int) -> int:
-    """The rows of the embedding: vocab_size rounded up to a multiple of 8, so that it can be split over devices."""
-    return -(-vocab_size // 8) * 8
+_NO_CONTEXT = Context()
 
 
 def check_model(config: ModelConfig) -> None:
@@ -38,200 +44,175 @@ def check_model(config: ModelConfig) -> None:
         raise UserError(f"model.{size}: must be set to build a model with inputs={config.inputs}")
 
 
-def ends_parameters(config: ModelConfig) -> dict[str, ParameterSpec]:
-    """The parameters before and after the stack."""
-    width = config.width
-    if config.inputs == "vectors":
-        return {
-            "embedding": matrix((config.vector_dim, width), (None, "embed"), config.vector_dim),
-            "head": matrix((width, config.vector_dim), ("embed", None), width),
-        }
-    vocab = padded_vocab(config.vocab_size)
-    specs = {"embedding": matrix((vocab, width), ("vocab", "embed"), width)}
-    return specs if config.tied_head else specs | {"head": matrix((width, vocab), ("embed", "vocab"), width)}
+def check_inputs(config: ModelConfig, inputs: Inputs) -> None:
+    """Raises UserError for inputs of another shape or type than the config's."""
+    tokens = config.inputs == "tokens"
+    shape, dtype = jnp.shape(inputs), jnp.result_type(inputs)
+    fits = len(shape) == 2 if tokens else len(shape) == 3 and shape[-1] == config.vector_dim
+    if not fits or jnp.issubdtype(dtype, jnp.integer) != tokens:
+        wanted = "whole numbers [batch, length]" if tokens else f"numbers [batch, length, {config.vector_dim}]"
+        raise UserError(f"inputs: must be {wanted} for model.inputs={config.inputs}, got {dtype} of shape {shape}")
 
 
-def embed(
-    parameters: Parameters, config: ModelConfig, inputs: Inputs, numerics: Numerics = FLOAT
-) -> Float[Array, "B T D"]:
-    """Token ids are looked up, vectors projected; the result has the compute type."""
-    if config.inputs == "vectors":
-        return numerics.einsum(
-            "embedding", "BTI,ID->BTD", inputs.astype(config.dtype), parameters["embedding"].astype(config.dtype)
-        )
-    return numerics.lookup("embedding", parameters["embedding"].astype(config.dtype), inputs)
-
-
-def unembed(
-    parameters: Parameters,
-    config: ModelConfig,
-    x: Float[Array, "B T D"],
-    constrain: Constrain,
-    numerics: Numerics = FLOAT,
-) -> Outputs:
-    """Logits over the padded vocabulary, or output vectors; float32 or better."""
-    x = constrain(x, ("batch", "length", None))
-    head = parameters["head"] if "head" in parameters else parameters["embedding"].T
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    outputs = numerics.einsum("head", "BTD,DO->BTO", x, head.astype(x.dtype), preferred_element_type=wide)
-    return constrain(outputs, ("batch", "length", "vocab" if config.inputs == "tokens" else None))
-
-
-def attention_sublayer(
-    layer: Any, x: Float[Array, "B T D"], segment_ids: Array | None, constrain: Constrain, numerics: Numerics
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], AttentionStatistics]:
-    """(output, norm output, statistics) of a layer's attention; `layer` is an NNX or a bound Linen module."""
-    normed = layer.attention_norm(x)
-    output, statistics = layer.attention(normed, segment_ids=segment_ids, constrain=constrain, numerics=numerics)
-    return constrain(output, ("batch", "stream", None)), normed, statistics
-
-
-def mlp_sublayer(
-    layer: Any, x: Float[Array, "B T D"], constrain: Constrain, numerics: Numerics
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """(output, norm output) of a layer's MLP."""
-    normed = layer.mlp_norm(x)
-    return constrain(layer.mlp(normed, constrain=constrain, numerics=numerics), ("batch", "stream", None)), normed
-
-
-def decode(
+def final_stream(
+    params: Params,
     config: ModelConfig,
     inputs: Inputs,
-    *,
-    ends: Parameters,
-    layers: list,
-    routers: dict[str, Callable],
-    final_norm: Callable,
-    segment_ids: Int[Array, "B T"] | None,
-    constrain: Constrain | None,
-    call: Callable,
-    numerics: Numerics = FLOAT,
-) -> tuple[Outputs, Statistics]:
-    """The decoder over callables, shared by NNX and Linen.
+    context: Context = _NO_CONTEXT,
+    **observers: Callable,
+) -> tuple[Float[Array, "B T D"], Unrolled]:
+    """What the head reads, and what was seen on the way.
 
     Args:
-      ends: as `ends_parameters` lists them.
-      layers: objects with attention_norm, attention, mlp_norm and mlp.
-      routers: by name, as `router_names` lists them.
-      final_norm: the norm that the head reads.
-      segment_ids, constrain: see `Decoder.__call__`.
-      call: call(function, layer, x) runs function(layer, x), rematerialized where the config asks for it.
-      numerics: see `Decoder.__call__`.
+      params: stacked or layer by layer; see `oasis_jax.model.layout`.
+      config: of the model.
+      inputs: token ids [B, T], or vectors [B, T, vector_dim], as `config.inputs` says.
+      context: see Context.
+      observers: on_layer, on_router; see `run_unrolled`.
+
+    Returns:
+      The output of the final norm [B, T, D], and what `run_unrolled` gives.
+
+    Raises:
+      UserError: inputs, positions or segment_ids of another shape or type.
     """
-    constrain = constrain or unconstrained
-    taps = {name: [] for name in ("attention_norm", "attention_output", "mlp_norm", "mlp_output")}
-    attentions: list[AttentionStatistics] = []
-    evidence: list[Float[Array, "B T"]] = []
-
-    def attend(layer, name, x):
-        run = partial(attention_sublayer, segment_ids=segment_ids, constrain=constrain, numerics=numerics.within(name))
-        output, normed, statistics = call(run, layer, x)
-        attentions.append(statistics)
-        taps["attention_norm"].append(normed)
-        taps["attention_output"].append(output)
-        evidence.append(constrain(statistics.null_mass.mean(axis=1), ("batch", "stream")))
-        return output, evidence[-1]
-
-    def feed(layer, name, x):
-        output, normed = call(partial(mlp_sublayer, constrain=constrain, numerics=numerics.within(name)), layer, x)
-        taps["mlp_norm"].append(normed)
-        taps["mlp_output"].append(output)
-        return output, evidence[-1]
-
-    kinds = [(run, layer) for layer in layers for run in (attend, feed)]
-    sublayers = [partial(run, layer, name) for (run, layer), name in zip(kinds, sublayer_names(config))]
-    if numerics is not FLOAT:
-        routers = {
-            name: partial(router, numerics=numerics.within(f"{name}.router")) for name, router in routers.items()
-        }
-    routers = {name: partial(router, constrain=constrain) for name, router in routers.items()}
-    embedding = constrain(embed(ends, config, inputs, numerics), ("batch", "stream", None))
-    stack = WIRINGS[config.wiring](config, embedding, sublayers, routers, numerics)
-    final = final_norm(stack.stream)
-    outputs = unembed(ends, config, final, constrain, numerics)
-    taps |= {"layer_output": stack.layer_outputs, "final_norm": [final]}
-    return outputs, Statistics(attentions, stack.routers, taps)
+    check_inputs(config, inputs)
+    context.check(*inputs.shape[:2])
+    embedding = embed(params, config, inputs, context)
+    run = run_unrolled(params, config, embedding, with_offset(config, context, inputs.shape[1]), **observers)
+    return norm(params.get("final_norm", {}), config, run.stream), run
 
 
-class Layer(nnx.Module):
-    """One attention and one MLP, each with its norm."""
+def forward(
+    params: Params, config: ModelConfig, inputs: Inputs, context: Context = _NO_CONTEXT
+) -> tuple[Outputs, Statistics]:
+    """The whole model; see `final_stream` for arguments and errors.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = Norm(config, config.width, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = Norm(config, config.width, rngs=rngs)
-        self.mlp = MLP(config.width, config.mlp_size, rngs=rngs)
-
-
-def _call(function: Callable, layer: Layer, x: Array):
-    return function(layer, x)
-
-
-def _call_rematerialized(name: str, function: Callable, layer: Layer, x: Array):
-    graphdef, state = nnx.split(layer)
-    return rematerialized(lambda state, x: function(nnx.merge(graphdef, state), x), name)(state, x)
+    Returns:
+      float32 logits [B, T, padded vocabulary] or vectors [B, T, vector_dim], and the Statistics of the pass.
+    """
+    final, run = final_stream(params, config, inputs, context)
+    outputs = unembed(params, config, final, context)
+    kinds = ("attention_norm", "attention_output", "mlp_norm", "mlp_output", "layer_output")
+    taps = {kind: [getattr(layer, kind) for layer in run.layers] for kind in kinds} | {"final_norm": [final]}
+    return outputs, Statistics([layer.attention for layer in run.layers], run.routers, taps)
 
 
 class Decoder(nnx.Module):
     """A decoder of any preset: `Decoder(ModelConfig(preset="oasis", vocab_size=258), rngs=nnx.Rngs(0))`.
 
-    Raises UserError for a config that cannot be built. Needs no mesh; parameters carry their logical axes as metadata.
+    Raises UserError for a config that cannot be built. Needs no mesh; parameters carry logical axes and roles as
+    metadata.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         check_model(config)
         self.config = config
-        self.ends = ParameterModule(ends_parameters(config), rngs=rngs)
+        self.embedding = ParameterModule(embedding_parameters(config), rngs=rngs)
+        self.head = ParameterModule(head_parameters(config), rngs=rngs)
         self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.routers = nnx.List([Router(config, rngs=rngs) for _ in router_names(config)])
+        self.routers = nnx.List([Router(config, rngs=rngs) for _ in schedule(config).routers])
         self.final_norm = Norm(config, config.width, rngs=rngs)
 
-    def __call__(
-        self,
-        inputs: Inputs,
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        constrain: Constrain | None = None,
-        numerics: Numerics = FLOAT,
-    ) -> tuple[Outputs, Statistics]:
-        """Runs the decoder.
+    def parameters(self) -> dict[str, Any]:
+        """The parameters as nested dicts, layer by layer; see `oasis_jax.model.layout`."""
+        return nnx.to_pure_dict(nnx.state(self))
 
-        Args:
-          inputs: token ids [B, T], or vectors [B, T, vector_dim], as `config.inputs` says.
-          segment_ids: [B, T]; attention stays within equal ids.
-          constrain: function (array, logical axes) -> array that pins the sharding of activations.
-          numerics: how linear layers are computed and activations rounded. Other than FLOAT it is for inference:
-            nothing is rematerialized.
-
-        Returns:
-          float32 logits [B, T, padded vocabulary] or vectors [B, T, vector_dim], and the Statistics of the pass.
-        """
-        return decode(
-            self.config,
-            inputs,
-            ends=self.ends.parameters,
-            layers=self.layers,
-            routers=dict(zip(router_names(self.config), self.routers)),
-            final_norm=self.final_norm,
-            segment_ids=segment_ids,
-            constrain=constrain,
-            # A numerics that records could not carry what it saw out of a rematerialized function.
-            call=_call
-            if self.config.remat == "none" or numerics is not FLOAT
-            else partial(_call_rematerialized, self.config.remat),
-            numerics=numerics,
-        )
+    def __call__(self, inputs: Inputs, context: Context = _NO_CONTEXT) -> tuple[Outputs, Statistics]:
+        """See `forward`."""
+        return forward(self.parameters(), self.config, inputs, context)
 
 
-def with_parameters(config: ModelConfig, params: dict) -> Decoder:
-    """The decoder with these parameters, nested as `nnx.to_pure_dict(nnx.state(Decoder(...)))` nests them."""
+def with_parameters(config: ModelConfig, params: Mapping[str, Any]) -> Decoder:
+    """The decoder with these parameters, layer by layer, as `Decoder.parameters` gives them."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
 
 
-def parameter_axes(config: ModelConfig) -> dict:
-    """The logical axes of every parameter, in the nested-dict structure of `nnx.to_pure_dict(nnx.state(model))`."""
-    state = nnx.eval_shape(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))
-    flat = {path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(state)}
-    return nnx.traversals.unflatten_mapping(flat)
+def initial_params(config: ModelConfig, key: Array) -> dict:
+    """The stacked parameters of `Decoder(config, rngs=nnx.Rngs(params=key))`, bit for bit when compiled.
+
+    All layers are drawn at once: the program does not grow with depth, and a second copy never exists.
+
+    Raises:
+      UserError: a config that cannot be built.
+    """
+    check_model(config)
+    rngs = nnx.Rngs(params=key)
+    parts = {
+        "embedding": _pure(ParameterModule(embedding_parameters(config), rngs=rngs)),
+        "head": _pure(ParameterModule(head_parameters(config), rngs=rngs)),
+        "layers": _draw(Layer, config.num_layers, config, rngs),
+    }
+    if schedule(config).routers:
+        parts["routers"] = _draw(Router, len(schedule(config).routers), config, rngs)
+    parts["final_norm"] = _pure(Norm(config, config.width, rngs=rngs))
+    return {name: group for name, group in parts.items() if group}
+
+
+def _pure(module: nnx.Module) -> dict:
+    return nnx.to_pure_dict(nnx.state(module))
+
+
+def _draw(make: Callable[..., nnx.Module], count: int, config: ModelConfig, rngs: nnx.Rngs) -> dict:
+    """The stacked parameters of modules that were made one after the other, each with the next keys of `rngs`."""
+    stream = rngs.params
+    first = stream.count[...]
+    make(config, rngs=rngs)  # says how many keys one takes
+    keys = stream.count[...] - first
+
+    def one(index):
+        own = nnx.Rngs(params=stream.key[...])
+        own.params.count[...] = first + index * keys
+        return _pure(make(config, rngs=own))
+
+    stream.count[...] = first + count * keys
+    return jax.vmap(one)(jnp.arange(count, dtype=first.dtype))
+
+
+def parameter_shapes(config: ModelConfig) -> dict:
+    """Shape and type of every stacked parameter."""
+    return jax.eval_shape(lambda: initial_params(config, jax.random.key(0)))
+
+
+def parameter_specs(config: ModelConfig) -> dict[str, Any]:
+    """The ParameterSpec of every parameter, of one layer and one router for all of them; groups without any are left
+    out.
+    """
+    layer_norm = norm_parameters(config, config.width)
+    specs = {
+        "embedding": embedding_parameters(config),
+        "head": head_parameters(config),
+        "layers": {
+            "attention_norm": layer_norm,
+            "attention": attention_parameters(config),
+            "mlp_norm": layer_norm,
+            "mlp": mlp_parameters(config),
+        },
+        "routers": router_parameters(config) if schedule(config).routers else {},
+        "final_norm": layer_norm,
+    }
+    specs["layers"] = {name: group for name, group in specs["layers"].items() if group}
+    return {name: group for name, group in specs.items() if group}
+
+
+def map_specs(function: Callable[[ParameterSpec, bool], Any], config: ModelConfig) -> dict[str, Any]:
+    """function(spec, stacked) of every parameter, in the structure of stacked parameters; stacked: with an axis of
+    layers.
+    """
+    is_spec = lambda x: isinstance(x, ParameterSpec)
+    return {
+        name: jax.tree.map(lambda spec, name=name: function(spec, name in STACKS), group, is_leaf=is_spec)
+        for name, group in parameter_specs(config).items()
+    }
+
+
+def parameter_axes(config: ModelConfig) -> dict[str, Any]:
+    """The logical axes of every stacked parameter; that of the layers is never split."""
+    return map_specs(lambda spec, stacked: (None, *spec.axes) if stacked else spec.axes, config)
+
+
+def parameter_roles(config: ModelConfig) -> dict[str, Any]:
+    """The role of every stacked parameter, a name of `oasis_jax.model.parameters.ROLES`."""
+    return map_specs(lambda spec, stacked: spec.role, config)

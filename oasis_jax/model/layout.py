@@ -2,28 +2,30 @@
 
 Layer by layer, params["layers"][i] and params["routers"][i] hold arrays [...]; stacked, params["layers"] and
 params["routers"] hold arrays [L, ...] of all layers or routers. A training state is always stacked: what is traced,
-compiled and saved has as many arrays for 64 layers as for one. Everything outside the stack (ends, final_norm) is the
-same in both.
+compiled and saved has as many arrays for 64 layers as for one. Everything outside the stack (embedding, final_norm,
+head) is the same in both.
 """
 
-import dataclasses
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array
-
-from oasis_jax.config import ModelConfig
-from oasis_jax.model.decoder import Layer, check_model, ends_parameters, parameter_axes
-from oasis_jax.model.norms import Norm
-from oasis_jax.model.parameters import ParameterModule
-from oasis_jax.model.router import Router
-from oasis_jax.model.wiring import router_names
 
 STACKS = ("layers", "routers")  # what a decoder has several alike of
+
+
+def is_stacked(params: Mapping[str, Any]) -> bool:
+    """Whether parameters are stacked; those of a decoder's modules have whole numbers as keys."""
+    return not any(isinstance(name, int) for name in params["layers"])
+
+
+def part(together: Mapping, index: int) -> Mapping[str, Any]:
+    """The parameters of one layer or router, from either layout."""
+    if index in together:
+        return together[index]
+    return jax.tree.map(operator.itemgetter(index), dict(together))
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict:
@@ -32,7 +34,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict:
     def stack(one: dict) -> dict:
         return jax.tree.map(lambda *x: jnp.stack(x), *(one[i] for i in range(len(one))))
 
-    return {name: stack(part) if name in STACKS else part for name, part in params.items()}
+    return {name: stack(group) if name in STACKS else group for name, group in params.items()}
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict:
@@ -40,56 +42,6 @@ def unstack_layers(params: Mapping[str, Any]) -> dict:
 
     def unstack(together: dict) -> dict:
         count = jax.tree.leaves(together)[0].shape[0]
-        return {i: jax.tree.map(operator.itemgetter(i), together) for i in range(count)}
+        return {i: part(together, i) for i in range(count)}
 
-    return {name: unstack(part) if name in STACKS else part for name, part in params.items()}
-
-
-def initial_params(config: ModelConfig, key: Array) -> dict:
-    """The stacked parameters of `Decoder(config, rngs=nnx.Rngs(params=key))`, bit for bit when compiled.
-
-    All layers are drawn at once: the program does not grow with depth, and a second copy never exists.
-
-    Raises:
-      UserError: a config that cannot be built.
-    """
-    check_model(config)
-    rngs = nnx.Rngs(params=key)
-    parts = {
-        "ends": _pure(ParameterModule(ends_parameters(config), rngs=rngs)),
-        "layers": _draw(Layer, config.num_layers, config, rngs),
-    }
-    if router_names(config):
-        parts["routers"] = _draw(Router, len(router_names(config)), config, rngs)
-    parts["final_norm"] = _pure(Norm(config, config.width, rngs=rngs))
-    return {name: part for name, part in parts.items() if part}
-
-
-def _pure(module: nnx.Module) -> dict:
-    return nnx.to_pure_dict(nnx.state(module))
-
-
-def _draw(make: Callable[..., nnx.Module], count: int, config: ModelConfig, rngs: nnx.Rngs) -> dict:
-    """The stacked parameters of modules that were made one after the other, each with the next keys of `rngs`."""
-    stream = rngs.params
-    first = stream.count[...]
-    make(config, rngs=rngs)  # says how many keys one takes
-    keys = stream.count[...] - first
-
-    def one(index):
-        own = nnx.Rngs(params=stream.key[...])
-        own.params.count[...] = first + index * keys
-        return _pure(make(config, rngs=own))
-
-    stream.count[...] = first + count * keys
-    return jax.vmap(one)(jnp.arange(count, dtype=first.dtype))
-
-
-def stacked_axes(config: ModelConfig) -> dict:
-    """The logical axes of every stacked parameter; that of the layers is never split."""
-    axes = parameter_axes(dataclasses.replace(config, num_layers=1, blocks=0))  # layers are alike
-
-    def stack(one: dict) -> dict:
-        return jax.tree.map(lambda names: (None, *names), one[0], is_leaf=lambda x: isinstance(x, tuple))
-
-    return {name: stack(part) if name in STACKS else part for name, part in axes.items()}
+    return {name: unstack(group) if name in STACKS else group for name, group in params.items()}

@@ -1,19 +1,17 @@
-"""The wirings that route over a history, as one loop over layers whose sources lie in one append-only array.
+"""The executor that runs a schedule as one loop over layers, for training: memory linear in depth, a program of one
+size.
 
-For the cumulative wiring, for blocks, and for queries that each token projects: those are known only when their newest
-source is, so nothing can be scored beforehand as `pallas_kernels.routed_stack` does. One custom derivative spans the
-whole loop. Forward keeps the sources and, of blocks, what each layer adds to; no more. Backward, a layer is computed
-again from them, its gradients are added in place to one more array like the sources, and the gradient of a source is
-complete when the layer that made it is reached. Gradients are summed in the dtype of the sources, as by JAX without a
-loop.
+The same functions and parameters as `oasis_jax.model.unrolled`, without its Statistics. Without routers it is a scan
+over layers. With routers, the sources lie in one append-only array, and one custom derivative spans the whole loop:
+differentiated by JAX, a scan that carries the history would store it once a layer. Forward stores the sources and, of
+blocks, what each layer adds to; no more. Backward, a layer is recomputed from them, its gradients are added in place to
+one more array like the sources, and the gradient of a source is complete when the layer that made it is reached.
+Gradients are summed in the dtype of the sources, as by JAX without a loop.
 
-Step s of a loop, a sublayer and the router after it, writes source `slot(s)` and reads those up to it:
-
-    cumulative   layer l writes its candidates to the slots l+1 and l+2; its stream then takes slot l+1
-    delta        sublayer s writes slot s+1; with blocks, the running block is added to the slot it has
+A loop turns once for every group of layers that the config's pattern repeats.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,41 +21,104 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import ModelConfig
-from oasis_jax.model.attention import Constrain
+from oasis_jax.errors import UserError
+from oasis_jax.model.context import Context
+from oasis_jax.model.layer import PARTS, SUBLAYERS, Stream, new_source, null_evidence
+from oasis_jax.model.remat import rematerialized
 from oasis_jax.model.router import coupling_strength, query_arguments, route_options
-from oasis_jax.model.wiring import clip
+from oasis_jax.model.statistics import layer_telemetry
+from oasis_jax.model.wiring import KINDS, schedule
 from pallas_kernels import DepthRoute, add_route_gradients, depth_route
 from pallas_kernels.fusion import written_once
 
-Stream = Float[Array, "B T D"]
-# (parameters, segment_ids, h, psi) -> (output, psi), with psi [B, T] the null evidence of the layer's attention.
-Sublayer = Callable[[Any, Any, Stream, Array], tuple[Stream, Array]]
+Psi = Float[Array, "B T"]
 
 
-class Loop(NamedTuple):
-    """What a loop is compiled for: the two sublayers of a layer, config and `constrain`."""
+class LoopOutput(NamedTuple):
+    """The stream that the final norm reads, and the telemetry of each layer [L] where it was asked for."""
 
-    sublayers: tuple[Sublayer, Sublayer]
-    config: ModelConfig
-    constrain: Constrain
+    stream: Stream
+    layers: dict[str, Float[Array, " L"]]
 
-    @property
-    def cumulative(self) -> bool:
-        return self.config.wiring == "cumulative"
 
-    @property
-    def capacity(self) -> int:
-        """The number of slots."""
-        return self.config.num_layers + 2 if self.cumulative else (self.config.blocks or 2 * self.config.num_layers) + 1
+def uses_loop(config: ModelConfig, platform: str) -> bool:
+    """Whether training runs the layers as a loop on a platform ("cpu", "gpu", "tpu")."""
+    # Masked reads of a whole buffer cost a CPU more than they save at the depths one trains there.
+    return config.stack == "scan" or (config.stack == "auto" and platform != "cpu")
 
-    def place(self, layer: Int[Array, ""], kind: int) -> tuple[Array, Array]:
-        """(the slot that a sublayer writes, how many sublayers its block has already)."""
-        if self.cumulative:
-            return layer + 1 + kind, jnp.zeros((), jnp.int32)
-        sublayer, blocks = 2 * layer + kind, self.capacity - 1
-        size = 2 * self.config.num_layers // blocks
-        block = jnp.minimum(sublayer // size, blocks - 1)
-        return block + 1, sublayer - block * size
+
+def follows_remat(config: ModelConfig) -> bool:
+    """Whether `model.remat` changes what a loop over these layers stores; with routers it recomputes every layer
+    anyway.
+    """
+    return config.wiring == "residual"
+
+
+def run_loop(
+    params: Mapping[str, Any], config: ModelConfig, embedding: Stream, context: Context, *, telemetry: bool = False
+) -> LoopOutput:
+    """Runs all layers; the stream equals that of `run_unrolled`.
+
+    Args:
+      params: stacked, with "layers" and "routers".
+      config: any wiring and router.
+      embedding: what the first layer reads.
+      context: see Context.
+      telemetry: also give each layer's `layer_telemetry`; then there is no derivative.
+    """
+    if context.cache is not None:
+        raise UserError("context.cache: layers run as a loop have none; run them one by one")
+    parts = tuple({name: params["layers"][name] for name in PARTS[kind] if name in params["layers"]} for kind in KINDS)
+    if config.wiring == "residual":
+        return _residual(config, parts, embedding, context, telemetry)
+    pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), dict(params["routers"]))
+    if telemetry:
+        run = _run(config, (parts, pairs), context, embedding, telemetry=True)
+        return LoopOutput(run.stream, run.telemetry)
+    return LoopOutput(_routed(config, (parts, pairs), context, embedding), {})
+
+
+def _scan_layers(body: Callable, config: ModelConfig, carry, xs, *, reverse: bool = False):
+    """body(config of the layer, carry, x) -> (carry, y) over all layers, a group of the repeating pattern a turn."""
+    period = config.period
+
+    def group(carry, xs):
+        found = [None] * period
+        for i in reversed(range(period)) if reverse else range(period):
+            carry, found[i] = body(config.layer(i), carry, xs[i])
+        return carry, found
+
+    # One array for each layer of a group: of a pattern of one layer, all of it as it lies.
+    groups = [jax.tree.map(lambda x, i=i: x[i::period], xs) for i in range(period)]
+    carry, found = lax.scan(group, carry, groups, reverse=reverse)
+    joined = lambda *y: y[0] if period == 1 else jnp.stack(y, axis=1).reshape(-1, *y[0].shape[1:])
+    return carry, jax.tree.map(joined, *found)
+
+
+def _sublayer(config: ModelConfig, kind: int, own, stream: Stream, psi: Psi, context: Context):
+    """(output, psi of the layer, telemetry of an attention): an MLP carries its layer's evidence."""
+    made = SUBLAYERS[KINDS[kind]](own, config, stream, context)
+    if made.statistics is None:
+        return made.output, psi, {}
+    return made.output, null_evidence(made.statistics, context).astype(psi.dtype), layer_telemetry(made.statistics)
+
+
+def _zero_evidence(like: Stream) -> Psi:
+    return jnp.zeros(like.shape[:2], jnp.promote_types(like.dtype, jnp.float32))
+
+
+def _residual(config: ModelConfig, parts, embedding: Stream, context: Context, telemetry: bool) -> LoopOutput:
+    def layer(config: ModelConfig, stream: Stream, own, context: Context):
+        psi, seen = _zero_evidence(stream), {}
+        for kind in range(2):
+            output, psi, found = _sublayer(config, kind, own[kind], stream, psi, context)
+            stream, seen = new_source(config, stream, output, psi, None)[0], seen | found
+        return stream, seen if telemetry else {}
+
+    def body(config: ModelConfig, stream: Stream, own):
+        return rematerialized(partial(layer, config), config.remat)(stream, own, context)
+
+    return LoopOutput(*_scan_layers(body, config, embedding, parts))
 
 
 class History(NamedTuple):
@@ -66,198 +127,227 @@ class History(NamedTuple):
     sources: Float[Array, "S B T D"]
     evidence: Float[Array, "S B T"]
 
-    def get(self, slot) -> tuple[Stream, Array]:
+    def get(self, slot) -> tuple[Stream, Psi]:
         """A copy of a slot, which may then be overwritten."""
         return written_once(self._slot(slot))
 
-    def take(self, loop: "Loop", slot) -> tuple[tuple[Stream, Array], "History"]:
+    def take(self, slot, context: Context) -> tuple[tuple[Stream, Psi], "History"]:
         """A copy of a slot, and the rest with zeros in its place."""
-        taken, zeros = written_once(
-            (self._slot(slot), jax.tree.map(jnp.zeros_like, self._slot(slot)))
-        )  # first read, then written
-        return taken, self.put(loop, slot, *zeros)
+        # First read, then written.
+        taken, zeros = written_once((self._slot(slot), jax.tree.map(jnp.zeros_like, self._slot(slot))))
+        return taken, self.put(slot, *zeros, context)
 
-    def _slot(self, slot) -> tuple[Stream, Array]:
+    def _slot(self, slot) -> tuple[Stream, Psi]:
         return tuple(lax.dynamic_index_in_dim(x, slot, keepdims=False) for x in self)
 
-    def put(self, loop: Loop, slot, source: Stream, evidence: Array) -> "History":
+    def put(self, slot, source: Stream, evidence: Psi, context: Context) -> "History":
+        """With another source in a slot."""
         put = lambda x, new: lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), slot, 0)
-        sources = loop.constrain(put(self.sources, source), (None, "batch", "stream", None))
-        return History(sources, loop.constrain(put(self.evidence, evidence), (None, "batch", "stream")))
+        sources = context.constrain(put(self.sources, source), None, "batch", "stream", None)
+        return History(sources, context.constrain(put(self.evidence, evidence), None, "batch", "stream"))
 
     @staticmethod
-    def zeros(loop: Loop, like: Stream) -> "History":
-        evidence = jnp.zeros((loop.capacity, *like.shape[:2]), jnp.promote_types(like.dtype, jnp.float32))
-        return History(jnp.zeros((loop.capacity, *like.shape), like.dtype), evidence)
+    def zeros(config: ModelConfig, like: Stream) -> "History":
+        """As many slots as the schedule needs."""
+        slots = schedule(config).num_slots
+        evidence = jnp.zeros((slots, *like.shape[:2]), jnp.promote_types(like.dtype, jnp.float32))
+        return History(jnp.zeros((slots, *like.shape), like.dtype), evidence)
 
 
-def history_stack(
-    loop: Loop, parts: tuple[Any, Any], routers: Any, segment_ids: Int[Array, "B T"] | None, embedding: Stream
-) -> Stream:
-    """The stream after all layers; equals that of `stack.cumulative` or `stack.delta`.
+class Place(NamedTuple):
+    """The schedule of one layer as numbers: for both sublayers the slot and the members that it holds already."""
 
-    Args:
-      loop: see Loop.
-      parts: the parameters of all layers' first and second sublayers, stacked [L, ...].
-      routers: the parameters of the routers, stacked [2 L, ...].
-      segment_ids: given to every sublayer.
-      embedding: the first source.
+    slot: Int[Array, " 2"]
+    members: Int[Array, " 2"]
+    stream_slot: Int[Array, ""]  # where the next stream goes, in wirings that put it anywhere
+    before: Int[Array, ""]  # the slot that the router before the layer read last; of the first layer the embedding's
+
+
+def _places(config: ModelConfig) -> Place:
+    steps = schedule(config).steps
+    pairs = lambda values: jnp.asarray(values, jnp.int32).reshape(-1, 2)
+    slots = pairs([step.slot for step in steps])
+    streams = jnp.asarray([step.stream_slot or 0 for step in steps[1::2]], jnp.int32)
+    before = jnp.asarray([0, *(step.slot for step in steps[1:-2:2])], jnp.int32)
+    return Place(slots, pairs([step.members for step in steps]), streams, before)
+
+
+def _streams_are_sources(config: ModelConfig) -> bool:
+    """Whether the stream that a layer reads can be found among the sources."""
+    return schedule(config).steps[-1].stream_slot is not None
+
+
+def _make(config: ModelConfig, kind: int, own, stream: Stream, psi: Psi, block, members, context: Context):
+    """(source, its evidence, psi, telemetry) of a sublayer; block: source and evidence of its block so far,
+    () without blocks.
     """
-    pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), routers)
-    return _stack(loop, (parts, pairs), segment_ids, embedding)
+    output, psi, seen = _sublayer(config, kind, own, stream, psi, context)
+    if block:
+        block = (*(jnp.where(members > 0, x, 0) for x in block), members)
+    source, evidence = new_source(config, stream, output, psi, block or None)
+    return source, evidence, psi, seen
 
 
-def _make(loop: Loop, kind: int, own, segment_ids, h, psi, before, members):
-    """(source, its evidence, psi) that a sublayer makes; before: source and evidence of its block so far."""
-    output, psi = loop.sublayers[kind](own, segment_ids, h, psi)
-    if loop.cumulative:
-        return clip(loop.config, h + output), psi, psi
-    if not loop.config.blocks:
-        return output, psi, psi
-    running, mean = (jnp.where(members > 0, x, 0) for x in before)
-    return running + output, (mean * members + psi) / (members + 1), psi
-
-
-def _before(loop: Loop, history: History, slot):
+def _block(config: ModelConfig, history: History, slot):
     """What a slot holds of the block that a sublayer is added to."""
-    return history.get(slot) if loop.config.blocks else None
+    return history.get(slot) if config.blocks else ()
 
 
-def _arguments(loop: Loop, slot, router, source) -> dict[str, Array]:
+def _arguments(config: ModelConfig, slot, router, source: Stream) -> dict[str, Array]:
     """What a router's parameters and its newest source give to `depth_route`."""
-    arguments = query_arguments(router, loop.config, source, slot + 1, loop.capacity)
-    return arguments | (dict(coupling=coupling_strength(router["beta_raw"])) if loop.config.coupling else {})
+    arguments = query_arguments(router, config, source, slot + 1, schedule(config).num_slots)
+    return arguments | (dict(coupling=coupling_strength(router["beta_raw"])) if config.coupling else {})
 
 
-def _rest(loop: Loop, slot, history: History) -> dict[str, Any]:
+def _options(config: ModelConfig, slot, history: History, context: Context) -> dict[str, Any]:
     """The other arguments of `depth_route` beside the sources."""
-    return dict(num_sources=slot + 1, **route_options(loop.config, loop.constrain)) | (
-        dict(null_evidence=history.evidence) if loop.config.coupling else {}
-    )
+    evidence = dict(null_evidence=history.evidence) if config.coupling else {}
+    return dict(num_sources=slot + 1, **route_options(config, context)) | evidence
 
 
-def _run(loop: Loop, stacked, segment_ids, embedding) -> tuple[Stream, History, Any]:
-    """(stream, history, what the backward pass needs beside it: by layer, the block it goes on with)."""
+def _route(config: ModelConfig, slot, router, source: Stream, history: History, context: Context) -> Stream:
+    arguments = _arguments(config, slot, router, source)
+    return depth_route(history.sources, **arguments, **_options(config, slot, history, context)).output
 
-    def layer(carry, xs):
-        h, history = carry
-        index, (parts, pairs) = xs
-        kept = history.get(loop.place(index, 0)[0]) if loop.config.blocks else ()
-        psi = jnp.zeros_like(history.evidence[0])
+
+class _Run(NamedTuple):
+    """A forward pass: by layer the block that it goes on with, () without blocks, and its telemetry, where
+    asked for.
+    """
+
+    stream: Stream
+    history: History
+    blocks: Any
+    telemetry: dict[str, Array]
+
+
+def _run(config: ModelConfig, stacked, context: Context, embedding: Stream, telemetry: bool = False) -> _Run:
+    def layer(config: ModelConfig, carry, xs):
+        stream, history = carry
+        place, (parts, pairs) = xs
+        block = _block(config, history, place.slot[0])
+        psi, seen = _zero_evidence(stream), {}
         for kind in range(2):
-            slot, members = loop.place(index, kind)
-            source, evidence, psi = _make(
-                loop, kind, parts[kind], segment_ids, h, psi, _before(loop, history, slot), members
+            slot = place.slot[kind]
+            before = _block(config, history, slot)
+            source, evidence, psi, found = _make(
+                config, kind, parts[kind], stream, psi, before, place.members[kind], context
             )
-            history = history.put(loop, slot, source, evidence)
+            history, seen = history.put(slot, source, evidence, context), seen | found
             router = jax.tree.map(lambda x, kind=kind: x[kind], pairs)
-            h = depth_route(
-                history.sources, **_arguments(loop, slot, router, source), **_rest(loop, slot, history)
-            ).output
-        if loop.cumulative:
-            history = history.put(loop, index + 1, h, psi)
-        return (h, history), kept
+            stream = _route(config, slot, router, source, history, context)
+        if _streams_are_sources(config):
+            history = history.put(place.stream_slot, stream, psi, context)
+        return (stream, history), (block, seen if telemetry else {})
 
-    history = History.zeros(loop, embedding).put(loop, 0, embedding, jnp.zeros(embedding.shape[:2]))
-    (h, history), kept = lax.scan(layer, (embedding, history), (jnp.arange(loop.config.num_layers), stacked))
-    return h, history, kept
+    history = History.zeros(config, embedding).put(0, embedding, _zero_evidence(embedding), context)
+    (stream, history), (blocks, seen) = _scan_layers(layer, config, (embedding, history), (_places(config), stacked))
+    return _Run(stream, history, blocks, seen)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _stack(loop, stacked, segment_ids, embedding):
-    return _run(loop, stacked, segment_ids, embedding)[0]
+def _routed(config: ModelConfig, stacked, context: Context, embedding: Stream) -> Stream:
+    return _run(config, stacked, context, embedding).stream
 
 
-def _stack_forward(loop, stacked, segment_ids, embedding):
-    stream, history, kept = _run(loop, stacked, segment_ids, embedding)
-    return stream, (stacked, segment_ids, history, kept)
+def _routed_forward(config: ModelConfig, stacked, context: Context, embedding: Stream):
+    run = _run(config, stacked, context, embedding)
+    return run.stream, (stacked, context, run.history, run.blocks)
 
 
-class _Step(NamedTuple):
-    """A step of a layer, computed again: what it made and how its gradients are pulled back."""
+class _Recomputed(NamedTuple):
+    """A sublayer and its router, recomputed: what they made and how their gradients are pulled back."""
 
     slot: Int[Array, ""]
     source: Stream
-    evidence: Array
+    evidence: Psi
     pull_made: Callable
     arguments: dict[str, Array]
     pull_arguments: Callable
     result: DepthRoute
 
 
-def _again(loop: Loop, segment_ids, index, parts, pairs, h, history: History) -> tuple[list[_Step], History]:
+def _recompute(
+    config: ModelConfig, context: Context, place: Place, parts, pairs, stream: Stream, history: History
+) -> tuple[list[_Recomputed], History]:
     """A layer's steps from the stream it reads."""
-    steps, psi = [], jnp.zeros_like(history.evidence[0])
+    steps, psi = [], _zero_evidence(stream)
     for kind in range(2):
-        slot, members = loop.place(index, kind)
+        slot, members = place.slot[kind], place.members[kind]
 
-        def make(own, h, psi, before, kind=kind, members=members):
-            return _make(loop, kind, own, segment_ids, h, psi, before, members)
+        def make(own, stream, psi, block, kind=kind, members=members):
+            return _make(config, kind, own, stream, psi, block, members, context)[:3]
 
-        (source, evidence, psi), pull_made = jax.vjp(make, parts[kind], h, psi, _before(loop, history, slot))
-        history = history.put(loop, slot, source, evidence)
+        block = _block(config, history, slot)
+        (source, evidence, psi), pull_made = jax.vjp(make, parts[kind], stream, psi, block)
+        history = history.put(slot, source, evidence, context)
         router = jax.tree.map(lambda x, kind=kind: x[kind], pairs)
-        arguments, pull_arguments = jax.vjp(partial(_arguments, loop, slot), router, source)
-        result = depth_route(history.sources, **arguments, **_rest(loop, slot, history))
-        steps.append(_Step(slot, source, evidence, pull_made, arguments, pull_arguments, result))
-        h = result.output
+        arguments, pull_arguments = jax.vjp(partial(_arguments, config, slot), router, source)
+        result = depth_route(history.sources, **arguments, **_options(config, slot, history, context))
+        steps.append(_Recomputed(slot, source, evidence, pull_made, arguments, pull_arguments, result))
+        stream = result.output
     return steps, history
 
 
-def _route_again(loop: Loop, index, router, history: History) -> Stream:
-    """The stream that a layer of the delta wiring reads, made again from the sources before the layer."""
-    slot = loop.place(index - 1, 1)[0]
-    h = depth_route(
-        history.sources, **_arguments(loop, slot, router, history.get(slot)[0]), **_rest(loop, slot, history)
-    ).output
-    return jnp.where(index == 0, history.get(0)[0], h)
+def _stream_before(config: ModelConfig, context: Context, index, place: Place, router, history: History) -> Stream:
+    """The stream that a layer reads: found among the sources, or routed from those before the layer."""
+    if _streams_are_sources(config):
+        return history.get(index)[0]
+    newest = history.get(place.before)[0]
+    stream = _route(config, place.before, router, newest, history, context)
+    return jnp.where(index == 0, history.get(0)[0], stream)
 
 
-def _stack_backward(loop, saved, d_stream):
-    stacked, segment_ids, history, kept = saved
+def _routed_backward(config: ModelConfig, saved, d_stream: Stream):
+    stacked, context, history, blocks = saved
 
-    def layer(carry, xs):
-        d_h, history, gradients = (
-            carry  # of the stream after the layer by way of the next sublayer; of all sources by way of later layers
-        )
-        index, (parts, pairs), router, kept = xs
-        if loop.config.blocks:
-            history = history.put(loop, loop.place(index, 0)[0], *kept)
-        h = history.get(index)[0] if loop.cumulative else _route_again(loop, index, router, history)
-        steps, history = _again(loop, segment_ids, index, parts, pairs, h, history)
+    def layer(config: ModelConfig, carry, xs):
+        # d_stream: of the stream after the layer by way of the next sublayer; gradients: of all sources by way of later
+        #   layers.
+        d_stream, history, gradients = carry
+        index, place, (parts, pairs), router, block = xs
+        if config.blocks:
+            history = history.put(place.slot[0], *block, context)
+        stream = _stream_before(config, context, index, place, router, history)
+        steps, history = _recompute(config, context, place, parts, pairs, stream, history)
         d_psi = jnp.zeros_like(steps[0].evidence)
-        if loop.cumulative:
-            (d_source, d_psi), gradients = gradients.take(loop, index + 1)
-            d_h = d_h + d_source
+        if _streams_are_sources(config):
+            (d_source, d_psi), gradients = gradients.take(place.stream_slot, context)
+            d_stream = d_stream + d_source
         d_parts, d_routers = [], []
         for step in reversed(steps):
-            if loop.config.blocks:  # a later sublayer of the block was added to the slot
-                history = history.put(loop, step.slot, step.source, step.evidence)
-            d_part, d_router, d_h, d_psi, gradients = _pull(loop, step, history, gradients, d_h, d_psi)
+            if config.blocks:  # a later sublayer of the block was added to the slot
+                history = history.put(step.slot, step.source, step.evidence, context)
+            d_part, d_router, d_stream, d_psi, gradients = _pull(
+                config, context, step, history, gradients, d_stream, d_psi
+            )
             d_parts, d_routers = [d_part, *d_parts], [d_router, *d_routers]
-        return (d_h, history, gradients), (tuple(d_parts), jax.tree.map(lambda *x: jnp.stack(x), *d_routers))
+        d_pairs = jax.tree.map(lambda *x: jnp.stack(x), *d_routers)
+        return (d_stream, history, gradients), (tuple(d_parts), d_pairs)
 
-    carry = (d_stream, history, History.zeros(loop, d_stream))
-    # The router before each layer; the first layer has none. Streams of the cumulative wiring are sources, and not
-    # routed again.
-    before = None if loop.cumulative else jax.tree.map(lambda x: jnp.roll(x[:, 1], 1, axis=0), stacked[1])
-    steps = (jnp.arange(loop.config.num_layers), stacked, before, kept)
-    (d_h, _, gradients), d_stacked = lax.scan(layer, carry, steps, reverse=True)
-    return d_stacked, None, d_h + gradients.sources[0]
+    carry = (d_stream, history, History.zeros(config, d_stream))
+    # The router before each layer, where its stream has to be routed once more; the first layer has none.
+    routers = () if _streams_are_sources(config) else jax.tree.map(lambda x: jnp.roll(x[:, 1], 1, axis=0), stacked[1])
+    steps = (jnp.arange(config.num_layers), _places(config), stacked, routers, blocks)
+    (d_stream, _, gradients), d_stacked = _scan_layers(layer, config, carry, steps, reverse=True)
+    return d_stacked, None, d_stream + gradients.sources[0]
 
 
-def _pull(loop: Loop, step: _Step, history: History, gradients: History, d_h, d_psi):
+def _pull(
+    config: ModelConfig, context: Context, step: _Recomputed, history: History, gradients: History, d_stream, d_psi
+):
     """Takes a step's gradients out of those of its router's output and of its source."""
-    routed = add_route_gradients(
-        gradients.sources, d_h, step.result, history.sources, **step.arguments, **_rest(loop, step.slot, history)
-    )
+    options = _options(config, step.slot, history, context)
+    routed = add_route_gradients(gradients.sources, d_stream, step.result, history.sources, **step.arguments, **options)
     evidence = gradients.evidence if routed.null_evidence is None else gradients.evidence + routed.null_evidence
     gradients = History(routed.sources, evidence)
     d_router, d_newest = step.pull_arguments({name: getattr(routed, name) for name in step.arguments})
-    (d_source, d_evidence), gradients = gradients.take(loop, step.slot)
+    (d_source, d_evidence), gradients = gradients.take(step.slot, context)
     d_made = (d_source + d_newest, d_evidence.astype(step.evidence.dtype), d_psi.astype(step.evidence.dtype))
-    d_part, d_h, d_psi, d_before = step.pull_made(d_made)
-    return d_part, d_router, d_h, d_psi, gradients.put(loop, step.slot, *d_before) if loop.config.blocks else gradients
+    d_part, d_stream, d_psi, d_block = step.pull_made(d_made)
+    if config.blocks:
+        gradients = gradients.put(step.slot, *d_block, context)
+    return d_part, d_router, d_stream, d_psi, gradients
 
 
-_stack.defvjp(_stack_forward, _stack_backward)
+_routed.defvjp(_routed_forward, _routed_backward)

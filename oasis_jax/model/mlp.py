@@ -1,45 +1,74 @@
-"""The SwiGLU feed-forward layer."""
+"""The feed-forward layer."""
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from oasis_jax.model.attention import Constrain, unconstrained
-from oasis_jax.model.numerics import FLOAT, Numerics
-from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, matrix
+from oasis_jax.config import MLPConfig
+from oasis_jax.model.context import Context
+from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
+
+_NO_CONTEXT = Context()
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
-def mlp_parameters(width: int, hidden: int) -> dict[str, ParameterSpec]:
-    """Gate, up and down projections."""
-    return {
-        "gate": matrix((width, hidden), ("embed", "mlp"), width),
+def mlp_parameters(config: MLPConfig) -> dict[str, ParameterSpec]:
+    """Up and down projections, the gate's where there is one, and their biases where the config asks for them."""
+    width, hidden = config.width, config.mlp_size
+    specs = {"gate": matrix((width, hidden), ("embed", "mlp"), width)} if config.mlp_gated else {}
+    specs |= {
         "up": matrix((width, hidden), ("embed", "mlp"), width),
         "down": matrix((hidden, width), ("mlp", "embed"), hidden),
     }
+    if config.mlp_bias:
+        biases = {"gate": ((hidden,), ("mlp",)), "up": ((hidden,), ("mlp",)), "down": ((width,), (None,))}
+        specs |= {f"{name}_bias": constant(biases[name][0], 0.0, "bias", biases[name][1]) for name in list(specs)}
+    return specs
 
 
 def mlp(
-    parameters: Parameters,
-    x: Float[Array, "B T D"],
-    *,
-    constrain: Constrain = unconstrained,
-    numerics: Numerics = FLOAT,
+    parameters: Parameters, config: MLPConfig, x: Float[Array, "B T D"], context: Context = _NO_CONTEXT
 ) -> Float[Array, "B T D"]:
-    """W_down (silu(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202), in x's type."""
-    x = constrain(x, ("batch", "length", None))
+    """W_down a(W_up x), or gated W_down (a(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202), in x's type.
+
+    Args:
+      parameters: as `mlp_parameters(config)` lists them.
+      config: an MLPConfig, or a ModelConfig.
+      x: [B, T, D], normed already.
+      context: see Context.
+    """
+    x = context.constrain(x, "batch", "length", None)
     p = {name: value.astype(x.dtype) for name, value in parameters.items()}
-    gate, up = (numerics.einsum(name, "BTD,DF->BTF", x, p[name]) for name in ("gate", "up"))
-    hidden = jax.nn.silu(gate) * up
-    hidden = constrain(hidden, ("batch", "length", "mlp"))
-    return constrain(numerics.einsum("down", "BTF,FD->BTD", hidden, p["down"]), ("batch", "length", None))
+
+    def project(name: str, equation: str, y: Array) -> Array:
+        z = context.numerics.einsum(name, equation, y, p[name])
+        return z + p[f"{name}_bias"] if config.mlp_bias else z
+
+    activation = ACTIVATIONS[config.mlp_activation]
+    if config.mlp_gated:
+        hidden = activation(project("gate", "BTD,DF->BTF", x)) * project("up", "BTD,DF->BTF", x)
+    else:
+        hidden = activation(project("up", "BTD,DF->BTF", x))
+    hidden = context.constrain(hidden, "batch", "length", "mlp")
+    return context.constrain(project("down", "BTF,FD->BTD", hidden), "batch", "length", None)
 
 
 class MLP(ParameterModule):
-    """`mlp` with its parameters, as an NNX module."""
+    """`mlp` with its parameters, as an NNX module: `MLP(MLPConfig(width=256), rngs=rngs)`."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        super().__init__(mlp_parameters(width, hidden), rngs=rngs)
+    def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
+        super().__init__(mlp_parameters(config), rngs=rngs)
+        self.config = config
 
-    def __call__(self, x: Float[Array, "B T D"], **options) -> Float[Array, "B T D"]:
-        """See `mlp` for the options."""
-        return mlp(self.parameters, x, **options)
+    def __call__(self, x: Float[Array, "B T D"], context: Context = _NO_CONTEXT) -> Float[Array, "B T D"]:
+        """See `mlp`."""
+        return mlp(self.parameters, self.config, x, context)

@@ -27,14 +27,19 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     return weights / jnp.where(total > 0, total, 1.0)
 
 
-def null_softmax(scores: Scores, mask: Mask, null_logit: float | Float[Array, " N"]) -> tuple[Scores, Array, Array]:
+def null_softmax(
+    scores: Scores, mask: Mask, null_logit: float | Float[Array, " N"] | Float[Array, "B N T"]
+) -> tuple[Scores, Array, Array]:
     """Probabilities [B, N, T, S], null mass and lse [B, N, T] of `pallas_kernels.null_attention`,
     materialized; of the same definition.
     """
-    null_logit = jnp.broadcast_to(jnp.asarray(null_logit, scores.dtype), scores.shape[1:2])[:, None]
+    null_logit = jnp.asarray(null_logit, scores.dtype)
+    if null_logit.ndim < 3:
+        null_logit = jnp.broadcast_to(null_logit, scores.shape[1:2])[:, None]
     lse = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1, where=mask), null_logit)
     some = jnp.where(jnp.isfinite(lse), lse, 0.0)  # no allowed key and no null: all masses are 0
-    return jnp.where(mask, jnp.exp(scores - some[..., None]), 0.0), jnp.exp(null_logit - some), lse
+    p = jnp.exp(jnp.where(mask, scores - some[..., None], -jnp.inf))
+    return p, jnp.exp(null_logit - some), lse
 
 
 def clipped(scores: Scores, mask: Mask, config: AttentionConfig) -> Scores:
@@ -109,8 +114,20 @@ def _entmax15_jvp(primals, tangents):
     return p, slope * (tangents[0] - mean)
 
 
-# Normalizers of the fused operator: name -> null logit; None: a learned logit per head, starting at 0.
-NULL_LOGITS: dict[str, float | None] = {"softmax": -jnp.inf, "softmax1": 0.0, "learned_sink": None}
+# Normalizers of attention with a null, by what the null logit is made of: a constant, or the name of a parameter.
+#   null_logit: [N], learned. null_key: the logit is the query's score of a learned key. null_projection: linear in the
+#     layer's input.
+NULL_LOGITS: dict[str, float | str] = {
+    "softmax": -jnp.inf,
+    "softmax1": 0.0,
+    "learned_sink": "null_logit",
+    "null_key": "null_key",
+    "null_key_value": "null_key",
+    "token_null": "null_projection",
+}
+
+# Normalizers whose row may sum to less than one: what is missing is null mass.
+WITH_NULL = (*(name for name, logit in NULL_LOGITS.items() if logit != -jnp.inf), "clipped", "softpick")
 
 # Normalizers that materialize the probabilities: name -> function (scores, mask, config) -> probabilities.
 DENSE_NORMALIZERS: dict[str, Callable[[Scores, Mask, AttentionConfig], Scores]] = {

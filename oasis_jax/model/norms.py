@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 from oasis_jax.config import NormConfig
 from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
 
+GATE_RANK = 16  # width of gatednorm's bottleneck (arXiv 2601.22966)
+
 Activations = Float[Array, "*batch D"]
 
 
@@ -22,6 +24,14 @@ def rms_norm(x: Activations, scale: Float[Array, " D"], epsilon: float = 1e-6) -
 
 def _rmsnorm(parameters: Parameters, config: NormConfig, x: Activations) -> Activations:
     return rms_norm(x, parameters["scale"], config.norm_epsilon)
+
+
+def _layernorm(parameters: Parameters, config: NormConfig, x: Activations) -> Activations:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias (Ba et al., arXiv 1607.06450)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + config.norm_epsilon)
+    return (centred * inverse * parameters["scale"] + parameters["bias"]).astype(x.dtype)
 
 
 def _preaffine(parameters: Parameters, config: NormConfig, x: Activations) -> Activations:
@@ -50,6 +60,7 @@ def _identity(parameters: Parameters, config: NormConfig, x: Activations) -> Act
 
 NORMS: dict[str, Callable[[Parameters, NormConfig, Activations], Activations]] = {
     "rmsnorm": _rmsnorm,
+    "layernorm": _layernorm,
     "preaffine": _preaffine,
     "gatednorm": _gatednorm,
     "dyt": _dyt,
@@ -59,17 +70,18 @@ NORMS: dict[str, Callable[[Parameters, NormConfig, Activations], Activations]] =
 
 def norm_parameters(config: NormConfig, width: int) -> dict[str, ParameterSpec]:
     """The parameters of the norm that `config.norm` names, over `width` channels."""
-    scale = {"scale": constant((width,), 1.0)}
-    rank = config.norm_gate_rank
+    scale = {"scale": constant((width,), 1.0, "norm")}
+    rank = GATE_RANK
     return {
         "rmsnorm": scale,
-        "preaffine": scale | {"pre_scale": constant((width,), 1.0)},
+        "layernorm": scale | {"bias": constant((width,), 0.0, "bias")},
+        "preaffine": scale | {"pre_scale": constant((width,), 1.0, "norm")},
         "gatednorm": scale
         | {
             "gate_down": matrix((width, rank), ("embed", None), width),
             "gate_up": matrix((rank, width), (None, "embed"), rank),
         },
-        "dyt": scale | {"alpha": constant((), 0.5), "shift": constant((width,), 0.0)},
+        "dyt": scale | {"alpha": constant((), 0.5, "norm"), "shift": constant((width,), 0.0, "bias")},
         "none": {},
     }[config.norm]
 

@@ -4,8 +4,12 @@ Every module takes `numerics`; `FLOAT`, the default, is plain arithmetic. Quanti
 needs (`oasis_jax.evaluation.quantization.inference`) are subclasses, so that the model itself knows nothing of either.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels import DepthRoute
 
 
 class Numerics:
@@ -35,6 +39,15 @@ class Numerics:
         """
         del name
         return x
+
+    def route(
+        self,
+        run: Callable[[Sequence[Array], Sequence[Array]], DepthRoute],
+        sources: Sequence[Float[Array, "B T D"]],
+        evidence: Sequence[Float[Array, "B T"]],
+    ) -> DepthRoute:
+        """A depth router, `run(sources, evidence)`; an intervention changes what goes in or comes out."""
+        return run(sources, evidence)
 
 
 FLOAT = Numerics()

@@ -9,11 +9,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import RouterConfig
-from oasis_jax.model.attention import Constrain, backend, unconstrained
+from oasis_jax.model.attention import backend
+from oasis_jax.model.context import Context
 from oasis_jax.model.numerics import FLOAT, Numerics
 from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
 from oasis_jax.model.statistics import RouterStatistics
 from pallas_kernels import depth_route
+
+_NO_CONTEXT = Context()
 
 Sources = Sequence[Float[Array, "B T D"]]
 Evidence = Sequence[Float[Array, "B T"]]
@@ -33,16 +36,12 @@ def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
     norm.
     """
     width = config.width
-    projection = matrix((width, key_width(config)), ("embed", None), width)
+    projection = matrix((width, key_width(config)), ("embed", None), width, "router_matrix")
     specs = {
-        "projected": {
-            "query": projection,
-            "key": projection,
-            "recency_bias": constant((), 0.0),
-        },
-        "static": {"query": constant((width,), 0.0), "key_norm": constant((width,), 1.0)},
+        "projected": {"query": projection, "key": projection, "recency_bias": constant((), 0.0, "router")},
+        "static": {"query": constant((width,), 0.0, "router"), "key_norm": constant((width,), 1.0, "router")},
     }[config.router]
-    return specs | ({"beta_raw": constant((), _BETA_RAW_START)} if config.coupling else {})
+    return specs | ({"beta_raw": constant((), _BETA_RAW_START, "router")} if config.coupling else {})
 
 
 def coupling_strength(beta_raw: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -65,9 +64,7 @@ def route(
     config: RouterConfig,
     sources: Sources,
     evidence: Evidence,
-    *,
-    constrain: Constrain = unconstrained,
-    numerics: Numerics = FLOAT,
+    context: Context = _NO_CONTEXT,
 ) -> tuple[Float[Array, "B T D"], RouterStatistics]:
     """Weighs the sources of every token and sums them (OASIS, arXiv 2605.17887; static queries: AttnRes, arXiv
     2603.15031).
@@ -77,18 +74,20 @@ def route(
       config: a RouterConfig, or a ModelConfig.
       sources: L arrays [B, T, D], oldest first.
       evidence: L arrays [B, T], the null mass of each source's attention, mean over heads; 0 for the embedding.
-      constrain: as in `attention`; its attribute `routing` splits the tokens over devices.
-      numerics: how the router's projections are computed and the mixture rounded; scores and weights stay float.
+      context: see Context; scores and weights stay float whatever its numerics.
 
     Returns:
       [B, T, D] and the RouterStatistics.
     """
     beta = coupling_strength(parameters["beta_raw"]) if config.coupling else None
-    arguments = query_arguments(parameters, config, sources[-1], len(sources), numerics=numerics)
-    if config.coupling:
-        arguments |= dict(null_evidence=evidence, coupling=beta)
-    output, weights, null_mass = depth_route(sources, **arguments, **route_options(config, constrain))
-    return numerics.tap("mixture", output), RouterStatistics(weights, null_mass, beta)
+    arguments = query_arguments(parameters, config, sources[-1], len(sources), numerics=context.numerics)
+
+    def run(sources, evidence):
+        coupled = dict(null_evidence=evidence, coupling=beta) if config.coupling else {}
+        return depth_route(sources, **arguments, **coupled, **route_options(config, context))
+
+    output, weights, null_mass = context.numerics.route(run, sources, evidence)
+    return context.numerics.tap("mixture", output), RouterStatistics(weights, null_mass, beta)
 
 
 def query_arguments(
@@ -116,12 +115,12 @@ def query_arguments(
     return dict(query=query, bias=parameters["recency_bias"] * recency)
 
 
-def route_options(config: RouterConfig, constrain: Constrain) -> dict[str, Any]:
+def route_options(config: RouterConfig, context: Context) -> dict[str, Any]:
     """The arguments of `depth_route` that are the same for every router of a model."""
     return dict(
         score_scale=key_width(config) ** -0.5 if config.router == "projected" else 1.0,
         null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer],
-        sharding=getattr(constrain, "routing", None),
+        sharding=context.placement.routing,
         implementation=backend("depth_route", config.depth_implementation),
     )
 
@@ -134,7 +133,7 @@ class Router(ParameterModule):
         self.config = config
 
     def __call__(
-        self, sources: Sources, evidence: Evidence, **options
+        self, sources: Sources, evidence: Evidence, context: Context = _NO_CONTEXT
     ) -> tuple[Float[Array, "B T D"], RouterStatistics]:
         """See `route`."""
-        return route(self.parameters, self.config, sources, evidence, **options)
+        return route(self.parameters, self.config, sources, evidence, context)

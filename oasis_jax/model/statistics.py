@@ -5,6 +5,7 @@ does not use is not computed.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -26,11 +27,11 @@ class AttentionStatistics(NamedTuple):
     """One attention layer. N query heads, K key heads, H head size; masses in float32 or better."""
 
     query: Float[Array, "B T N H"]  # after QK-norm and rotary positions
-    key: Float[Array, "B T K H"]
-    value: Float[Array, "B T K H"]
+    key: Float[Array, "B S K H"]  # S = T but for cached keys, which come first
+    value: Float[Array, "B S K H"]
     head_output: Float[Array, "B T N H"]  # before the gate and the output projection
     null_mass: Float[Array, "B N T"]
-    first_token_mass: Float[Array, "B N T"]  # probability each query gives to key 0
+    first_token_mass: Float[Array, "B N T"]  # probability each query gives to the first key of its own document
     lse: Float[Array, "B N T"] | None  # log(exp(b) + sum exp s); None for normalizers without it
     static: Static | None = None  # how the probabilities follow from query and key; None: not known
 
@@ -56,18 +57,26 @@ class Statistics(NamedTuple):
     taps: dict[str, list[Float[Array, "B T D"]]]
 
 
-def telemetry(statistics: Statistics) -> dict[str, Float[Array, ""]]:
-    """The scalars of the training log: means over batch, heads and tokens, per layer and over all of them.
+def layer_telemetry(attention: AttentionStatistics) -> dict[str, Float[Array, ""]]:
+    """The scalars that one attention layer gives to the training log: means over batch, heads and tokens."""
+    return {name: getattr(attention, name).mean() for name in ("null_mass", "first_token_mass")}
+
+
+def telemetry(
+    layers: Mapping[str, Float[Array, " L"]], betas: Mapping[str, Float[Array, ""]]
+) -> dict[str, Float[Array, ""]]:
+    """The scalars of the training log.
+
+    Args:
+      layers: `layer_telemetry` of all layers.
+      betas: strength of the inter-layer null signal by router; empty without coupling.
 
     Returns:
       "null_mass", "first_token_mass" and, with coupling, "beta"; each also per layer or router ("null_mass/layer0").
     """
     scalars = {}
-    for name in ("null_mass", "first_token_mass"):
-        layers = [getattr(layer, name).mean() for layer in statistics.attention]
-        scalars[name] = jnp.stack(layers).mean()
-        scalars |= {f"{name}/layer{i}": value for i, value in enumerate(layers)}
-    betas = {name: router.beta for name, router in statistics.routers.items() if router.beta is not None}
+    for name, values in layers.items():
+        scalars |= {name: values.mean()} | {f"{name}/layer{i}": values[i] for i in range(len(values))}
     if betas:
         scalars["beta"] = jnp.stack(list(betas.values())).mean()
         scalars |= {f"beta/{name}": value for name, value in betas.items()}

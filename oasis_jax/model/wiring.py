@@ -1,128 +1,140 @@
-"""How sublayers are connected over depth: pure functions over callables, shared by the NNX and the Linen decoder.
+"""How sublayers are connected over depth: the schedule of a config, the one place that knows a wiring's geometry.
 
-A sublayer maps the stream h to its output f(norm(h)) and the null evidence of its layer's attention. A router maps
-lists of sources and of evidence to the next stream. History and evidence are passed explicitly.
+A sublayer reads the stream h and makes a source, f(norm(h)) or its sum with h. Sources lie in slots; slot 0 holds the
+embedding. After a sublayer a router reads the slots up to the newest one, and its mixture is the next stream. The
+wirings:
+
+    residual     h <- h + f(norm(h)); no slots, no routers
+    cumulative   (OASIS, arXiv 2605.17887) layer l writes its candidates h + f(norm(h)) to the slots l+1 and l+2, and
+                 its last stream to slot l+1
+    delta        (AttnRes, arXiv 2603.15031) sublayer s writes f(norm(h)) to slot s+1 or, with blocks, adds it to its
+    block's slot
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 from oasis_jax.config import ModelConfig
-from oasis_jax.model.numerics import FLOAT, Numerics
-from oasis_jax.model.router import Evidence, Sources
-from oasis_jax.model.statistics import RouterStatistics
 
-Stream = Float[Array, "B T D"]
-Sublayer = Callable[[Stream], tuple[Stream, Float[Array, "B T"]]]
-Routers = dict[str, Callable[[Sources, Evidence], tuple[Stream, RouterStatistics]]]
+KINDS = ("attention", "mlp")
 
 
-class StackOutput(NamedTuple):
-    """What a wiring returns: the stream that the final norm reads, the stream after each layer, each router's
-    statistics.
+class Source(NamedTuple):
+    """What a slot holds when a router reads it: its name, and the layers whose attention it stems from."""
+
+    name: str
+    layers: tuple[int, ...]
+
+
+class Step(NamedTuple):
+    """One sublayer and the router after it.
+
+    Attributes:
+      index: of the sublayer, and of the router among all routers.
+      layer, kind, name: "layer3.mlp" is the MLP of layer 3.
+      slot: where the source goes; without a router 0, the stream.
+      members: how many sublayers of its block the slot holds already.
+      router: the name of the router that makes the next stream; None: the source is the next stream.
+      sources: what the router reads: the slots 0 .. slot, oldest first.
+      current: how many of the newest sources were made by the router's own layer or, in the delta wiring, newest
+        sublayer.
+      stream_slot: where the next stream goes too, in place of what that slot and later ones held; None: nowhere.
     """
 
-    stream: Stream
-    layer_outputs: list[Stream]
-    routers: dict[str, RouterStatistics]
+    index: int
+    layer: int
+    kind: str
+    name: str
+    slot: int = 0
+    members: int = 0
+    router: str | None = None
+    sources: tuple[Source, ...] = ()
+    current: int = 0
+    stream_slot: int | None = None
 
 
-def sublayer_names(config: ModelConfig) -> list[str]:
-    """The sublayers in order: "layer0.attention", "layer0.mlp", "layer1.attention", ..."""
-    return [f"layer{layer}.{kind}" for layer in range(config.num_layers) for kind in ("attention", "mlp")]
+class Schedule(NamedTuple):
+    """The steps of a model in order, and how many slots its sources need."""
+
+    steps: tuple[Step, ...]
+    num_slots: int
+
+    @property
+    def sublayers(self) -> list[str]:
+        """Names of the sublayers, in order: "layer0.attention", "layer0.mlp", ..."""
+        return [step.name for step in self.steps]
+
+    @property
+    def routers(self) -> list[str]:
+        """Names of the routers, in order of use."""
+        return [step.router for step in self.steps if step.router]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all sources that some router reads, oldest first: the columns of a router x source table."""
+        names = dict.fromkeys(source.name for step in self.steps for source in step.sources)
+        own = [name for name in names if name.startswith("own ")]
+        return [name for name in names if name not in own] + own
 
 
-def router_names(config: ModelConfig) -> list[str]:
-    """The routers of a wiring, in order of use. Nothing routes over a single source, so delta has none before
-    its first sublayer.
-    """
-    names = sublayer_names(config)
-    return {"residual": [], "cumulative": names, "delta": [*names[1:], "final"]}[config.wiring]
+EMBEDDING = Source("embedding", ())
 
 
-def clip(config: ModelConfig, source: Stream) -> Stream:
-    """Bounds a new source to +-tau where the config asks for it."""
-    tau = config.residual_clip
-    return jnp.clip(source, -tau, tau) if tau else source
+def _residual(config: ModelConfig, steps: list[Step]) -> Schedule:
+    del config
+    return Schedule(tuple(steps), 1)
 
 
-def _sum(config: ModelConfig, name: str, stream: Stream, output: Stream, numerics: Numerics) -> Stream:
-    """The residual sum after the sublayer `name`."""
-    return numerics.within(name).tap("residual_sum", clip(config, stream + output))
-
-
-def residual(
-    config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers, numerics: Numerics = FLOAT
-) -> StackOutput:
-    """The ordinary pre-norm transformer."""
-    del routers
-    stream, streams = embedding, []
-    for name, sublayer in zip(sublayer_names(config), sublayers):
-        stream = _sum(config, name, stream, sublayer(stream)[0], numerics)
-        streams.append(stream)
-    return StackOutput(stream, streams[1::2], {})
-
-
-def cumulative(
-    config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers, numerics: Numerics = FLOAT
-) -> StackOutput:
-    """OASIS (arXiv 2605.17887): the candidates a = h + attn and m = h + mlp are routed together with all earlier
-    layers' streams.
-    """
-    history, evidence = [embedding], [jnp.zeros(embedding.shape[:2], jnp.float32)]
-    stream, streams, statistics = embedding, [], {}
-    candidates, candidate_evidence = [], []
-    for index, (name, sublayer) in enumerate(zip(sublayer_names(config), sublayers)):
-        output, psi = sublayer(stream)
-        candidates, candidate_evidence = (
-            [*candidates, _sum(config, name, stream, output, numerics)],
-            [*candidate_evidence, psi],
+def _cumulative(config: ModelConfig, steps: list[Step]) -> Schedule:
+    found = []
+    for step in steps:
+        kind, layer = KINDS.index(step.kind), step.layer
+        history = [EMBEDDING, *(Source(f"layer{i}", (i,)) for i in range(layer))]
+        own = [Source(f"own {name}", (layer,)) for name in KINDS[: kind + 1]]
+        found.append(
+            step._replace(
+                slot=layer + 1 + kind,
+                router=step.name,
+                sources=(*history, *own),
+                current=kind + 1,
+                stream_slot=layer + 1 if kind else None,
+            )
         )
-        stream, statistics[name] = routers[name](history + candidates, evidence + candidate_evidence)
-        if index % 2:  # the layer is complete
-            history, evidence = [*history, stream], [*evidence, psi]
-            candidates, candidate_evidence = [], []
-            streams.append(stream)
-    return StackOutput(stream, streams, statistics)
+    return Schedule(tuple(found), config.num_layers + 2)
 
 
-def delta(
-    config: ModelConfig, embedding: Stream, sublayers: Sequence[Sublayer], routers: Routers, numerics: Numerics = FLOAT
-) -> StackOutput:
-    """AttnRes (arXiv 2603.15031): every sublayer reads a routed mixture of the embedding and the earlier sublayers'
-    outputs.
-
-    With `config.blocks`, sublayers are summed into blocks, the last of which takes the remainder; a block's evidence is
-    the mean of its members'. The running block is a source of its own.
-    """
-    count = config.blocks or len(sublayers)
-    size = len(sublayers) // count
-    sources, evidence = [embedding], [jnp.zeros(embedding.shape[:2], jnp.float32)]
-    members, block = 0, 0
-    stream, streams, statistics = embedding, [], {}
-    for index, sublayer in enumerate(sublayers):
-        output, psi = sublayer(stream)
-        output = clip(config, output)
-        if members:
-            total = numerics.within(sublayer_names(config)[index]).tap("residual_sum", sources[-1] + output)
-            sources[-1], evidence[-1] = total, (evidence[-1] * members + psi) / (members + 1)
-        else:
-            sources, evidence = [*sources, output], [*evidence, psi]
-        members += 1
-        if members == size and block < count - 1:
-            members, block = 0, block + 1
-        name = sublayer_names(config)[index + 1] if index + 1 < len(sublayers) else "final"
-        stream, statistics[name] = routers[name](tuple(sources), tuple(evidence))
-        if index % 2:
-            streams.append(stream)
-    return StackOutput(stream, streams, statistics)
+def block_sizes(sublayers: int, blocks: int) -> list[int]:
+    """How many sublayers each block sums: sizes differ by at most one, the larger ones come first."""
+    size, larger = divmod(sublayers, blocks)
+    return [size + (block < larger) for block in range(blocks)]
 
 
-WIRINGS: dict[str, Callable[[ModelConfig, Stream, Sequence[Sublayer], Routers, Numerics], StackOutput]] = {
-    "residual": residual,
-    "cumulative": cumulative,
-    "delta": delta,
+def _delta(config: ModelConfig, steps: list[Step]) -> Schedule:
+    sizes = block_sizes(len(steps), config.blocks or len(steps))
+    place = [(block, member) for block, size in enumerate(sizes) for member in range(size)]
+    sources, found = [EMBEDDING], []
+    for step, (block, member) in zip(steps, place):
+        following = steps[step.index + 1].name if step.index + 1 < len(steps) else "final"
+        name = f"block{block + 1}" if config.blocks else step.name
+        earlier = sources.pop().layers if member else ()
+        sources.append(Source(name, tuple(dict.fromkeys((*earlier, step.layer)))))
+        found.append(step._replace(slot=block + 1, members=member, router=following, sources=tuple(sources), current=1))
+    return Schedule(tuple(found), len(sizes) + 1)
+
+
+WIRINGS: dict[str, Callable[[ModelConfig, list[Step]], Schedule]] = {
+    "residual": _residual,
+    "cumulative": _cumulative,
+    "delta": _delta,
 }
+
+
+@functools.cache
+def schedule(config: ModelConfig) -> Schedule:
+    """Which sublayer reads which sources, writes which slot, with which router: data for executors, tables and
+    measures.
+    """
+    names = [(layer, kind) for layer in range(config.num_layers) for kind in KINDS]
+    steps = [Step(i, layer, kind, f"layer{layer}.{kind}") for i, (layer, kind) in enumerate(names)]
+    return WIRINGS[config.wiring](config, steps)

@@ -7,31 +7,27 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN, PreservationPolicy
 
 from oasis_jax.config import Config, RunConfig, from_dict, sections, to_dict
 from oasis_jax.data import Corpus, Tokenizer
 from oasis_jax.errors import UserError
-from oasis_jax.model.decoder import Decoder
 from oasis_jax.training.distributed import is_first, wait_for_all
-from oasis_jax.training.sharding import parameter_shapes
-from oasis_jax.training.state import TrainState, abstract_state, build_model, placed
+from oasis_jax.training.state import TrainState, abstract_state
 
 _PACKAGES = ("oasis_jax", "jax", "flax", "optax", "orbax-checkpoint")
 # What may be another when a run is resumed: how it computes and what it shows, never what it computes. The files of a
 # pattern are compared by content. run.steps shapes the schedule, so it joins them only where the schedule is constant.
-_MAY_DIFFER = {
+MAY_DIFFER = {
     *("model.remat", "model.stack", "model.attention_implementation", "model.depth_implementation"),
     *("data.pattern", "optimizer.accumulation_steps"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.rules"),
@@ -43,7 +39,8 @@ _MAY_DIFFER = {
 _FROM_DATA = ("vocab_size", "vector_dim")
 
 _FILE_LIST = "files.json"
-_LAYOUT = "stacked"  # of the parameters, see oasis_jax.model.layout
+# How parameters are named and laid out, see oasis_jax.model.decoder and layout; another number with every change of it.
+_LAYOUT = "2: embedding, head, layers, routers, final_norm"
 
 T = TypeVar("T")
 
@@ -56,17 +53,6 @@ class Resumed(NamedTuple):
     data_state: dict  # of the training iterator
     tokenizer: Tokenizer | None
     corpus_identity: dict
-
-
-class LoadedRun(NamedTuple):
-    """A trained model and what it was made from, from a checkpoint alone."""
-
-    model: Decoder
-    config: Config
-    tokenizer: Tokenizer | None
-    corpus_identity: dict
-    versions: dict[str, str]
-    step: int
 
 
 def versions() -> dict[str, str]:
@@ -93,8 +79,8 @@ def describe(config: Config, corpus: Corpus) -> dict:
 
 
 def differing_fields(asked: Config, stored: Config) -> list[str]:
-    """In words, every field in which a config differs from a checkpoint's and must not; see `_MAY_DIFFER`."""
-    free = _MAY_DIFFER | (
+    """In words, every field in which a config differs from a checkpoint's and must not; see `MAY_DIFFER`."""
+    free = MAY_DIFFER | (
         {"run.steps"} if asked.optimizer.schedule == stored.optimizer.schedule == "constant" else set()
     )
     found = []
@@ -116,6 +102,11 @@ def check_corpus(corpus: Corpus, identity: dict) -> None:
         raise UserError(
             f"data: the corpus is not the one this run was trained on ({found}); restore it or take another workdir"
         )
+
+
+def stored_config(metadata: dict) -> Config:
+    """The config that a checkpoint's `metadata` holds; raises UserError for a field that this version does not know."""
+    return from_dict(metadata["config"], metadata["versions"].get("oasis_jax", ""))
 
 
 def stored_tokenizer(metadata: dict) -> Tokenizer | None:
@@ -312,9 +303,9 @@ class Checkpoints:
             )
         if found.get("layout") != _LAYOUT:
             raise UserError(
-                f"{self.folder}: checkpoint {step} holds its parameters layer by layer, this version reads them "
-                "stacked; "
-                f"use the oasis_jax that wrote it ({found['versions'].get('oasis_jax')}), or take another workdir"
+                f"{self.folder}: checkpoint {step} holds its parameters in the layout {found.get('layout')!r}, this "
+                f"version reads {_LAYOUT!r}; use the oasis_jax that wrote it "
+                f"({found['versions'].get('oasis_jax')}), or take another workdir"
             )
         return found
 
@@ -368,7 +359,7 @@ class Checkpoints:
 
         def restore(step: int) -> Resumed:
             metadata = self.metadata(step)
-            stored = from_dict(metadata["config"])
+            stored = stored_config(metadata)
             differing = differing_fields(config, stored)
             if differing:
                 raise UserError(
@@ -406,36 +397,3 @@ class Checkpoints:
             (self.folder / str(step)).rename(self._broken_folder / next(name for name in names if name not in there))
         wait_for_all(f"broken checkpoint {step} is moved aside")
         self._manager.reload()
-
-
-def load_run(workdir: str | os.PathLike, step: int | None = None) -> LoadedRun:
-    """A run's model, from its checkpoint alone.
-
-    Args:
-      workdir: where it was trained.
-      step: which checkpoint; None: the newest whole one.
-
-    Raises:
-      UserError: there is no such checkpoint, or no whole one, or this version cannot build its model.
-    """
-    workdir = pathlib.Path(workdir)
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"--workdir: there is no run in {str(workdir)!r} (it has no folder 'checkpoints')")
-    with Checkpoints(workdir, keep=None, say=lambda text: print(text, file=sys.stderr)) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps:
-            raise UserError(f"--workdir: the run in {str(workdir)!r} has no checkpoint yet")
-        if step is not None and step not in steps:
-            raise UserError(
-                f"step {step}: {str(workdir)!r} has no such checkpoint; allowed: {', '.join(map(str, steps))}"
-            )
-
-        def restore(step: int) -> LoadedRun:
-            metadata = checkpoints.metadata(step)
-            config = from_dict(metadata["config"])
-            device = SingleDeviceSharding(jax.local_devices()[0])
-            shapes = jax.tree.map(lambda x: placed(x, device), parameter_shapes(config.model))
-            model = build_model(config.model, checkpoints.params(step, shapes))
-            return LoadedRun(model, config, stored_tokenizer(metadata), metadata["corpus"], metadata["versions"], step)
-
-        return checkpoints.first_whole(restore, steps if step is None else [step])[0]

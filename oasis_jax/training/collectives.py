@@ -55,10 +55,10 @@ def collectives(text: str) -> list[Collective]:
         for line in bodies.get(name, ()):
             line = _COMMENT.sub("", line)
             match, chain = _OPERATION.search(line), _CHAIN.search(line)
-            again = chain is not None and chain[1] in chains
+            counted = chain is not None and chain[1] in chains
             if chain:
                 chains.add(chain[1])
-            if match and not again:
+            if match and not counted:
                 totals = found.setdefault(match[2], [0, 0])
                 totals[0] += times
                 totals[1] += times * _size(

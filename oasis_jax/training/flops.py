@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
+
+import jax
 
 from oasis_jax.config import ModelConfig
-from oasis_jax.model.attention import attention_parameters
-from oasis_jax.model.decoder import ends_parameters
-from oasis_jax.model.mlp import mlp_parameters
-from oasis_jax.model.norms import norm_parameters
-from oasis_jax.model.parameters import ParameterSpec
-from oasis_jax.model.router import router_parameters
-from oasis_jax.model.wiring import router_names
+from oasis_jax.model.decoder import parameter_specs
+from oasis_jax.model.parameters import ROLES, ParameterSpec
+from oasis_jax.model.wiring import schedule
 
 # Dense bfloat16 FLOP/s of one device, from its maker's data sheet, by the start of JAX's name of it.
 PEAK_FLOPS = {
@@ -51,18 +50,20 @@ def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
       "linear": attention's and the MLPs' projections; "attention": scores and weighted values; "routing": the routers'
       queries, scores and weighted sums; "head": the output layer.
     """
-    norm = norm_parameters(config, config.width)
-    layer = [attention_parameters(config), mlp_parameters(config.width, config.mlp_size), norm, norm]
-    layers = config.num_layers * sum(map(_matrix_sizes, layer)) + _matrix_sizes(norm)
-    seen = _mean_keys(length, config.window)
-    ends = ends_parameters(config)
-    head = math.prod(ends["head" if "head" in ends else "embedding"].shape)
-    embedding = 2.0 * math.prod(ends["embedding"].shape) if config.inputs == "vectors" else 0.0
+    specs = parameter_specs(config)
+    per_token = {name: _multiplied(group) for name, group in specs.items()}
+    layers = [config.layer(index) for index in range(config.num_layers)]
+    seen = sum(_mean_keys(length, layer.window) for layer in layers)
+    table = math.prod(specs["embedding"]["table"].shape)
+    steps = schedule(config).steps
+    queries = len(schedule(config).routers) * per_token.get("routers", 0)
     return {
-        "linear": 2.0 * layers + embedding,
-        "attention": 4.0 * config.num_layers * config.num_heads * config.head_size * seen,
-        "routing": _routing(config),
-        "head": 2.0 * head,
+        "linear": 2.0 * (config.num_layers * per_token["layers"] + per_token.get("final_norm", 0))
+        + (2.0 * table if config.inputs == "vectors" else 0.0),
+        "attention": 4.0 * config.num_heads * config.head_size * seen,
+        # A projected router makes its query with two products; scores and sums are two FLOPs an element each.
+        "routing": 2.0 * queries + 4.0 * config.width * sum(len(step.sources) for step in steps),
+        "head": 2.0 * (per_token["head"] if "head" in specs else table),
     }
 
 
@@ -71,35 +72,13 @@ def training_flops(config: ModelConfig, length: int) -> float:
     return 3.0 * sum(forward_flops(config, length).values())
 
 
-def _matrix_sizes(specs: Mapping[str, ParameterSpec]) -> int:
-    """The elements of all parameters with at least two dimensions: a token meets each of them in one multiply-add."""
-    return sum(math.prod(spec.shape) for spec in specs.values() if len(spec.shape) >= 2)
+def _multiplied(specs: Mapping[str, Any]) -> int:
+    """The elements of all parameters whose role multiplies: a token meets each of them in one multiply-add."""
+    leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, ParameterSpec))
+    return sum(math.prod(spec.shape) for spec in leaves if ROLES[spec.role].multiplies)
 
 
 def _mean_keys(length: int, window: int) -> float:
     """How many keys a query sees, on average over a sequence."""
     reach = min(window or length, length)
     return reach - reach * (reach - 1) / 2 / length
-
-
-def _routing(config: ModelConfig) -> float:
-    """A projected router makes its query with two products of width x key width; scores and sums are two FLOPs an
-    element each.
-    """
-    names = router_names(config)
-    if not names:
-        return 0.0
-    queries = 2.0 * len(names) * _matrix_sizes(router_parameters(config)) if config.router == "projected" else 0.0
-    sources = [_num_sources(config, index) for index in range(len(names))]
-    return queries + 4.0 * config.width * sum(sources)
-
-
-def _num_sources(config: ModelConfig, index: int) -> int:
-    """The sources of the router with this index."""
-    if config.wiring == "cumulative":
-        return index // 2 + 2 + index % 2
-    sublayers = index + 1
-    if not config.blocks:
-        return sublayers + 1
-    size = 2 * config.num_layers // config.blocks
-    return 1 + min(-(-sublayers // size), config.blocks)

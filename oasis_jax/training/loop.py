@@ -11,26 +11,38 @@ from typing import NamedTuple
 
 import jax
 
-from oasis_jax.config import Config, RunConfig
+from oasis_jax.config import Config, ModelConfig, RunConfig
 from oasis_jax.data import Corpus, eval_batches, load_corpus, train_batches
 from oasis_jax.errors import Preempted, UserError
-from oasis_jax.model.decoder import Decoder
-from oasis_jax.training.checkpoints import Checkpoints, Keep, check_corpus, describe
+from oasis_jax.placement import Placement, check_batch_size, make_mesh, place
+from oasis_jax.training.checkpoints import Checkpoints, Keep, Resumed, check_corpus, describe
 from oasis_jax.training.distributed import batch_part, is_first
 from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.guard import Guard, TrainingStopped, floats
 from oasis_jax.training.metrics import MetricsWriter, NoWriter, ProgressBar, Speed, read_metrics
 from oasis_jax.training.preemption import Preemption
 from oasis_jax.training.profiling import Profile
-from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
-from oasis_jax.training.state import TrainState, build_model, new_state
+from oasis_jax.training.state import TrainState, new_state
 from oasis_jax.training.step import make_step, make_telemetry
 from oasis_jax.training.warm_start import starting_parameters, starting_point
 
-Evaluator = Callable[[Decoder, Sequence[Mapping]], Mapping[str, object]]
+# (parameters, model config, placement, held-out batches) -> {name: value}
+Evaluator = Callable[[dict, ModelConfig, Placement, Sequence[Mapping]], Mapping[str, object]]
 
 
 __all__ = ["TrainingStopped", "fit"]
+
+
+class _Run(NamedTuple):
+    """What the steps of a run need."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+    checkpoints: Checkpoints
+    progress: ProgressBar
+    preemption: Preemption
+    evaluators: Mapping[str, Evaluator]
 
 
 def fit(
@@ -46,8 +58,9 @@ def fit(
     Args:
       config: the run.
       workdir: gets metrics.jsonl, checkpoints/ and, where asked for, tensorboard/.
-      evaluators: each run(model, held-out batches) -> {name: value}, called every run.eval_interval steps; finite
-        numbers among the values are logged as "eval/<name>".
+      evaluators: each run(params, model config, placement, held-out batches) -> {name: value}, called every
+        run.eval_interval steps on the parameters where they lie; finite numbers among the values are logged as
+        "eval/<name>".
       profile: (first, end): a trace of steps first .. end - 1 is written to workdir/profile.
 
     Returns:
@@ -61,24 +74,18 @@ def fit(
       Preempted: SIGTERM came; the step it fell into was finished and saved.
     """
     mesh = make_mesh(config.mesh)
-    sharding = batch_sharding(
-        config, mesh
-    )  # a batch that cannot be split is refused before anything is read or written
-    part, parts = batch_part(sharding, config.data.batch_size)
+    # A batch that cannot be split is refused before anything is read or written.
+    check_batch_size(config, Placement(mesh, config.mesh.rules))
     workdir = writable(workdir)
+    tokens = config.data.batch_size * config.data.sequence_length
     with contextlib.ExitStack() as stack:
         # Where the run stands. Nothing is changed before the workdir's run is known to be this one.
         preemption = stack.enter_context(Preemption())
-        progress = ProgressBar(
-            steps=config.run.steps,
-            tokens_per_step=config.data.batch_size * config.data.sequence_length,
-            silent=not is_first(),
-        )
+        progress = ProgressBar(steps=config.run.steps, tokens_per_step=tokens, silent=not is_first())
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=Keep.of(config.run), say=progress.say))
         resumed = checkpoints.resume(config, mesh)
-        start = (
-            stack.enter_context(starting_point(config, progress.say)) if config.run.init_from and not resumed else None
-        )
+        warm = config.run.init_from and not resumed
+        start = stack.enter_context(starting_point(config, progress.say)) if warm else None
         origin = resumed or start
         corpus = load_corpus(config.data, seed=config.run.seed, tokenizer=origin and origin.tokenizer)
         if resumed:
@@ -89,61 +96,54 @@ def fit(
         if resumed and resumed.step == config.run.steps:
             progress.say(f"{workdir} has all its {resumed.step} steps")
             return _last_line(workdir)
-
-        # State and data.
         state = resumed.state if resumed else new_state(config, mesh)
         if start:
             state = state._replace(params=starting_parameters(start, config, mesh, progress.say))
-        batches = train_batches(corpus.train, config.data, seed=config.run.seed, part=part, parts=parts)
-        stack.enter_context(contextlib.closing(batches))
-        if resumed:
-            batches.set_state(resumed.data_state)
-
-        # Logs.
-        first = resumed.step if resumed else 0
-        writer = stack.enter_context(
-            MetricsWriter(workdir, step=first, tensorboard=config.run.tensorboard) if is_first() else NoWriter()
-        )
-        tracer = stack.enter_context(Profile(workdir, profile if is_first() else None))
-        stack.enter_context(progress)
-        progress.say(_header(config, state.params, mesh, first))
-        _train(
-            config,
-            mesh,
-            state,
-            batches,
-            corpus,
-            first,
-            checkpoints,
-            writer,
-            progress,
-            preemption,
-            tracer,
-            evaluators or {},
-        )
+        run = _Run(config, mesh, corpus, checkpoints, progress, preemption, evaluators or {})
+        _log_and_train(run, workdir, state, resumed, profile, stack)
     return _last_line(workdir)
 
 
+def _log_and_train(
+    run: _Run,
+    workdir: pathlib.Path,
+    state: TrainState,
+    resumed: Resumed | None,
+    profile: tuple[int, int] | None,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Opens the examples and the logs where the run stands, and trains."""
+    config, first = run.config, resumed.step if resumed else 0
+    sharding = Placement(run.mesh, config.mesh.rules).sharding(("batch",))
+    part, parts = batch_part(sharding, config.data.batch_size)
+    batches = train_batches(run.corpus.train, config.data, seed=config.run.seed, part=part, parts=parts)
+    stack.enter_context(contextlib.closing(batches))
+    if resumed:
+        batches.set_state(resumed.data_state)
+    tensorboard = config.run.tensorboard
+    writer = MetricsWriter(workdir, step=first, tensorboard=tensorboard) if is_first() else NoWriter()
+    writer = stack.enter_context(writer)
+    tracer = stack.enter_context(Profile(workdir, profile if is_first() else None))
+    stack.enter_context(run.progress)
+    run.progress.say(_header(config, state.params, run.mesh, first))
+    _train(run, state, batches, parts, first, writer, tracer)
+
+
 def _train(
-    config: Config,
-    mesh: jax.sharding.Mesh,
+    run: _Run,
     state: TrainState,
     batches: Iterator[Mapping],
-    corpus: Corpus,
+    parts: int,
     first: int,
-    checkpoints: Checkpoints,
     writer: MetricsWriter,
-    progress: ProgressBar,
-    preemption: Preemption,
     tracer: Profile,
-    evaluators: Mapping[str, Evaluator],
 ) -> None:
     """The steps after `first`. The device is only waited for where something is read."""
-    guard = Guard(config.optimizer, checkpoints)
+    config, mesh, checkpoints = run.config, run.mesh, run.checkpoints
+    guard, placement = Guard(config.optimizer, checkpoints), place(config, mesh)
     train_step, telemetry = make_step(config, mesh), make_telemetry(config, mesh)
-    sharding, description = batch_sharding(config, mesh), describe(config, corpus)
-    _, parts = batch_part(sharding, config.data.batch_size)
-    heldout = eval_batches(corpus.heldout, config.data, num_batches=config.run.eval_batches) if evaluators else []
+    description = describe(config, run.corpus)
+    heldout = _heldout(run)
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     speed = Speed(
         config.data.batch_size * config.data.sequence_length,
@@ -152,14 +152,14 @@ def _train(
     )
     pending = {}
     for step in range(first + 1, config.run.steps + 1):
-        due = _due(step, config.run, evaluators, leave=preemption.due(step))
+        due = _due(step, config.run, run.evaluators, leave=run.preemption.due(step))
 
         # One step, and before it a look at the parameters that it starts from.
         tracer.step(step, pending)
         with speed.spending("data"):
             examples = next(batches)
         with speed.spending("transfer"):
-            batch = put_batch(examples, sharding, parts=parts)
+            batch = placement.put(examples, parts=parts)
         seen = {}
         if due.telemetry:
             seen = floats(telemetry(state.params, batch))
@@ -174,15 +174,14 @@ def _train(
         if due.log:
             values |= speed.read(step) | seen
             if due.evaluate:
-                values |= _evaluate(evaluators, build_model(config.model, state.params), heldout)
+                values |= _evaluate(run, state.params, placement, heldout)
             writer.write(step, values)
-            progress.update(step, values)
+            run.progress.update(step, values)
 
         # After the log: the steps that a checkpoint has behind it are all in there.
         if due.save:
-            checkpoints.save(
-                state, step=step, data_state=batches.get_state(), description=description, loss=values.get("eval/loss")
-            )
+            data_state, loss = batches.get_state(), values.get("eval/loss")
+            checkpoints.save(state, step=step, data_state=data_state, description=description, loss=loss)
         if due.leave and step < config.run.steps:
             checkpoints.wait()
             raise Preempted(
@@ -190,6 +189,13 @@ def _train(
             )
         if due.evaluate or due.save or step == first + 1:
             speed.restart(step)
+
+
+def _heldout(run: _Run) -> list[Mapping]:
+    config = run.config
+    if not run.evaluators or not config.run.eval_interval:
+        return []
+    return list(eval_batches(run.corpus.heldout, config.data, num_batches=config.run.eval_batches))
 
 
 class _Due(NamedTuple):
@@ -245,10 +251,10 @@ def _last_line(workdir: pathlib.Path) -> dict[str, float]:
     return (read_metrics(workdir) or [{}])[-1]
 
 
-def _evaluate(evaluators: Mapping[str, Evaluator], model: Decoder, batches: Sequence[Mapping]) -> dict[str, float]:
+def _evaluate(run: _Run, params: dict, placement: Placement, batches: Sequence[Mapping]) -> dict[str, float]:
     found = {}
-    for run in evaluators.values():
-        found |= run(model, batches)
+    for evaluator in run.evaluators.values():
+        found |= evaluator(params, run.config.model, placement, batches)
     return {
         f"eval/{name}": float(value)
         for name, value in found.items()

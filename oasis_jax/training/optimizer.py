@@ -1,11 +1,12 @@
-"""AdamW with warm-up, decay and clipping."""
+"""AdamW with warm-up, decay and clipping, by the roles of parameters."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from oasis_jax.config import OptimizerConfig
-from oasis_jax.model.layout import STACKS
+from oasis_jax.config import ModelConfig, OptimizerConfig
+from oasis_jax.model.decoder import parameter_roles
+from oasis_jax.model.parameters import ROLES
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -27,28 +28,34 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return lambda count: jnp.asarray(schedule(count + 1), jnp.float32)
 
 
-def decayed(params: dict) -> dict:
-    """Which parameters weight decay pulls to zero: matrices, not norms, biases, scalars, sinks and static router
-    queries.
+def decayed(model: ModelConfig) -> dict:
+    """Which stacked parameters weight decay pulls to zero, by role."""
+    return jax.tree.map(lambda role: ROLES[role].decays, parameter_roles(model))
 
-    Args:
-      params: stacked, see `oasis_jax.model.layout`; a layer's own rank decides.
+
+def make_optimizer(config: OptimizerConfig, steps: int, model: ModelConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (Loshchilov and Hutter, arXiv 1711.05101), for a run of so many steps.
+
+    Groups of roles may have a learning rate of their own: router_multiplier times the others' for depth routers.
     """
-
-    def is_matrix(path, x):
-        return x.ndim - (path[0].key in STACKS) >= 2
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov and Hutter, arXiv 1711.05101), for a run of so many steps."""
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        mask=decayed,
+        mask=decayed(model),
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*parts, adamw, *_scaled_groups(config, model))
+
+
+def _scaled_groups(config: OptimizerConfig, model: ModelConfig) -> list[optax.GradientTransformation]:
+    """Multiplies the updates of a group, decay included, where its learning rate is not the others'."""
+    multiples = {"router": config.router_multiplier}
+    roles = parameter_roles(model)
+    return [
+        optax.masked(optax.scale(multiple), jax.tree.map(lambda role, group=group: ROLES[role].group == group, roles))
+        for group, multiple in multiples.items()
+        if multiple != 1.0
+    ]

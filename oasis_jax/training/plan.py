@@ -1,5 +1,5 @@
-"""Whether a run will fit: its training step compiled ahead of time for hardware that is not there, and what the
-compiler says of it.
+"""Whether a run will fit: its training step and its evaluation compiled ahead of time for hardware that is not there, and
+what the compiler says of them.
 """
 
 import dataclasses
@@ -7,7 +7,8 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,24 +17,25 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from oasis_jax.config import Config
-from oasis_jax.data import TOKENIZERS
+from oasis_jax.data import TOKENIZERS, load_corpus
 from oasis_jax.errors import UserError, nearest
-from oasis_jax.model.scanned import follows_remat, uses_scan
+from oasis_jax.model.loop import uses_loop
+from oasis_jax.placement import check_batch_size, make_mesh, place
 from oasis_jax.training.collectives import Collective, collectives
 from oasis_jax.training.flops import peak_flops, training_flops
-from oasis_jax.training.gpu_targets import gpu_descriptions, memory_bytes
-from oasis_jax.training.sharding import batch_sharding, make_mesh
+from oasis_jax.training.gpu_targets import GPUS, check_compiler
 from oasis_jax.training.state import abstract_state
 from oasis_jax.training.step import make_step
 
 # GiB of memory a device has for programs, by what precedes the colon of --plan; TPUs are named as their compiler names
 # them.
 TPU_MEMORY = {"v4": 32.0, "v5e": 16.0, "v5p": 95.0, "v6e": 32.0, "tpu7x": 96.0}
-GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200 141GB HBM3e", "b200": "NVIDIA B200"}
-GPU_FRACTION = (
-    0.92  # JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more; CUDA and NCCL need the rest
-)
+# JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more; CUDA and NCCL need the rest.
+GPU_FRACTION = 0.92
 _GIB = 2.0**30
+
+# (config, mesh) -> the evaluation of a batch, lowered over abstract parameters: `oasis_jax.evaluation.lower_evaluation`.
+LowerEvaluation = Callable[[Config, Mesh], jax.stages.Lowered]
 
 
 class Target(NamedTuple):
@@ -45,7 +47,7 @@ class Target(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a compiled training step needs, per device, in bytes."""
+    """What the programs of a run need, per device, in bytes."""
 
     target: Target
     mesh: Mesh
@@ -56,10 +58,21 @@ class Plan(NamedTuple):
     collectives: list[Collective] | None  # None: the compiler refused to make a program of this size
     flops_per_token: float
     tokens_per_step: int
+    evaluation: int | None = None  # all that an evaluation uses, parameters and batch included; None: not planned
+    evaluated_while_training: bool = False  # so that the optimizer's moments lie beside it
 
     @property
     def total(self) -> int:
+        """Of the training step."""
         return self.parameters + self.optimizer + self.batch + self.temporary
+
+    @property
+    def evaluations(self) -> dict[str, int]:
+        """What evaluation uses, by where it runs."""
+        alone = {} if self.evaluation is None else {"evaluation": self.evaluation}
+        if alone and self.evaluated_while_training:
+            return alone | {"evaluation in training": self.evaluation + self.optimizer}
+        return alone
 
     @property
     def step_flops(self) -> float:
@@ -67,8 +80,17 @@ class Plan(NamedTuple):
         return self.flops_per_token * self.tokens_per_step / self.mesh.size
 
     @property
+    def room(self) -> float:
+        return self.target.memory_gib * _GIB
+
+    @property
+    def training_fits(self) -> bool:
+        return self.collectives is not None and self.total <= self.room
+
+    @property
     def fits(self) -> bool:
-        return self.collectives is not None and self.total <= self.target.memory_gib * _GIB
+        """Whether training and evaluation do."""
+        return self.training_fits and all(used <= self.room for used in self.evaluations.values())
 
 
 def target(text: str) -> Target:
@@ -123,20 +145,26 @@ def tpu_devices(topology: str) -> Sequence[jax.Device]:
 
 
 def _gpu_target(name: str, count: int) -> Target:
-    descriptions = gpu_descriptions()
-    if GPUS[name] not in descriptions:
-        raise UserError(
-            f"the installed CUDA plugin does not know {GPUS[name]}; it knows {', '.join(sorted(descriptions))}"
-        )
-    description = descriptions[GPUS[name]]
+    check_compiler()
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=description, topology=f"1x1x{count}"
+        platform="cuda", topology_name="", target_config=GPUS[name].description, topology=f"1x1x{count}"
     )
-    return Target(f"{name}:{count}", topology.devices, GPU_FRACTION * memory_bytes(description) / _GIB)
+    return Target(f"{name}:{count}", topology.devices, GPU_FRACTION * GPUS[name].memory / _GIB)
 
 
-def make_plan(config: Config, hardware: Target) -> Plan:
-    """Compiles the training step of a config for these devices.
+def make_plan(
+    config: Config,
+    hardware: Target,
+    lower_evaluation: LowerEvaluation | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Compiles the training step of a config for these devices and, where it is given, the evaluation.
+
+    Args:
+      config: with its vocabulary.
+      hardware: see `target`.
+      lower_evaluation: see `LowerEvaluation`.
+      say: told what is being compiled, which takes minutes for a large model.
 
     Raises:
       UserError: the mesh, the batch or the model do not go with them.
@@ -144,19 +172,14 @@ def make_plan(config: Config, hardware: Target) -> Plan:
     mesh = make_mesh(config.mesh, hardware.devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     parameters, optimizer, examples = (_bytes_per_device(x) for x in (state.params, state.opt_state, batch))
-    arguments = parameters + optimizer + examples
-    with jax.sharding.use_abstract_mesh(
-        mesh.abstract_mesh
-    ):  # kernels are chosen for the device that the step is compiled for
-        lowered = make_step(config, mesh).lower(state, batch)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:  # the TPU compiler makes no program that does not fit
-            used, compiled = refused_bytes(str(error), arguments), None
-            if used is None:
-                raise
-        else:
-            used = _used_bytes(compiled)
+    arguments, evaluation = parameters + optimizer + examples, None
+    # Kernels are chosen for the device that the programs are compiled for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        say("compiling the training step")
+        used, compiled = _compile(make_step(config, mesh).lower(state, batch), arguments)
+        if lower_evaluation:
+            say("compiling the evaluation")
+            evaluation, _ = _compile(lower_evaluation(config, mesh), parameters + examples)
     return Plan(
         hardware,
         mesh,
@@ -167,22 +190,37 @@ def make_plan(config: Config, hardware: Target) -> Plan:
         collectives(compiled.as_text()) if compiled else None,
         training_flops(config.model, config.data.sequence_length),
         config.data.batch_size * config.data.sequence_length,
+        evaluation,
+        config.run.eval_interval > 0,
     )
 
 
-def run_plan(config: Config, text: str) -> bool:
+def run_plan(config: Config, text: str, lower_evaluation: LowerEvaluation | None = None) -> bool:
     """Prints the plan of a config for the hardware that `text` names, and returns whether it fits.
 
     Raises:
       UserError: see `target` and `make_plan`.
     """
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # no device is needed: one that is there, or a library of one that is not, stays untouched
+    # No device is needed: one that is there, or a library of one that is not, stays untouched.
+    jax.config.update("jax_platforms", "cpu")
+    if config.model.inputs != "tokens":
+        raise UserError(f"--plan: plans models of tokens, got model.inputs={config.model.inputs}")
     config = with_vocabulary(config)
-    plan = make_plan(config, target(text))
+    plan = make_plan(config, target(text), lower_evaluation, lambda what: print(f"{what} ...", file=sys.stderr))
     print(describe(plan, config))
     return plan.fits
+
+
+def _compile(lowered: jax.stages.Lowered, arguments: int) -> tuple[int, jax.stages.Compiled | None]:
+    """(bytes that the program uses on a device, the program); None where it is so large that its compiler refused."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = refused_bytes(str(error), arguments)
+        if used is None:
+            raise
+        return used, None
+    return _used_bytes(compiled), compiled
 
 
 def _used_bytes(compiled: jax.stages.Compiled) -> int:
@@ -207,9 +245,15 @@ def refused_bytes(message: str, arguments: int) -> int | None:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of tokens, as the data pipeline gives them."""
-    sharding, shape = batch_sharding(config, mesh), (config.data.batch_size, config.data.sequence_length)
+    """Shapes and shardings of a batch of tokens, as the data pipeline gives them.
+
+    Raises:
+      UserError: a batch that the mesh does not divide.
+    """
+    placement, shape = place(config, mesh), (config.data.batch_size, config.data.sequence_length)
+    check_batch_size(config, placement)
     kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    sharding = placement.sharding(("batch",))
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in kinds.items()}
 
 
@@ -218,21 +262,19 @@ def _bytes_per_device(tree: object) -> int:
 
 
 def with_vocabulary(config: Config) -> Config:
-    """The config with the vocabulary that its tokenizer will have, without reading any data."""
-    if config.model.inputs != "tokens":
-        raise UserError(f"--plan: plans models of tokens, got model.inputs={config.model.inputs}")
-    data = config.data
-    size = config.model.vocab_size or (
-        data.bpe_vocab_size if data.tokenizer == "bpe" else TOKENIZERS["bytes"].train((), 0).vocab_size
-    )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    """The config with the vocabulary that its tokenizer will have, or the size of its task's vectors; no text is read."""
+    model, data = config.model, config.data
+    if model.inputs == "vectors":
+        sizes = {"vector_dim": model.vector_dim or load_corpus(data, seed=config.run.seed).vector_dim}
+    else:
+        ready = data.bpe_vocab_size if data.tokenizer == "bpe" else TOKENIZERS[data.tokenizer].train((), 0).vocab_size
+        sizes = {"vocab_size": model.vocab_size or ready}
+    return dataclasses.replace(config, model=dataclasses.replace(model, **sizes))
 
 
 def describe(plan: Plan, config: Config) -> str:
     """The plan in words and figures, as --plan prints it."""
     axes = " x ".join(f"{name}={size}" for name, size in plan.mesh.shape.items())
-    room = plan.target.memory_gib * _GIB
-    verdict = f"{'fits' if plan.fits else 'DOES NOT FIT'} in {_size(room)} ({100 * plan.total / room:.0f} %)"
     lines = [
         f"{config.model.preset} on {plan.target.name}: {plan.mesh.size} devices ({axes}), {plan.tokens_per_step:,} "
         "tokens a step; on each device:",
@@ -240,11 +282,15 @@ def describe(plan: Plan, config: Config) -> str:
         f"  optimizer              {_size(plan.optimizer):>11}",
         f"  batch                  {_size(plan.batch):>11}",
         f"  gradients, activations {_size(plan.temporary):>11}   what the compiler needs beside them",
-        f"  together               {_size(plan.total):>11}   {verdict}",
+        f"  together               {_size(plan.total):>11}   {_verdict(plan, plan.total, plan.training_fits)}",
         f"  FLOPs                  {plan.step_flops:11.3e}   a step; {plan.flops_per_token:.3e} a token{_bound(plan)}",
     ]
     for kind in plan.collectives or ():
         lines.append(f"  {kind.name:22} {_size(kind.bytes):>11}   a step, {kind.count} times")
+    for name, used in plan.evaluations.items():
+        verdict = _verdict(plan, used, used <= plan.room)
+        beside = ", with the optimizer beside it" if name != "evaluation" else ""
+        lines.append(f"  {name:22} {_size(used):>11}   together{beside}, {verdict}")
     if plan.target.name.partition(":")[0] in GPUS:
         lines.append(
             f"  counted are {GPU_FRACTION:.0%} of a GPU: start the run with "
@@ -253,6 +299,11 @@ def describe(plan: Plan, config: Config) -> str:
     if not plan.fits:
         lines.append(f"  suggestion: {suggestion(plan, config)}")
     return "\n".join(lines)
+
+
+def _verdict(plan: Plan, used: int, fits: bool) -> str:
+    share = 100 * used / plan.room
+    return f"{'fits' if fits else 'DOES NOT FIT'} in {_size(plan.room)} ({share:.0f} %)"
 
 
 def _size(count: float) -> str:
@@ -271,28 +322,23 @@ def _bound(plan: Plan) -> str:
 
 def suggestion(plan: Plan, config: Config) -> str:
     """What to change first where a plan does not fit: what takes most of the memory decides."""
-    room = plan.target.memory_gib * _GIB
     held = plan.parameters + plan.optimizer
-    if held > 0.7 * room:
-        ways = plan.mesh.shape["fsdp"] * math.ceil(held / (0.5 * room))
+    if held > 0.7 * plan.room:
+        ways = plan.mesh.shape["fsdp"] * math.ceil(held / (0.5 * plan.room))
         most = plan.mesh.size // (plan.mesh.shape["tensor"] * plan.mesh.shape["sequence"])
+        takes = f"parameters and moments take {held / _GIB:.1f} GiB"
         if ways <= most:
-            return (
-                f"parameters and moments take {held / _GIB:.1f} GiB: --set "
-                f"mesh.fsdp={_next_divisor(most, ways)} splits them further"
-            )
-        return (
-            f"parameters and moments take {held / _GIB:.1f} GiB, split over all that there is: take a larger topology"
-        )
-    loops = uses_scan(config.model, plan.mesh.devices.flat[0].platform)
-    if config.model.remat == "none" and (follows_remat(config.model) or not loops):
+            return f"{takes}: --set mesh.fsdp={_next_divisor(most, ways)} splits them further"
+        return f"{takes}, split over all that there is: take a larger topology"
+    if plan.training_fits:
+        return "the evaluation takes most: a larger mesh.tensor or mesh.sequence, a smaller data.batch_size, or more devices"
+    loops = uses_loop(config.model, plan.mesh.devices.flat[0].platform)
+    if config.model.remat == "none" and (config.model.wiring == "residual" or not loops):
         return "activations take most: --set model.remat=layer recomputes them in the backward pass"
+    steps = config.optimizer.accumulation_steps
     examples = config.data.batch_size // (plan.mesh.shape["data"] * plan.mesh.shape["fsdp"])
-    if examples % (2 * config.optimizer.accumulation_steps) == 0:
-        return (
-            "activations take most: --set "
-            f"optimizer.accumulation_steps={2 * config.optimizer.accumulation_steps} halves what is held at once"
-        )
+    if examples % (2 * steps) == 0:
+        return f"activations take most: --set optimizer.accumulation_steps={2 * steps} halves what is held at once"
     return (
         "activations take most: a larger mesh.tensor or mesh.sequence, a shorter data.sequence_length, or more devices"
     )

@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from oasis_jax.config import Config, ModelConfig
-from oasis_jax.model.decoder import Decoder, with_parameters
-from oasis_jax.model.layout import initial_params, unstack_layers
+from oasis_jax.model.decoder import Decoder, initial_params, parameter_axes, parameter_shapes, with_parameters
+from oasis_jax.model.layout import unstack_layers
+from oasis_jax.placement import Placement
 from oasis_jax.training.optimizer import make_optimizer
-from oasis_jax.training.sharding import parameter_shardings, replicated
 
 
 class TrainState(NamedTuple):
@@ -36,8 +36,22 @@ _unstack = jax.jit(unstack_layers)  # one program, where slice after slice would
 def _initial(config: Config) -> TrainState:
     parameter_key, rng = jax.random.split(jax.random.key(config.run.seed))
     params = initial_params(config.model, parameter_key)
-    opt_state = make_optimizer(config.optimizer, config.run.steps).init(params)
+    opt_state = make_optimizer(config.optimizer, config.run.steps, config.model).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rng)
+
+
+def parameter_shardings(config: ModelConfig, placement: Placement) -> dict:
+    """The sharding of every stacked parameter.
+
+    Raises:
+      UserError: a dimension that its mesh axes do not divide.
+    """
+
+    def sharding(path, shape, axes):
+        name = ".".join(str(key.key) for key in path)
+        return placement.checked_sharding(name, shape.shape, axes)
+
+    return jax.tree_util.tree_map_with_path(sharding, parameter_shapes(config), parameter_axes(config))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -46,10 +60,10 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     Raises:
       UserError: the model cannot be built, or not be split over this mesh.
     """
-    shardings = parameter_shardings(config.model, mesh, config.mesh.rules)
+    placement = Placement(mesh, config.mesh.rules)
+    shardings, everywhere = parameter_shardings(config.model, placement), placement.sharding()
     state = jax.eval_shape(partial(_initial, config))
-    everywhere = replicated(mesh)
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    optimizer = make_optimizer(config.optimizer, config.run.steps, config.model)
     moments = optax.tree_map_params(
         optimizer, lambda _, sharding: sharding, state.opt_state, shardings, transform_non_params=lambda _: everywhere
     )

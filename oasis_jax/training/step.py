@@ -7,18 +7,23 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from oasis_jax.config import Config, ModelConfig
-from oasis_jax.model import statistics
-from oasis_jax.model.decoder import with_parameters
+from oasis_jax.model.context import Context
+from oasis_jax.model.decoder import check_inputs
+from oasis_jax.model.head import embed, with_offset
 from oasis_jax.model.layout import stack_layers, unstack_layers
+from oasis_jax.model.loop import run_loop, uses_loop
 from oasis_jax.model.norms import norm
-from oasis_jax.model.scanned import final_stream, uses_scan
-from oasis_jax.training.loss import chunked_mean_loss, total_weight
+from oasis_jax.model.router import coupling_strength
+from oasis_jax.model.statistics import layer_telemetry, telemetry
+from oasis_jax.model.unrolled import run_unrolled
+from oasis_jax.model.wiring import schedule
+from oasis_jax.placement import Placement, check_batch_size, place
+from oasis_jax.training.loss import mean_loss, total_weight
 from oasis_jax.training.optimizer import learning_rate, make_optimizer
-from oasis_jax.training.sharding import Placement, batch_sharding, placement, replicated
-from oasis_jax.training.state import TrainState, abstract_state, build_model, shardings_of
+from oasis_jax.training.state import TrainState, abstract_state, shardings_of
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -41,12 +46,12 @@ def make_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple
     Raises:
       UserError: the batch or the model cannot be split over the mesh.
     """
-    shardings = shardings_of(abstract_state(config, mesh))
-    scan = uses_scan(config.model, mesh.devices.flat[0].platform)
+    shardings, placement = shardings_of(abstract_state(config, mesh)), place(config, mesh)
+    check_batch_size(config, placement)
     return jax.jit(
-        partial(_step, config=config, shardings=shardings, pin=placement(config, mesh), scan=scan),
-        in_shardings=(shardings, batch_sharding(config, mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        partial(_step, config=config, shardings=shardings, placement=placement),
+        in_shardings=(shardings, placement.sharding(("batch",))),
+        out_shardings=(shardings, placement.sharding()),
         donate_argnums=0,
     )
 
@@ -56,20 +61,20 @@ def make_telemetry(config: Config, mesh: Mesh) -> Callable[[dict, Batch], Metric
 
     A function of its own, so that looking at a run at other intervals, or never, changes no bit of it.
     """
-    shardings = shardings_of(abstract_state(config, mesh).params)
+    shardings, placement = shardings_of(abstract_state(config, mesh).params), place(config, mesh)
     return jax.jit(
-        partial(_telemetry, config=config, pin=placement(config, mesh)),
-        in_shardings=(shardings, batch_sharding(config, mesh)),
-        out_shardings=replicated(mesh),
+        partial(_telemetry, config=config, placement=placement),
+        in_shardings=(shardings, placement.sharding(("batch",))),
+        out_shardings=placement.sharding(),
     )
 
 
 def _step(
-    state: TrainState, batch: Batch, *, config: Config, shardings: TrainState, pin: Placement, scan: bool
+    state: TrainState, batch: Batch, *, config: Config, shardings: TrainState, placement: Placement
 ) -> tuple[TrainState, Metrics]:
-    loss, gradients = _loss_and_gradients(state.params, batch, config, pin, scan)
+    loss, gradients = loss_and_gradients(state.params, batch, config, placement)
     gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    optimizer = make_optimizer(config.optimizer, config.run.steps, config.model)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     skipped = {}
@@ -87,39 +92,52 @@ def _step(
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
 
+def _runs_as_loop(config: ModelConfig, placement: Placement) -> bool:
+    platform = jax.default_backend() if placement.mesh is None else placement.mesh.devices.flat[0].platform
+    return uses_loop(config, platform)
+
+
+def _start(params: dict, batch: Batch, config: ModelConfig, placement: Placement) -> tuple[Array, Context]:
+    """The embedding, and the context of the layers."""
+    inputs = batch["inputs"]
+    check_inputs(config, inputs)
+    context = Context(batch.get("positions"), batch.get("segment_ids"), placement=placement)
+    context.check(*inputs.shape[:2])
+    return embed(params, config, inputs, context), with_offset(config, context, inputs.shape[1])
+
+
 def training_loss(
-    params: dict, batch: Batch, config: ModelConfig, pin: Placement, total: Array | None = None, *, scan: bool
-) -> Array:
-    """The mean loss of a batch, with the layers as loops (`scan`) or one by one; equal values and gradients.
+    params: dict, batch: Batch, config: ModelConfig, placement: Placement, total: Array | None = None, *, loop: bool
+) -> Float[Array, ""]:
+    """The mean loss of a batch, with the layers as a loop or one by one; equal values and gradients.
 
     Args:
-      params: stacked for loops, otherwise layer by layer; see `oasis_jax.model.layout`.
+      params: stacked for a loop, otherwise either layout; see `oasis_jax.model.layout`.
+      batch: in the order of the devices; see `Placement.ordered`.
+      config: of the model.
+      placement: see Placement.
       total: see `mean_loss`.
+      loop: which executor runs the layers.
     """
-    segment_ids = batch.get("segment_ids")
-    if scan:
-        stream = final_stream(params, config, batch["inputs"], segment_ids=segment_ids, constrain=pin)
-        final = norm(params.get("final_norm", {}), config, stream)
-    else:
-        final = with_parameters(config, params)(batch["inputs"], segment_ids=segment_ids, constrain=pin)[1].taps[
-            "final_norm"
-        ][0]
-    return chunked_mean_loss(params["ends"], final, batch, config, pin, total)
+    embedding, context = _start(params, batch, config, placement)
+    run = run_loop if loop else run_unrolled
+    final = norm(params.get("final_norm", {}), config, run(params, config, embedding, context).stream)
+    return mean_loss(params, config, final, batch, context, total)
 
 
-def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Placement, scan: bool) -> tuple[Array, dict]:
+def loss_and_gradients(params: dict, batch: Batch, config: Config, placement: Placement) -> tuple[Array, dict]:
     """Those of the whole batch, one micro-batch after the other: each gives its part of the whole, and parts add up.
 
     Parameters and gradients are stacked. One by one, layers have gradients of their own, stacked once at the end: that
     of a slice would be as large as all layers', for each of them.
     """
-    batch = pin.ordered(batch)
+    batch, loop = placement.ordered(batch), _runs_as_loop(config.model, placement)
     total = total_weight(batch)
-    params = params if scan else unstack_layers(params)
-    stacked = (lambda gradients: gradients) if scan else stack_layers
+    params = params if loop else unstack_layers(params)
+    stacked = (lambda gradients: gradients) if loop else stack_layers
 
     def loss(params, micro_batch):
-        return training_loss(params, micro_batch, config.model, pin, total, scan=scan)
+        return training_loss(params, micro_batch, config.model, placement, total, loop=loop)
 
     def add(sums, micro_batch):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, micro_batch)), None
@@ -128,32 +146,41 @@ def _loss_and_gradients(params: dict, batch: Batch, config: Config, pin: Placeme
         value, gradients = jax.value_and_grad(loss)(params, batch)
         return value, stacked(gradients)
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    value, gradients = jax.lax.scan(add, zeros, _micro_batches(batch, config, pin))[0]
+    value, gradients = jax.lax.scan(add, zeros, _micro_batches(batch, config, placement))[0]
     return value, stacked(gradients)
 
 
-def _telemetry(params: dict, batch: Batch, *, config: Config, pin: Placement) -> Metrics:
-    batch = pin.ordered(batch)
+def _telemetry(params: dict, batch: Batch, *, config: Config, placement: Placement) -> Metrics:
+    batch = placement.ordered(batch)
 
     def look(micro_batch):
-        model = build_model(config.model, params)
-        _, seen = model(micro_batch["inputs"], segment_ids=micro_batch.get("segment_ids"), constrain=pin)
-        return statistics.telemetry(seen)
+        embedding, context = _start(params, micro_batch, config.model, placement)
+        if _runs_as_loop(config.model, placement):
+            return run_loop(params, config.model, embedding, context, telemetry=True).layers
+        seen = run_unrolled(
+            params, config.model, embedding, context, on_layer=lambda _, layer: layer_telemetry(layer.attention)
+        ).layers
+        return jax.tree.map(lambda *x: jnp.stack(x), *seen)
 
     if config.optimizer.accumulation_steps == 1:
-        return look(batch)
-    # Micro-batches are equally large, and telemetry is not weighted.
-    return jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(look, _micro_batches(batch, config, pin)))
+        layers = look(batch)
+    else:  # micro-batches are equally large, and telemetry is not weighted
+        layers = jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(look, _micro_batches(batch, config, placement)))
+    betas = {}
+    if config.model.coupling and "routers" in params:
+        strengths = coupling_strength(params["routers"]["beta_raw"])
+        betas = {name: strengths[i] for i, name in enumerate(schedule(config.model).routers)}
+    return telemetry(layers, betas)
 
 
-def _micro_batches(batch: Batch, config: Config, pin: Placement) -> Batch:
-    """[B, ...] -> [steps, B / steps, ...]. Micro-batch i takes the rows i, i + steps, ...: every device keeps
-    its own rows.
+def _micro_batches(batch: Batch, config: Config, placement: Placement) -> Batch:
+    """[B, ...] -> [steps, B / steps, ...]. Micro-batch i takes the rows i, i + steps, ...: every device its
+    own rows.
     """
     steps = config.optimizer.accumulation_steps
 
-    def deal(x):
-        dealt = x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1)
-        return pin(dealt, (None, "batch", "length", *(None,) * (x.ndim - 2)))
+    def split(x):
+        x = x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1)
+        return placement.constrain(x, (None, "batch", "length", *(None,) * (x.ndim - 3)))
 
-    return jax.tree.map(deal, batch)
+    return jax.tree.map(split, batch)

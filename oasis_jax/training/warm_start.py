@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from oasis_jax.config import Config, ModelConfig, from_dict
+from oasis_jax.config import Config, ModelConfig
 from oasis_jax.data import Tokenizer
 from oasis_jax.errors import UserError
-from oasis_jax.training.checkpoints import Checkpoints, differing_fields, stored_tokenizer
-from oasis_jax.training.sharding import parameter_shapes
+from oasis_jax.model.decoder import parameter_shapes
+from oasis_jax.training.checkpoints import Checkpoints, differing_fields, stored_config, stored_tokenizer
 from oasis_jax.training.state import abstract_state
 
 
@@ -49,7 +49,7 @@ def starting_point(config: Config, say: Callable[[str], None]) -> Iterator[Start
                 f"data.tokenizer: {config.data.tokenizer} asked for, but the model in run.init_from reads "
                 f"{tokenizer.kind}; take that"
             )
-        yield Start(checkpoints, step, from_dict(metadata["config"]), tokenizer)
+        yield Start(checkpoints, step, stored_config(metadata), tokenizer)
 
 
 def starting_parameters(start: Start, config: Config, mesh: Mesh, say: Callable[[str], None]) -> dict:

@@ -38,8 +38,7 @@ def depth_route(
     sharding: OperatorSharding | None = None,
     implementation: str | None = None,
 ) -> DepthRoute:
-    """For every token, the weighted sum of L sources (earlier layers), with a null source of score `null_logit` and
-    value zero.
+    """For every token, the weighted sum of L sources (earlier layers) and of a null source with value zero.
 
         g_i = score_scale * u.n(v_i) + bias_i - coupling * (psi_i - mean_j psi_j)      clamped to [-50, 50]
         alpha_i = exp(g_i) / (exp(b) + sum_j exp(g_j)),   output = sum_i alpha_i v_i
@@ -59,13 +58,11 @@ def depth_route(
       null_logit: b, a scalar; -inf leaves the null out.
       num_sources: only the first so many sources are live: the others have weight 0 and gradient 0, whatever they hold,
         and the mean of psi is over the live ones. A Python number leaves dead sources unread; a traced one is a mask.
-      sharding: which mesh axes split batch and length; the kernels then run inside `jax.shard_map`, every device on its
-        own tokens.
+      sharding: which mesh axes split batch and length; kernels then run inside `jax.shard_map`, each on its own tokens.
       implementation: a name of `pallas_kernels.implementations("depth_route")`; None takes the fastest that can serve.
 
     Returns:
-      DepthRoute(output [B, T, D], weights [B, T, L], null_mass [B, T]); all differentiable in every floating-point
-      argument.
+      DepthRoute(output [B, T, D], weights [B, T, L], null_mass [B, T]); all differentiable in every float argument.
 
     Raises:
       ValueError: an argument does not fit, or the named implementation does not exist or cannot serve.

@@ -238,23 +238,9 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
     blocks_each = 1 if route.per_token else _BLOCKS_PER_PARTIAL
 
     def body(
-        sources,
-        query,
-        shift,
-        weights,
-        lift,
-        d_output,
-        live,
-        d_sources,
-        d_query,
-        d_shift,
-        ring,
-        arrived,
-        query_here,
-        query_arrived,
-        d_output_here,
-        d_output_arrived,
-    ):
+        sources, query, shift, weights, lift, d_output, live, d_sources, d_query, d_shift,
+        ring, arrived, query_here, query_arrived, d_output_here, d_output_arrived,
+    ):  # fmt: skip
         program, live = lax.axis_index("program"), live[0]
         if not route.per_token:
             _copy(query, query_here, query_arrived)

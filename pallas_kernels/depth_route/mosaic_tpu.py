@@ -7,10 +7,9 @@ rescaling, and is divided once at the end. Backward, delta is known, so a source
 score is recomputed from the block in VMEM and its gradient is written once.
 
 Sources in one array [L, B, T, D]: the grid is (batch, block of tokens, source), blocks of about 1 MiB. Dead sources
-repeat the block index of the last live one, which the pipeline does not copy again. Sources in a tuple: L references to
-L buffers, which are never stacked; a program holds the same tokens of all of them, so blocks have fewer rows, 2 L
-blocks (double buffering) must fit in VMEM, and a dead source costs one block in all. Scores, weights and their
-gradients have a source a lane, [tokens, L].
+repeat the block index of the last live one, which is not copied once more. Sources in a tuple: L buffers, never stacked;
+a program holds the same tokens of all of them, so 2 L blocks (double buffering) must fit in VMEM, and a dead source costs
+one block in all. Scores, weights and their gradients have a source a lane, [tokens, L].
 
 Lengths that are not whole blocks: the rows beyond the end hold anything, and only the sum over rows for a static query
 has to leave them out.
@@ -111,9 +110,7 @@ def _put(ref, rows, i, column) -> None:
 
 
 def _over_sources(plan: Plan, live_ref, start: Callable, live: Callable, dead: Callable, finish: Callable) -> None:
-    """Calls start(), then live(i) or dead(i) for every source i, then finish(), over steps of the grid where the
-    sources are stacked.
-    """
+    """Calls start(), live(i) or dead(i) for every source i, and finish(): over steps of the grid for stacked sources."""
 
     def each(
         i,
@@ -240,9 +237,7 @@ def _before_the_end(plan: Plan, rows, x):
 
 
 def _specs(plan: Plan):
-    """Block specifications of: the sources, their gradients, [batch, length, width], [batch, length, L], and
-    a static query.
-    """
+    """Block specifications of the sources, their gradients, [batch, length, width], [batch, length, L], a static query."""
 
     def tokens(lanes):
         return pl.BlockSpec((None, plan.rows, lanes), lambda g, t, *_: (g, t, 0))
@@ -292,9 +287,7 @@ def _call(plan: Plan, kernel, name, in_specs, out_specs, out_shapes, scratch, *a
 
 
 def _folded(plan: Plan, sources, query, num_sources):
-    """The sources as a list of the kernel's operands, the query with two or three axes, and the number of
-    live sources [1].
-    """
+    """The sources as a list of operands, the query with two or three axes, and the number of live sources [1]."""
     tokens = (plan.batch, plan.length, plan.width)
     flat = [sources.reshape(plan.count, *tokens)] if plan.stacked else [source.reshape(tokens) for source in sources]
     live = jnp.full((1,), plan.count, jnp.int32) if num_sources is None else num_sources.reshape(1)

@@ -48,8 +48,7 @@ def null_attention(
     0 and null mass 1 (0 for b = -inf), and zero gradients. Statistics are float32 or better, whatever the inputs.
 
     Args:
-      query: N query heads of size H; N is a multiple of K (grouped queries: N // K consecutive query heads share a key
-        head).
+      query: N query heads of size H; N is a multiple of K: N // K consecutive query heads share a key head.
       key: S keys.
       value: their values.
       null_logit: b, for all heads or one per query head; -inf leaves the null out. Differentiable, never soft-capped.
@@ -64,12 +63,10 @@ def null_attention(
       sharding: how the arrays are split over a mesh; the kernels then run inside `jax.shard_map`, with the keys passed
         around the sequence axis. Without it the arrays lie on one device, or are one device's part inside the caller's
         own shard_map, or are partitioned by XLA, which backends of plain JAX operations allow.
-      implementation: a name of `pallas_kernels.implementations("null_attention")`; None takes the fastest that can
-        serve.
+      implementation: a name of `pallas_kernels.implementations("null_attention")`; None: the fastest that can serve.
 
     Returns:
-      NullAttention(output [B, T, N, H], null_mass [B, N, T], lse [B, N, T]); all differentiable in query, key, value
-      and null_logit.
+      NullAttention(output [B, T, N, H], null_mass [B, N, T], lse [B, N, T]); all differentiable in all float arguments.
 
     Raises:
       ValueError: an argument does not fit, or the named implementation does not exist or cannot serve.

@@ -41,23 +41,47 @@ def wide_dtype(dtype) -> jnp.dtype:
 
 
 def allowed_keys(
-    options: Options, rows: Int[Array, " t"], columns: Int[Array, " s"], segments: Segments | None
-) -> Bool[Array, "#B 1 1 t s"] | None:
-    """Which of some keys some queries may see, or None for all.
+    rows: Int[Array, "*#B t"],
+    columns: Int[Array, "*#B s"],
+    segments: tuple[Int[Array, "B t"], Int[Array, "B s"]] | None,
+    *,
+    causal: bool,
+    window: int | None,
+) -> Bool[Array, "#B t s"] | None:
+    """Which of some keys some queries may see, or None for all. The one definition of every mask.
 
     Args:
-      options: the static arguments.
-      rows: the queries' positions counted in keys, i + S - T: the last query sits on the last key.
-      columns: the keys' positions.
-      segments: ids of those queries [B, t] and keys [B, s].
+      rows: the places of the queries, counted in keys, for all rows of a batch or for each; with T queries of S keys
+        the i-th has place i + S - T, so that the last query sits on the last key.
+      columns: the places of the keys, likewise.
+      segments: ids of those queries and keys.
+      causal: a query sees keys up to its own place.
+      window: a query sees keys with 0 <= row - column < window, causal or not.
     """
     allowed = None
-    if options.causal or options.window is not None:
-        distance = rows[:, None] - columns[None, :]
-        allowed = (distance >= 0)[None, None, None]
-        if options.window is not None:
-            allowed &= distance < options.window
+    if causal or window is not None:
+        distance = rows[..., :, None] - columns[..., None, :]
+        allowed = distance >= 0
+        if window is not None:
+            allowed &= distance < window
+        allowed = allowed if allowed.ndim == 3 else allowed[None]
     if segments is not None:
-        same = (segments[0][:, :, None] == segments[1][:, None, :])[:, None, None]
+        same = segments[0][:, :, None] == segments[1][:, None, :]
         allowed = same if allowed is None else allowed & same
     return allowed
+
+
+def attention_scores(
+    query: Float[Array, "B K G t H"],
+    key: Float[Array, "B K s H"],
+    *,
+    scale: float,
+    softcap: float | None,
+    precision=None,
+) -> Float[Array, "B K G t s"]:
+    """Scores of grouped queries in float32 or better: scaled, then soft-capped, not masked."""
+    scores = jnp.einsum(
+        "BKGTH,BKSH->BKGTS", query, key, precision=precision, preferred_element_type=wide_dtype(query.dtype)
+    )
+    scores = scores * scale
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)

@@ -4,7 +4,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.null_attention.base import NullAttention, Options, Segments, allowed_keys, wide_dtype
+from pallas_kernels.null_attention.base import (
+    NullAttention,
+    Options,
+    Segments,
+    allowed_keys,
+    attention_scores,
+    wide_dtype,
+)
 
 
 def null_attention_reference(
@@ -29,12 +36,14 @@ def null_attention_reference(
     dtype, wide = query.dtype, wide_dtype(query.dtype)
     batch, length, heads, size = query.shape
     keys, key_heads = key.shape[1:3]
-    q, k, v = (x.astype(wide) for x in (query.reshape(batch, length, key_heads, -1, size), key, value))
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=lax.Precision.HIGHEST) * options.scale
-    if options.softcap is not None:
-        scores = options.softcap * jnp.tanh(scores / options.softcap)
-    allowed = allowed_keys(options, jnp.arange(length) + keys - length, jnp.arange(keys), segments)
-    allowed = jnp.broadcast_to(True if allowed is None else allowed, scores.shape)
+    q, k, v = (x.astype(wide) for x in (query, key, value))
+    q = q.reshape(batch, length, key_heads, -1, size).transpose(0, 2, 3, 1, 4)
+    scores = attention_scores(
+        q, k.swapaxes(1, 2), scale=options.scale, softcap=options.softcap, precision=lax.Precision.HIGHEST
+    )
+    rows, columns = jnp.arange(length) + keys - length, jnp.arange(keys)
+    allowed = allowed_keys(rows, columns, segments, causal=options.causal, window=options.window)
+    allowed = jnp.broadcast_to(True if allowed is None else allowed[:, None, None], scores.shape)
 
     b = null_logit.reshape(key_heads, -1, 1)
     top = jnp.maximum(jnp.max(scores, axis=-1, initial=-jnp.inf, where=allowed), b)

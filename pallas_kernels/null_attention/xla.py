@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.null_attention.base import NullAttention, Options, Segments, allowed_keys, wide_dtype
+from pallas_kernels.null_attention.base import (
+    NullAttention,
+    Options,
+    Segments,
+    allowed_keys,
+    attention_scores,
+    wide_dtype,
+)
 from pallas_kernels.null_attention.vjp import differentiable
 
 # Tiles of one group run one after the other in a loop against the keys that the last of them can reach: the loop keeps
@@ -88,18 +95,16 @@ def _scores(options: Options, q, key, segments: Segments | None, group: _Group, 
     offset = first + keys - length
     start = 0 if options.window is None else jnp.clip(offset - options.window + 1, 0, keys - group.width)
     k = lax.dynamic_slice_in_dim(key, start, group.width, 2)
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=wide_dtype(q.dtype)) * options.scale
-    slope = None
-    if options.softcap is not None:
-        scores = jnp.tanh(scores / options.softcap)
-        slope, scores = 1.0 - scores * scores, options.softcap * scores
+    scores = attention_scores(q, k, scale=options.scale, softcap=options.softcap)
+    slope = None if options.softcap is None else 1.0 - (scores / options.softcap) ** 2
     if segments is not None:
         segments = (
             lax.dynamic_slice_in_dim(segments[0], first, group.rows, 1),
             lax.dynamic_slice_in_dim(segments[1], start, group.width, 1),
         )
-    allowed = allowed_keys(options, offset + jnp.arange(group.rows), start + jnp.arange(group.width), segments)
-    return _Keys(start, scores if allowed is None else jnp.where(allowed, scores, -jnp.inf), slope)
+    rows, columns = offset + jnp.arange(group.rows), start + jnp.arange(group.width)
+    allowed = allowed_keys(rows, columns, segments, causal=options.causal, window=options.window)
+    return _Keys(start, scores if allowed is None else jnp.where(allowed[:, None, None], scores, -jnp.inf), slope)
 
 
 def _forward(options: Options, query, key, value, null_logit, segments) -> tuple[NullAttention, Float[Array, "B N T"]]:

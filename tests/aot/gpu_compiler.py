@@ -11,12 +11,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from oasis_jax.training.gpu_targets import gpu_descriptions, plugin_library
+from oasis_jax.training.gpu_targets import GPUS, has_compiler
 
 
 def missing() -> str:
     """Which packages a compile lacks; "" where all are installed."""
-    if plugin_library() is None:
+    if not has_compiler():
         return "jax's CUDA plugin is not installed"
     try:
         found = importlib.util.find_spec("nvidia.cuda_nvcc")
@@ -26,10 +26,9 @@ def missing() -> str:
 
 
 def gpu_mesh(name: str) -> Mesh:
-    """A mesh of one described GPU whose name contains `name`, as "H100" or "H200"."""
-    description = next(text for full, text in gpu_descriptions().items() if name in full and "MIG" not in full)
+    """A mesh of one described GPU, as "H100" or "H200"."""
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=description, topology="1x1x1"
+        platform="cuda", topology_name="", target_config=GPUS[name.lower()].description, topology="1x1x1"
     )
     return Mesh(np.array(topology.devices[:1]), ("x",))
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from oasis_jax.training.gpu_targets import plugin_library
+from oasis_jax.training.gpu_targets import has_compiler
 
 pytestmark = pytest.mark.aot
 
@@ -42,6 +42,8 @@ def test_a_small_model_fits_a_slice_of_tpus():
     code, text = plan("v5e:2x2", *SMALL)
     assert code == 0 and "4 devices (data=1 x fsdp=4 x sequence=1 x tensor=1)" in text and "fits in 16.00 GiB" in text
     assert re.search(r"all-gather +[\d.]+ [GM]iB   a step, \d+ times", text)
+    assert re.search(r"evaluation +[\d.]+ [GM]iB   together, fits in 16.00 GiB", text)
+    assert "evaluation in training" in text  # as configs/demo.py evaluates while it trains
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_change():
@@ -71,7 +73,7 @@ def test_mistakes_are_one_line():
 
 @pytest.mark.parametrize("hardware", ["h100:8", "h200:8", "b200:8"])
 def test_a_box_of_gpus(hardware):
-    if plugin_library() is None:
+    if not has_compiler():
         pytest.skip("jax's CUDA plugin is not installed; make test-aot installs it")
     code, text = plan(hardware, *SMALL)
     assert code == 0 and "8 devices (data=2 x fsdp=4" in text and "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in text

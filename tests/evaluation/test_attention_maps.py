@@ -6,15 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation.toys import NORMALIZERS, ROUNDING, WITH_NULL, all_probabilities, build, forward, token_batches
+from evaluation.toys import (
+    NORMALIZERS,
+    ROUNDING,
+    WITH_NULL,
+    all_probabilities,
+    build,
+    forward,
+    measure_family,
+    token_batches,
+)
 from flax import nnx
 
 from oasis_jax.config import AttentionConfig
 from oasis_jax.evaluation import EVALUATORS
-from oasis_jax.evaluation.evaluator import _read, of_model
 from oasis_jax.evaluation.measures.attention_maps import EPSILONS
 from oasis_jax.evaluation.measures.probabilities import PREFIX, probabilities
+from oasis_jax.evaluation.passes import DecoderPass, lower
 from oasis_jax.model.attention import Attention
+from oasis_jax.model.context import Context
+from oasis_jax.model.masks import first_in_document
 from oasis_jax.model.statistics import AttentionStatistics, Static
 
 
@@ -26,7 +37,7 @@ def xlogx(p: np.ndarray) -> np.ndarray:
 def test_attention_maps_equal_materialized_probabilities(normalizer):
     model, batches = build(normalizer=normalizer), token_batches()
     p = all_probabilities(model, forward(model, batches)[1])
-    metrics = EVALUATORS["attention_maps"](model, batches)
+    metrics = measure_family("attention_maps", model, batches)
     length, omega = p.shape[-1], np.maximum(0, 1 - p.sum(-1))
     if normalizer not in WITH_NULL:
         omega = np.zeros_like(omega)
@@ -60,7 +71,7 @@ def test_attention_maps_equal_materialized_probabilities(normalizer):
 
 def attention_statistics(length: int, config: AttentionConfig, segment_ids=None, batch: int = 2) -> AttentionStatistics:
     x = 2 * np.random.default_rng(length).standard_normal((batch, length, config.width)).astype(np.float32)
-    return Attention(config, rngs=nnx.Rngs(0))(jnp.asarray(x), segment_ids=segment_ids)[1]
+    return Attention(config, rngs=nnx.Rngs(0))(jnp.asarray(x), Context(segment_ids=segment_ids))[1]
 
 
 CASES = {
@@ -79,7 +90,9 @@ def test_several_tiles_equal_one_matrix(case):
     config, length = AttentionConfig(width=15, num_heads=6, num_kv_heads=3, head_dim=4, **CASES[case]), 333
     segments = jnp.asarray(np.arange(length)[None] // np.array([[100], [41]])) if case == "segments" else None
     layer = attention_statistics(length, config, segments)
-    found = jax.jit(probabilities)(layer, segments)
+    context = Context(segment_ids=segments)
+    place = None if segments is None else context.order(length) - first_in_document(context, length)
+    found = jax.jit(probabilities)(layer, context, place)
     query, key = np.asarray(layer.query, np.float64), np.repeat(np.asarray(layer.key, np.float64), 2, 2)
     scores = np.einsum("btnh,bsnh->bnts", query, key) / 2
     if config.logit_softcap:
@@ -93,12 +106,16 @@ def test_several_tiles_equal_one_matrix(case):
     p = e / (e.sum(-1, keepdims=True) + (config.normalizer == "softmax1"))
     if config.normalizer == "clipped":
         p = np.where(allowed, np.clip((1 + 4 / length) * p - 4 / length, 0, 1), 0)
+    starts = np.ones_like(distance[:1], bool) & (np.arange(length) < PREFIX)
+    if segments is not None:
+        starts = np.stack([np.arange(length) - np.searchsorted(row, row) < PREFIX for row in ids])
+    in_prefix = starts[:, None, None]
     share = np.where(p.sum(-1) > 1e-4, 1 / np.maximum(p.sum(-1), 1e-30), 0)
     expected = dict(
         token_mass=p.sum(-1),
         max_probability=p.max(-1),
         negative_entropy=xlogx(p).sum(-1),
-        prefix_mass=p[..., :PREFIX].sum(-1),
+        prefix_mass=(p * in_prefix).sum(-1),
         column_sums=p.sum(-2),
         conditional_column_sums=(p * share[..., None]).sum(-2),
     )
@@ -134,10 +151,11 @@ def test_memory_at_32k_tokens():
 
 def model_bytes(length: int) -> int:
     """Temporary memory of one compiled pass of a Decoder with every measure that reads whole rows."""
-    read_model, state, _ = of_model(build(preset="oasis"))
+    model = build(preset="oasis")
     batch = {"inputs": jax.ShapeDtypeStruct((1, length), jnp.int32)}
-    evaluators = tuple(EVALUATORS[name] for name in ("sinks", "attention_maps", "joint"))
-    return _read.lower(read_model, state, batch, evaluators, None).compile().memory_analysis().temp_size_in_bytes
+    evaluators = {name: EVALUATORS[name] for name in ("sinks", "attention_maps", "joint")}
+    lowered = lower(DecoderPass(model.config), model.parameters(), batch, evaluators)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.slow

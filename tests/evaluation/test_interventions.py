@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from evaluation.toys import build, forward, token_batches
+from evaluation.toys import build, forward, placed, token_batches
 from flax import nnx
 
 from oasis_jax.config import ModelConfig
@@ -25,7 +25,7 @@ def loss_with_masked_routers(
     """The oasis preset layer by layer; `masked`: router -> sources whose weight becomes 0."""
     total = weight = 0.0
     for batch in batches:
-        h = model.ends.parameters["embedding"][batch["inputs"]]
+        h = model.embedding.parameters["table"][batch["inputs"]]
         history, evidence = [h], [jnp.zeros(h.shape[:2])]
         for index, layer in enumerate(model.layers):
             own, own_evidence = [], []
@@ -41,14 +41,14 @@ def loss_with_masked_routers(
                 alpha = alpha / (alpha.sum(-1) + np.asarray(found.null_mass))[..., None] if renormalize else alpha
                 h = jnp.asarray(np.einsum("BTL,LBTD->BTD", alpha, np.stack(history + own)), jnp.float32)
             history, evidence = [*history, h], [*evidence, own_evidence[-1]]
-        logits = np.asarray(model.final_norm(h) @ model.ends.parameters["embedding"].T, np.float64)
+        logits = np.asarray(model.final_norm(h) @ model.embedding.parameters["table"].T, np.float64)
         nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
         total, weight = total + (nats * batch["weights"]).sum(), weight + batch["weights"].sum()
     return total / weight
 
 
 def effects_of(model, batches, **options) -> dict[tuple, object]:
-    return {effect[:5]: effect for effect in intervene(model, batches, **options)}
+    return {effect[:5]: effect for effect in intervene(*placed(model), batches, **options)}
 
 
 def test_masked_sources_equal_the_model_written_out():
@@ -78,7 +78,9 @@ def test_masked_sources_equal_the_model_written_out():
 
 def test_zero_beta_and_zero_evidence_are_the_same_model():
     model, batches = build(preset="oasis"), token_batches()
-    found = {effect.intervention: effect for effect in intervene(model, batches, interventions=["beta", "evidence"])}
+    found = {
+        effect.intervention: effect for effect in intervene(*placed(model), batches, interventions=["beta", "evidence"])
+    }
     bare = build(preset="oasis", coupling=False)
     state, of_model = nnx.state(bare), nnx.to_pure_dict(nnx.state(model))
     for router in of_model["routers"].values():
@@ -100,7 +102,7 @@ def test_zero_beta_and_zero_evidence_are_the_same_model():
 )
 def test_other_normalizers_at_evaluation(name, fields, change):
     model, batches = build(preset="oasis", **fields), token_batches()
-    (effect,) = intervene(model, batches, interventions=[name])
+    (effect,) = intervene(*placed(model), batches, interventions=[name])
     other = Decoder(dataclasses.replace(model.config, **change), rngs=nnx.Rngs(0))
     parameters = nnx.to_pure_dict(nnx.state(model))
     for layer in parameters["layers"].values():
@@ -115,7 +117,7 @@ def test_other_normalizers_at_evaluation(name, fields, change):
 
 def test_without_the_begin_token_the_same_targets_are_compared():
     model, batches = build(preset="residual"), token_batches()
-    (effect,) = intervene(model, batches, interventions=["begin_token"], begin_token=True)
+    (effect,) = intervene(*placed(model), batches, interventions=["begin_token"], begin_token=True)
     shorter = [{name: x[:, 1:] for name, x in batch.items()} for batch in batches]
     later = [batch | {"weights": batch["weights"] * (np.arange(11) > 0).astype(np.float32)} for batch in batches]
     assert effect.loss == pytest.approx(evaluate_model(model, shorter)["loss"], **CLOSE)
@@ -125,28 +127,20 @@ def test_without_the_begin_token_the_same_targets_are_compared():
 def test_a_model_is_left_as_it_is():
     model, batches = build(preset="oasis"), token_batches(1)
     before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
-    intervene(model, batches, interventions=["beta", "softmax"])
+    intervene(*placed(model), batches, interventions=["beta", "softmax"])
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model)))
     assert model.layers[0].attention.config.normalizer == "softmax1"
 
 
 def test_what_does_not_apply_says_why_and_has_no_loss():
-    found = intervene(build(preset="residual"), token_batches(1))
+    found = intervene(*placed(build(preset="residual")), token_batches(1))
     assert [effect.intervention for effect in found] == list(INTERVENTIONS)
     assert all(effect.loss is None and "not applicable: only for " in effect.reason for effect in found)
 
 
 def test_families_of_the_delta_wiring():
     config = ModelConfig(preset="oasis_blocks", num_layers=3, blocks=3)
-    counts = {
-        "layer0.mlp": 2,
-        "layer1.attention": 2,
-        "layer1.mlp": 3,
-        "layer2.attention": 3,
-        "layer2.mlp": 4,
-        "final": 4,
-    }
-    found = families(config, counts)
+    found = families(config)
     assert found["layer0.mlp"] == {"embedding": [0], "older": [], "current": [1]}
     assert found["final"] == {"embedding": [0], "older": [1, 2], "current": [3]}
     effects = effects_of(
@@ -160,9 +154,9 @@ def test_unknown_interventions_are_named(names):
     with pytest.raises(
         UserError, match=r"^interventions: unknown name '(source|betas)' \(did you mean '(sources|beta)'\?\)"
     ):
-        intervene(build(preset="residual"), token_batches(1), interventions=names)
+        intervene(*placed(build(preset="residual")), token_batches(1), interventions=names)
 
 
 def test_no_batch():
     with pytest.raises(UserError, match="batches is empty"):
-        intervene(build(preset="residual"), [])
+        intervene(*placed(build(preset="residual")), [])

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-from evaluation.toys import ROUNDING, all_probabilities, build, forward, token_batches
+from evaluation.toys import ROUNDING, all_probabilities, build, forward, measure_family, token_batches
 
 from oasis_jax.config import ModelConfig
-from oasis_jax.evaluation import EVALUATORS
 from oasis_jax.evaluation.measures.joint import NEAR_NO_OP, source_layers
-from oasis_jax.model.wiring import router_names
+from oasis_jax.model.wiring import schedule
 
 CASES = [
     dict(preset="oasis"),
@@ -52,10 +51,10 @@ def test_joint_measures_equal_q(fields):
     null = np.stack([layer.null_mass for layer in statistics.attention], 1).astype(np.float64)
     outputs = np.stack([layer.head_output for layer in statistics.attention], 1).astype(np.float64)
     norms = np.linalg.norm(outputs, axis=-1).transpose(0, 1, 3, 2)  # [B, layer, N, T]
-    metrics = EVALUATORS["joint"](model, batches)
+    metrics = measure_family("joint", model, batches)
     places = source_layers(model.config)
     largest = {name: norms[:, sorted(set(layers))].max(1) for name, layers in places.items()}
-    pooled = np.stack([largest[name] for name in router_names(model.config)], 1)
+    pooled = np.stack([largest[name] for name in schedule(model.config).routers], 1)
     flat = np.sort(pooled.reshape(len(pooled), -1))
     threshold = flat[:, int(NEAR_NO_OP * (flat.shape[1] - 1))][:, None, None]
     for variant in ("identity_outcome", "attention_only_conditional"):
@@ -71,7 +70,7 @@ def test_joint_measures_equal_q(fields):
             "concentration": 1,
             "negative_entropy": 1,
         }.items():
-            every = np.stack([values[name][measure] for name in router_names(model.config)], 1)[..., first:]
+            every = np.stack([values[name][measure] for name in schedule(model.config).routers], 1)[..., first:]
             name = f"joint_{measure}_{variant}"
             # Sums over up to six branches of products of two rounded probabilities.
             assert metrics[name] == pytest.approx(every.mean(), abs=4 * ROUNDING), name
@@ -97,4 +96,4 @@ def test_sources_stem_from_the_layers_that_made_them():
 
 @pytest.mark.parametrize("fields", [dict(preset="residual"), dict(preset="oasis_blocks", num_layers=4, blocks=3)])
 def test_models_without_sources_of_one_layer_are_not_applicable(fields):
-    assert set(EVALUATORS["joint"](build(**fields), token_batches(1)).values()) == {None}
+    assert set(measure_family("joint", build(**fields), token_batches(1)).values()) == {None}

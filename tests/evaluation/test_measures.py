@@ -3,8 +3,18 @@
 import jax
 import numpy as np
 import pytest
-from evaluation.toys import BATCH, LENGTH, NORMALIZERS, ROUNDING, WITH_NULL, build, forward, materialized, token_batches
-from flax import nnx
+from evaluation.toys import (
+    BATCH,
+    LENGTH,
+    NORMALIZERS,
+    ROUNDING,
+    WITH_NULL,
+    build,
+    forward,
+    materialized,
+    measure_family,
+    token_batches,
+)
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import DEFINITIONS, EVALUATORS, evaluate_model
@@ -12,8 +22,9 @@ from oasis_jax.evaluation.measures.depth import depth_sinks, source_columns
 from oasis_jax.evaluation.measures.outliers import kurtosis
 from oasis_jax.evaluation.measures.probabilities import conditional_mass
 from oasis_jax.evaluation.measures.sinks import sink_rate
+from oasis_jax.model import decoder
 from oasis_jax.model.decoder import Decoder
-from oasis_jax.model.wiring import router_names
+from oasis_jax.model.wiring import schedule
 
 
 def measure(model: Decoder, batches: list[dict]) -> dict:
@@ -138,9 +149,13 @@ def test_perplexity_by_hand():
     assert metrics["loss"] == pytest.approx(mean, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(np.exp(mean), rel=1e-5)
     assert metrics["bits_per_byte"] is None and metrics["squared_error"] is None
+    descending = np.argsort(-logits, axis=-1, kind="stable")
+    for k in (1, 5):
+        among = (descending[..., :k] == targets[..., None]).any(-1)
+        assert metrics[f"top_{k}_accuracy"] == pytest.approx((among * weights).sum() / weights.sum(), rel=1e-6)
 
     lengths = np.random.default_rng(5).integers(4, size=(len(batches), BATCH, LENGTH))
-    measured = EVALUATORS["perplexity"](model, [batch | {"bytes": lengths[i]} for i, batch in enumerate(batches)])
+    measured = measure_family("perplexity", model, [batch | {"bytes": lengths[i]} for i, batch in enumerate(batches)])
     expected = (nats * weights).sum() / np.log(2) / (lengths.reshape(weights.shape) * weights).sum()
     assert measured["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
@@ -157,7 +172,7 @@ WIRINGS = [
 def test_depth_equals_numpy(fields):
     model, batches = build(**fields), token_batches()
     found = forward(model, batches)[1].routers
-    routers = {name: found[name] for name in router_names(model.config)}
+    routers = {name: found[name] for name in schedule(model.config).routers}
     metrics = measure(model, batches)
     assert metrics["depth_routers"] == list(routers)
     entropies, largest = [], []
@@ -197,19 +212,21 @@ def test_sources_are_named_by_what_they_hold():
     names, rows = source_columns(ModelConfig(preset="attnres", num_layers=2))
     assert names == ["embedding", "layer0.attention", "layer0.mlp", "layer1.attention", "layer1.mlp"]
     assert rows["layer0.mlp"] == [0, 1] and rows["final"] == [0, 1, 2, 3, 4]
-    # Five blocks of six sublayers: the last takes the remainder.
+    # Six sublayers in four blocks: the first two hold two.
     names, rows = source_columns(ModelConfig(preset="oasis_blocks", num_layers=3, blocks=4))
     assert names == ["embedding", "block1", "block2", "block3", "block4"]
-    assert rows["layer1.attention"] == [0, 1, 2] and rows["final"] == [0, 1, 2, 3, 4]
+    assert rows["layer0.mlp"] == rows["layer1.attention"] == [0, 1] and rows["layer1.mlp"] == [0, 1, 2]
+    assert rows["layer2.mlp"] == [0, 1, 2, 3] and rows["final"] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("blocks", range(7))
 def test_sources_of_a_router_are_as_many_as_its_weights(blocks):
     model = build(preset="attnres", num_layers=3, blocks=blocks)
     places = source_columns(model.config)[1]
-    graphdef, state = nnx.split(model)
     _, statistics = jax.eval_shape(
-        lambda state, inputs: nnx.merge(graphdef, state)(inputs), state, token_batches(1)[0]["inputs"]
+        lambda params, inputs: decoder.forward(params, model.config, inputs),
+        model.parameters(),
+        token_batches(1)[0]["inputs"],
     )
     assert len(statistics.routers) == 6
     for name, router in statistics.routers.items():
@@ -266,7 +283,7 @@ def test_every_metric_has_a_definition_and_one_pass_gives_what_each_evaluator_gi
     metrics = measure(model, batches)
     assert set(metrics) == set(DEFINITIONS)
     if preset == "oasis":
-        alone = {name: value for evaluator in EVALUATORS.values() for name, value in evaluator(model, batches).items()}
+        alone = {k: v for name in EVALUATORS for k, v in measure_family(name, model, batches).items()}
         flat, tree = jax.tree.flatten(metrics)
         flat_alone, tree_alone = jax.tree.flatten(alone)
         assert tree == tree_alone
@@ -281,13 +298,13 @@ def test_definitions_are_complete():
 
 
 def test_a_second_evaluation_compiles_nothing():
-    from oasis_jax.evaluation.evaluator import _read
+    from oasis_jax.evaluation.passes import _run
 
     model, batches = build(preset="oasis"), token_batches()
     measure(model, batches)
-    before = _read._cache_size()
+    before = _run._cache_size()
     measure(build(preset="oasis"), batches)
-    assert _read._cache_size() == before
+    assert _run._cache_size() == before
 
 
 def test_no_batches_is_an_error():

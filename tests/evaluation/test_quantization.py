@@ -1,23 +1,20 @@
 """Quantization against numpy: the grids, the products, whole layers, and what a scheme leaves alone."""
 
-import dataclasses
-import types
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from evaluation.toys import placed
 from flax import nnx
 
 from oasis_jax.config import PRESETS, AttentionConfig, ModelConfig
 from oasis_jax.errors import UserError
-from oasis_jax.evaluation.quantization.inference import (
+from oasis_jax.evaluation.quantization import (
     SCHEMES,
     Calibration,
     Quantized,
     Recorder,
-    beside_float,
     calibrate,
     calibration_for,
     losses,
@@ -25,8 +22,9 @@ from oasis_jax.evaluation.quantization.inference import (
     parse_schemes,
     quantization,
     rounded_tensors,
-    smoothing_factors,
 )
+from oasis_jax.evaluation.quantization.calibration import smoothing_factors
+from oasis_jax.evaluation.quantization.inference import beside_float, tensor_roles
 from oasis_jax.evaluation.quantization.quantizers import (
     Format,
     as_matrices,
@@ -38,11 +36,15 @@ from oasis_jax.evaluation.quantization.quantizers import (
     symmetric_mse,
 )
 from oasis_jax.model.attention import attention, attention_parameters
-from oasis_jax.model.decoder import Decoder
+from oasis_jax.model.context import Context
+from oasis_jax.model.decoder import Decoder, parameter_roles
 from oasis_jax.model.numerics import Numerics
+from oasis_jax.model.parameters import ROLES
+from oasis_jax.placement import UNSHARDED
 
 EPS = float(np.finfo(np.float32).eps)
 VOCAB = 29
+SIZES = dict(num_layers=2, width=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=10)
 
 
 def normal(*shape, seed=0) -> np.ndarray:
@@ -50,8 +52,7 @@ def normal(*shape, seed=0) -> np.ndarray:
 
 
 def build(**fields) -> Decoder:
-    sizes = dict(num_layers=2, width=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=10)
-    sizes |= {"vocab_size": VOCAB} if fields.get("inputs", "tokens") == "tokens" else {"vector_dim": 5}
+    sizes = SIZES | ({"vocab_size": VOCAB} if fields.get("inputs", "tokens") == "tokens" else {"vector_dim": 5})
     sizes |= {"blocks": 3} if fields.get("preset") == "oasis_blocks" else {}
     return Decoder(ModelConfig(**(sizes | fields)), rngs=nnx.Rngs(0))
 
@@ -202,7 +203,7 @@ class Plain(Numerics):
 def test_numerics_that_change_nothing_change_no_bit(preset):
     model, inputs = build(preset=preset), token_batches(1)[0]["inputs"]
     expected, statistics = model(inputs)
-    found, same = model(inputs, numerics=Plain())
+    found, same = model(inputs, Context(numerics=Plain()))
     np.testing.assert_array_equal(found, expected)
     jax.tree.map(np.testing.assert_array_equal, same, statistics)
 
@@ -216,8 +217,8 @@ def test_materialized_attention_is_the_fused_one(normalizer):
         name: 0.3 * normal(*spec.shape, seed=i) for i, (name, spec) in enumerate(attention_parameters(config).items())
     }
     segments = np.array([[0] * 4 + [1] * 7, [0] * 11])
-    expected = attention(parameters, config, normal(2, 11, 24), segment_ids=segments)
-    found = attention(parameters, config, normal(2, 11, 24), segment_ids=segments, numerics=Recorder())
+    expected = attention(parameters, config, normal(2, 11, 24), Context(segment_ids=segments))
+    found = attention(parameters, config, normal(2, 11, 24), Context(segment_ids=segments, numerics=Recorder()))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=200 * EPS, rtol=0), found, expected)
 
 
@@ -229,7 +230,8 @@ def test_attention_with_everything_rounded_equals_numpy():
     x = normal(2, 7, 9, seed=9)
     names = ("query", "key", "value", "output", "scores", "probabilities", "context")
     ranges = {name: (np.float32(-1.5 - i / 7), np.float32(1.2 + i / 9)) for i, name in enumerate(names)}
-    found, _ = attention(parameters, config, x, numerics=Quantized(SCHEMES["w8a8_tensor"], Calibration(ranges, {})))
+    numerics = Quantized(SCHEMES["w8a8_tensor"], Calibration(ranges, {}))
+    found, _ = attention(parameters, config, x, Context(numerics=numerics))
 
     def snap(name, y):
         return np_asymmetric(y, 8, *(float(end) for end in ranges[name]))
@@ -249,7 +251,7 @@ def test_attention_with_everything_rounded_equals_numpy():
 def test_ranges_are_running_ones_and_channels_the_largest():
     model, batches = build(preset="residual"), token_batches(3)
     statistics = [model(batch["inputs"])[1] for batch in batches]
-    found = calibrate(model, batches)
+    found = calibrate(*placed(model), batches)
     seen = {
         "layer0.attention.query": [s.taps["attention_norm"][0] for s in statistics],
         "layer1.mlp.gate": [s.taps["mlp_norm"][1] for s in statistics],
@@ -285,10 +287,10 @@ def test_smoothing_keeps_the_product_and_helps_where_a_channel_sticks_out():
 
 def test_smoothed_ranges_are_of_smoothed_inputs():
     model, batches = build(preset="residual"), token_batches(2)
-    found = calibration_for(parse_scheme("w8a8_tensor+smooth"), model, batches)
+    found = calibration_for(parse_scheme("w8a8_tensor+smooth"), *placed(model), batches)
     x = np.asarray(model(batches[0]["inputs"])[1].taps["final_norm"][0])
     second = np.asarray(model(batches[1]["inputs"])[1].taps["final_norm"][0])
-    factors = smoothing_factors(found.channels["head"], model.ends.parameters["embedding"].T)
+    factors = smoothing_factors(found.channels["head"], model.embedding.parameters["table"].T)
     expected = 0.9 * (x / factors).max() + 0.1 * (second / factors).max()
     np.testing.assert_allclose(found.ranges["head"][1], expected, rtol=1e3 * EPS)
 
@@ -296,19 +298,17 @@ def test_smoothed_ranges_are_of_smoothed_inputs():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["w8a8_tensor+float_head", "w8a8"])
 def test_what_is_rounded(preset, name):
-    tensors = rounded_tensors(build(preset=preset), token_batches(1)[0], parse_scheme(name))
-    reference = name.startswith("w8a8_tensor")
-    assert (
-        tensors["head"] == "float, by option"
-        if reference
-        else tensors["head"].startswith("weight int8, a scale per output channel")
-    )
-    linear = [
-        f"layer1.{part}"
-        for part in ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.down")
-    ]
-    linear += ["layer1.mlp.router.query"] if "layer1.mlp.router.query" in tensors else []
-    assert all(tensors[part].startswith("weight int8") for part in linear)
+    model = build(preset=preset)
+    tensors = rounded_tensors(model.parameters(), model.config, token_batches(1)[0], parse_scheme(name))
+    reference, roles = name.startswith("w8a8_tensor"), tensor_roles(model.config)
+    assert sum(np.size(x) > 0 for x in jax.tree.leaves(model.parameters())) == len(roles)
+    for tensor, role in roles.items():
+        if not ROLES[role].multiplies:
+            assert tensors[tensor] == f"float: {role}", tensor
+        elif tensor != "embedding":
+            assert tensors[tensor].startswith("weight int8"), tensor
+    head = "float, by option" if reference else "weight int8, a scale per output channel"
+    assert tensors["head"].startswith(head)
     others = {"embedding", "layer1.attention.context"}
     others |= {part for part in tensors if part.endswith(("residual_sum", "mixture"))}
     assert len(others) > 2
@@ -317,10 +317,62 @@ def test_what_is_rounded(preset, name):
     assert not reference or "layer1.attention.scores" in tensors
 
 
+ODD = dict(
+    vocab_size=VOCAB,
+    norm="layernorm",
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    learned_positions=11,
+    tied_head=False,
+    norm_epsilon=1e-5,
+)
+
+
+def on_the_grid(path, x: np.ndarray, config: ModelConfig, random: np.random.Generator) -> np.ndarray:
+    """A parameter that four bits hold where its role says that activations are multiplied with it; any numbers elsewhere."""
+    names, role = [key.key for key in path if isinstance(key.key, str)], parameter_roles(config)
+    for name in names:
+        role = role[name]
+    if not ROLES[role].multiplies or names[-1] == "positions":
+        return (x + 0.3 * random.standard_normal(x.shape)).astype(np.float32)
+    codes = random.integers(-7, 8, x.shape)
+    # Every output channel has the largest code, so that its scale is 1 / 64.
+    first = {("routers", "key"): np.s_[:, 0], ("layers", "output"): np.s_[0, 0]}.get((names[0], names[-1]), 0)
+    codes[first] = 7
+    return codes.astype(np.float32) / 64
+
+
+@pytest.mark.parametrize("normalizer", ["learned_sink", "null_key_value", "token_null"])
+def test_biases_nulls_and_norms_are_never_rounded(normalizer):
+    """Matrices that lie on the grid of weights already are what rounding leaves alone: with activations in float the loss is
+    that of float, whatever biases, nulls and gains are.
+    """
+    fields = SIZES | ODD | dict(preset="oasis", normalizer=normalizer)
+    config, random = ModelConfig(**fields), np.random.default_rng(3)
+    roles = tensor_roles(config)
+    assert {"bias", "null", "norm", "router", "matrix", "router_matrix", "embedding"} == set(roles.values())
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: on_the_grid(path, x, config, random), Decoder(config, rngs=nnx.Rngs(0)).parameters()
+    )
+    model, batches = (params, config, UNSHARDED), token_batches(1)
+    tensors = rounded_tensors(params, config, batches[0], parse_scheme("w4a16_g128"))
+    for name in ("layer0.attention.query_bias", "layer1.mlp.down_bias", "layer1.mlp_norm.bias", "final_norm.scale"):
+        assert tensors[name] == f"float: {roles[name]}"
+    assert any(name.startswith("layer0.attention.null_") and tensors[name] == "float: null" for name in roles)
+    found = losses(*model, batches, parse_scheme("w4a16_g128"), Calibration({}, {}))["loss"]
+    np.testing.assert_allclose(found, losses(*model, batches)["loss"], rtol=1e-5)
+    # A null, a bias or a gain on that grid would be another model.
+    moved = jax.tree_util.tree_map_with_path(lambda path, x: np.round(x * 16) / 16 if x.ndim < 2 else x, params)
+    other = losses(moved, config, UNSHARDED, batches)["loss"]
+    assert np.abs(other / losses(*model, batches)["loss"] - 1).max() > 1e-4
+
+
 @pytest.mark.parametrize("name", [*SCHEMES, "w8a8_tensor+mse+smooth"])
 def test_schemes_cost_little_with_many_bits_and_more_with_few(name):
     model, batches = build(preset="oasis"), token_batches(2)
-    found = quantization(model, batches, batches, {name: parse_scheme(name)})[name]
+    found = quantization(*placed(model), batches, batches, {name: parse_scheme(name)})[name]
     error = abs(found["relative_change"])
     assert 0 < error < (0.1 if "w4" in name else 0.02)
     assert found["value"] == pytest.approx(found["float"] * (1 + found["relative_change"]))
@@ -331,9 +383,7 @@ def test_schemes_cost_little_with_many_bits_and_more_with_few(name):
 def test_a_model_on_integers_agrees_with_the_simulated_one(name):
     model, batches = build(preset="oasis"), token_batches(2)
     exact, simulated, integer = (
-        losses(model, batches, scheme, calibration_for(scheme, model, batches) if scheme else Calibration({}, {}))[
-            "loss"
-        ]
+        losses(*placed(model), batches, scheme, scheme and calibration_for(scheme, *placed(model), batches))["loss"]
         for scheme in (None, parse_scheme(name), parse_scheme(f"{name}+integer"))
     )
     # Sums in another order may push an activation over the middle between two codes, never many of them.
@@ -343,7 +393,7 @@ def test_a_model_on_integers_agrees_with_the_simulated_one(name):
 def test_a_model_of_vectors_is_measured_by_its_squared_error():
     model = build(preset="attnres", inputs="vectors")
     batch = {"inputs": normal(3, 11, 5), "targets": normal(3, 11, 5, seed=1), "weights": np.ones((3, 11), np.float32)}
-    found = quantization(model, [batch], [batch], parse_schemes(["w8a8"]))["w8a8"]
+    found = quantization(*placed(model), [batch], [batch], parse_schemes(["w8a8"]))["w8a8"]
     expected = np.square(np.asarray(model(batch["inputs"])[0]) - batch["targets"]).mean()
     assert found["float"] == pytest.approx(expected, rel=1e-5)
     assert found["tensors"]["embedding"].startswith("weight int8")
@@ -351,7 +401,7 @@ def test_a_model_of_vectors_is_measured_by_its_squared_error():
 
 def test_a_rematerialized_and_a_bfloat16_model_can_be_calibrated_and_rounded():
     model, batches = build(preset="oasis", remat="layer", dtype="bfloat16"), token_batches(1)
-    found = quantization(model, batches, batches, parse_schemes(["w8a8_tensor"]))["w8a8_tensor"]
+    found = quantization(*placed(model), batches, batches, parse_schemes(["w8a8_tensor"]))["w8a8_tensor"]
     assert 0 < abs(found["relative_change"]) < 0.1
 
 
@@ -388,22 +438,4 @@ def test_schemes_that_there_are_not(text, says):
 
 def test_no_calibration_batch():
     with pytest.raises(ValueError, match="batches is empty"):
-        calibrate(build(), [])
-
-
-def test_a_sequence_out_of_order_is_refused():
-    config = AttentionConfig(width=24, num_heads=4)
-    parameters = {name: normal(*spec.shape) for name, spec in attention_parameters(config).items()}
-
-    def constrain(x, axes):
-        return x
-
-    constrain.operators = types.SimpleNamespace(layout="zigzag", ways=lambda axis: 1)
-    with pytest.raises(ValueError, match="zigzag"):
-        attention(
-            parameters,
-            dataclasses.replace(config, rope_theta=0.0),
-            normal(2, 8, 24),
-            constrain=constrain,
-            numerics=Recorder(),
-        )
+        calibrate(*placed(build()), [])

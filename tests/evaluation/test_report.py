@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from oasis_jax.commands.command_line import run_main
+from oasis_jax.commands.parser import run_main
 from oasis_jax.config import Config, DataConfig, ModelConfig
 from oasis_jax.data import load_corpus
 from oasis_jax.errors import UserError
@@ -20,10 +20,11 @@ from oasis_jax.evaluation.report.page import write_report
 from oasis_jax.evaluation.report.terminal import print_comparison
 from oasis_jax.evaluation.report.words import findings, summary
 from oasis_jax.evaluation.runs import evaluate, unique_labels, with_bytes
-from oasis_jax.training.checkpoints import Checkpoints, Keep, describe, load_run
+from oasis_jax.placement import make_mesh
+from oasis_jax.training.checkpoints import Checkpoints, Keep, describe
+from oasis_jax.training.load import load_run
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.metrics import MetricsWriter
-from oasis_jax.training.sharding import make_mesh
 from oasis_jax.training.state import new_state
 
 

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from evaluation.toys import ROUNDING, build, forward, token_batches
+from evaluation.toys import ROUNDING, build, forward, measure_family, token_batches
 
-from oasis_jax.evaluation import EVALUATORS, measure
+from oasis_jax.evaluation import measure
 from oasis_jax.evaluation.measures.order_statistics import kth_smallest, median
 from oasis_jax.model.statistics import Statistics
 
@@ -58,7 +58,7 @@ def test_massive_activations_are_counted_and_placed():
 def test_residual_sinks_equal_numpy():
     model, batches = build(preset="oasis", num_layers=3), token_batches()
     streams = np.stack(forward(model, batches)[1].taps["layer_output"]).astype(np.float64)  # [L, B, T, D]
-    found = EVALUATORS["residual_sinks"](model, batches)
+    found = measure_family("residual_sinks", model, batches)
     mean = np.abs(streams).mean((1, 2))
     channels = mean.argmax(-1)
     assert found["residual_sink_channel_by_layer"] == channels.tolist()
@@ -80,16 +80,14 @@ def test_residual_sinks_equal_numpy():
 
 
 def test_norm_without_a_gain_is_not_applicable():
-    assert (
-        EVALUATORS["residual_sinks"](build(preset="residual", norm="none"), token_batches(1))["norm_gain_at_sink"]
-        is None
-    )
+    found = measure_family("residual_sinks", build(preset="residual", norm="none"), token_batches(1))
+    assert found["norm_gain_at_sink"] is None
 
 
 def test_values_and_peaks_equal_numpy():
     model, batches = build(preset="residual"), token_batches()
     _, statistics = forward(model, batches)
-    found = EVALUATORS["values"](model, batches)
+    found = measure_family("values", model, batches)
     value = np.linalg.norm(
         np.stack([layer.value for layer in statistics.attention], 1).astype(np.float64), axis=-1
     )  # [B, L, T, K]
@@ -109,7 +107,7 @@ def test_values_and_peaks_equal_numpy():
 def test_token_kurtosis_equals_numpy():
     model, batches = build(preset="oasis"), token_batches()
     taps = forward(model, batches)[1].taps
-    found = EVALUATORS["token_kurtosis"](model, batches)
+    found = measure_family("token_kurtosis", model, batches)
     expected = {}
     for kind, layers in taps.items():
         wide = np.stack(layers).astype(np.float64)

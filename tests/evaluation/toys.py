@@ -7,7 +7,9 @@ import numpy as np
 from flax import nnx
 
 from oasis_jax.config import ModelConfig
+from oasis_jax.evaluation import EVALUATORS, evaluate_model
 from oasis_jax.model.decoder import Decoder
+from oasis_jax.placement import UNSHARDED
 
 BATCH, LENGTH, VOCAB = 3, 11, 29
 NORMALIZERS = ("softmax", "softmax1", "learned_sink", "clipped", "entmax15", "sparsemax", "softpick")
@@ -27,6 +29,16 @@ def build(**fields) -> Decoder:
     random = np.random.default_rng(1)
     leaves = [leaf + (0.3 * random.standard_normal(leaf.shape)).astype(np.float32) for leaf in leaves]
     return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+
+
+def placed(model: Decoder) -> tuple:
+    """The first arguments of what measures a decoder."""
+    return model.parameters(), model.config, UNSHARDED
+
+
+def measure_family(name: str, model: Decoder, batches: list[dict]) -> dict:
+    """One family of measures alone."""
+    return evaluate_model(model, batches, {name: EVALUATORS[name]})
 
 
 def token_batches(count: int = 2) -> list[dict]:

@@ -8,10 +8,9 @@ import optax
 import pytest
 from flax import nnx
 
-from oasis_jax import PRESETS, Decoder, ModelConfig, UserError
-from oasis_jax.model.decoder import parameter_axes
-from oasis_jax.model.statistics import telemetry
-from oasis_jax.model.wiring import router_names
+from oasis_jax import PRESETS, Context, Decoder, ModelConfig, Placement, UserError
+from oasis_jax.model.statistics import layer_telemetry, telemetry
+from oasis_jax.model.wiring import schedule
 
 B, T, VOCAB = 2, 11, 29
 SMALL = dict(width=24, num_heads=3, num_layers=4, mlp_dim=40, vocab_size=VOCAB)
@@ -52,7 +51,8 @@ def test_every_preset_trains(preset):
 
 @pytest.mark.parametrize("preset", ["residual", "oasis", "oasis_blocks", "attnres"])
 def test_outputs_do_not_depend_on_later_tokens(preset):
-    model = Decoder(ModelConfig(preset=preset, **SMALL), rngs=nnx.Rngs(0))
+    options = dict(learned_positions=T, normalizer="token_null") if preset == "residual" else {}
+    model = Decoder(ModelConfig(preset=preset, **SMALL, **options), rngs=nnx.Rngs(0))
     inputs = tokens()
     changed = inputs.at[:, 7:].set((inputs[:, 7:] + 1) % VOCAB)
     first, second = model(inputs)[0], model(changed)[0]
@@ -78,7 +78,7 @@ def test_statistics_have_the_promised_shapes():
     config = ModelConfig(preset="oasis", num_kv_heads=1, **SMALL)
     logits, statistics = Decoder(config, rngs=nnx.Rngs(0))(tokens())
     assert logits.shape == (B, T, 32) and logits.dtype == jnp.float32  # 29 tokens, padded to a multiple of 8
-    assert len(statistics.attention) == 4 and list(statistics.routers) == router_names(config)
+    assert len(statistics.attention) == 4 and list(statistics.routers) == schedule(config).routers
     layer = statistics.attention[0]
     chex.assert_shape([layer.query, layer.head_output], (B, T, 3, 8))
     chex.assert_shape([layer.key, layer.value], (B, T, 1, 8))
@@ -87,37 +87,23 @@ def test_statistics_have_the_promised_shapes():
         attention_norm=4, attention_output=4, mlp_norm=4, mlp_output=4, layer_output=4, final_norm=1
     )
     chex.assert_shape([x for tap in statistics.taps.values() for x in tap], (B, T, 24))
-    np.testing.assert_allclose(
-        logits,
-        jnp.einsum(
-            "btd,vd->btv", statistics.taps["final_norm"][0], Decoder(config, rngs=nnx.Rngs(0)).ends.embedding[...]
-        ),
-        atol=1e-5,
-    )
+    table = Decoder(config, rngs=nnx.Rngs(0)).embedding.table[...]
+    np.testing.assert_allclose(logits, statistics.taps["final_norm"][0] @ table.T, atol=1e-5)
 
 
 def test_telemetry_is_the_mean_of_the_statistics():
     _, statistics = Decoder(ModelConfig(preset="oasis", **SMALL), rngs=nnx.Rngs(0))(tokens())
-    scalars = telemetry(statistics)
+    layers = jax.tree.map(lambda *x: jnp.stack(x), *map(layer_telemetry, statistics.attention))
+    scalars = telemetry(layers, {name: router.beta for name, router in statistics.routers.items()})
     expected = np.mean([np.mean(layer.null_mass) for layer in statistics.attention])
     np.testing.assert_allclose(scalars["null_mass"], expected, rtol=1e-6)
     np.testing.assert_allclose(
         scalars["first_token_mass/layer2"], np.mean(statistics.attention[2].first_token_mass), rtol=1e-6
     )
     np.testing.assert_allclose(scalars["beta/layer1.mlp"], np.log1p(np.exp(-5.0)), rtol=1e-5)
-    assert "beta" not in telemetry(Decoder(ModelConfig(preset="softmax1", **SMALL), rngs=nnx.Rngs(0))(tokens())[1])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [dict(), dict(tied_head=False, gate="per_head", norm="gatednorm", qk_norm=True, normalizer="learned_sink")],
-)
-def test_every_parameter_names_the_axis_of_every_dimension(options):
-    config = ModelConfig(preset="oasis", **SMALL, **options)
-    pure = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0))))
-    axes = parameter_axes(config)
-    ranks = jax.tree.map(lambda a: len(a), axes, is_leaf=lambda a: isinstance(a, tuple))
-    chex.assert_trees_all_equal(ranks, jax.tree.map(jnp.ndim, pure))
+    np.testing.assert_allclose(scalars["beta"], np.log1p(np.exp(-5.0)), rtol=1e-5)
+    assert len(scalars) == 2 * (1 + 4) + 1 + 8
+    assert not [name for name in telemetry(layers, {}) if name.startswith("beta")]
 
 
 def test_vectors_in_vectors_out():
@@ -126,16 +112,18 @@ def test_vectors_in_vectors_out():
     assert outputs.shape == (B, T, 5)
 
 
-def test_constrain_sees_every_activation_with_names_for_all_dimensions():
+def test_the_placement_sees_every_activation_with_names_for_all_dimensions():
     seen = []
 
-    def constrain(x, axes):
-        assert len(axes) == x.ndim
-        seen.append(axes)
-        return x
+    class Noting(Placement):
+        def constrain(self, x, axes):
+            assert len(axes) == x.ndim
+            seen.append(axes)
+            return x
 
-    Decoder(ModelConfig(preset="oasis", **SMALL), rngs=nnx.Rngs(0))(tokens(), constrain=constrain)
-    assert {"heads", "kv_heads", "mlp", "vocab", "batch", "length"} <= {name for axes in seen for name in axes if name}
+    Decoder(ModelConfig(preset="oasis", **SMALL), rngs=nnx.Rngs(0))(tokens(), Context(placement=Noting()))
+    names = {name for axes in seen for name in axes if name}
+    assert {"heads", "kv_heads", "mlp", "vocab", "batch", "length", "stream"} <= names
 
 
 @pytest.mark.parametrize(
@@ -149,3 +137,30 @@ def test_constrain_sees_every_activation_with_names_for_all_dimensions():
 def test_what_cannot_be_built_says_so(options, words):
     with pytest.raises(UserError, match=words):
         Decoder(ModelConfig(**(SMALL | options)), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "inputs, got",
+    [
+        (np.zeros((2, 3), np.float32), "float32 of shape (2, 3)"),
+        (np.zeros((2, 3, 4), np.int32), "int32 of shape (2, 3, 4)"),
+        (np.zeros(3, np.int32), "int32 of shape (3,)"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(inputs, got):
+    model = Decoder(ModelConfig(preset="residual", **SMALL), rngs=nnx.Rngs(0))
+    with pytest.raises(UserError) as error:
+        model(inputs)
+    assert str(error.value) == (f"inputs: must be whole numbers [batch, length] for model.inputs=tokens, got {got}")
+
+
+def test_multipliers_scale_embedding_sublayers_and_logits():
+    """One at a time; without a norm each is seen in the first array after it."""
+    base = dict(SMALL, preset="residual", norm="none", num_layers=1)
+    run = lambda **options: Decoder(ModelConfig(**base, **options), rngs=nnx.Rngs(0))(tokens())
+    (logits, plain), (tripled, _) = run(), run(logits_multiplier=3.0)
+    np.testing.assert_allclose(tripled, 3 * logits, rtol=1e-6)
+    halved = run(residual_multiplier=0.5)[1].taps
+    np.testing.assert_allclose(halved["attention_output"][0], 0.5 * plain.taps["attention_output"][0], rtol=1e-5)
+    embedded = run(embedding_multiplier=4.0)[1].taps
+    np.testing.assert_allclose(embedded["attention_norm"][0], 4 * plain.taps["attention_norm"][0], rtol=1e-6)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from oasis_jax import AttentionConfig, Decoder, ModelConfig, linen
+from oasis_jax import PRESETS, AttentionConfig, Context, Decoder, ModelConfig, NormConfig, RouterConfig, linen
+from oasis_jax.config import LayerPattern
 
 SMALL = dict(width=24, num_heads=3, num_layers=2, vocab_size=29)
 INPUTS = jax.random.randint(jax.random.key(0), (2, 9), 0, 29)
@@ -20,9 +21,13 @@ INPUTS = jax.random.randint(jax.random.key(0), (2, 9), 0, 29)
         dict(preset="oasis_blocks", blocks=3, norm="gatednorm"),
         dict(preset="learned_sink", norm="none", gate="per_head"),
         dict(preset="clipped", norm="dyt"),
+        dict(
+            preset="null_key_value", norm="layernorm", qkv_bias=True, output_bias=True, mlp_bias=True, mlp_gated=False,
+            mlp_activation="gelu", learned_positions=9, rope_fraction=0.5, layer_pattern=(LayerPattern(window=2),) * 2,
+        ),
     ],
     ids=lambda o: o["preset"],
-)
+)  # fmt: skip
 def test_decoder_outputs_and_gradients_agree(options):
     config = ModelConfig(**SMALL, **options)
     graphdef, state = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
@@ -48,8 +53,34 @@ def test_decoder_outputs_and_gradients_agree(options):
 
 
 def test_parameters_survive_the_round_trip():
-    pure = nnx.to_pure_dict(nnx.state(Decoder(ModelConfig(preset="oasis", **SMALL), rngs=nnx.Rngs(0))))
+    pure = Decoder(ModelConfig(preset="oasis", **SMALL), rngs=nnx.Rngs(0)).parameters()
     chex.assert_trees_all_equal(linen.params_to_nnx(linen.params_from_nnx(pure)), pure)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_context_is_honoured_alike(preset):
+    config = ModelConfig(preset=preset, **(SMALL | dict(num_layers=4)))
+    decoder, module = Decoder(config, rngs=nnx.Rngs(0)), linen.Decoder(config)
+    context = Context(
+        positions=jnp.asarray([[0, 1, 2, 3, 0, 1, 2, 3, 4], [5, 6, 7, 0, 1, 2, 3, 4, 9]]),
+        segment_ids=jnp.asarray([[0] * 4 + [1] * 5, [2] * 3 + [4] * 6]),
+    )
+    params = linen.params_from_nnx(decoder.parameters())
+    outputs, statistics = jax.jit(lambda params: module.apply({"params": params}, INPUTS, context))(params)
+    expected, expected_statistics = nnx.jit(lambda decoder: decoder(INPUTS, context))(decoder)
+    chex.assert_trees_all_close(outputs, expected, atol=1e-6)
+    chex.assert_trees_all_close(statistics, expected_statistics, atol=1e-5)
+    plain, _ = nnx.jit(lambda decoder: decoder(INPUTS))(decoder)
+    assert float(jnp.abs(plain - expected).max()) > 1e-3
+
+
+def test_parts_have_the_parameters_of_their_nnx_twins():
+    x = jnp.ones((2, 5, 24))
+    sources, evidence = [x, 2 * x, 3 * x], [jnp.zeros((2, 5))] * 3
+    norm = linen.Norm(NormConfig(norm="gatednorm"), 24).init(jax.random.key(0), x)["params"]
+    assert norm.keys() == {"scale", "gate_down", "gate_up"}
+    router = linen.Router(RouterConfig(width=24)).init(jax.random.key(0), sources, evidence)["params"]
+    assert router.keys() == {"query", "key", "recency_bias", "beta_raw"}
 
 
 def test_the_bridge_of_flax_still_wraps_the_linen_attention():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from oasis_jax.config import AttentionConfig, field_type
-from oasis_jax.model.normalizers import DENSE_NORMALIZERS, NULL_LOGITS, softmax
+from oasis_jax.model.normalizers import DENSE_NORMALIZERS, NULL_LOGITS, WITH_NULL, null_softmax, softmax
 
 ROWS, KEYS = 5, 11
 
@@ -92,6 +92,29 @@ def test_a_given_gamma_is_used_as_it_is():
     np.testing.assert_allclose(
         DENSE_NORMALIZERS["clipped"](scores, jnp.ones_like(scores, bool), config), expected, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("null", [-np.inf, 0.0, "by head", "by query"])
+def test_null_softmax_is_the_definition_also_of_empty_rows(null):
+    """A key more, of score b and value zero: heads H = 2, rows as queries."""
+    scores, mask = scores_and_mask(4)
+    heads = 2
+    scores, mask = np.stack([scores, scores[::-1]])[None], np.stack([mask, mask[::-1]])[None]
+    logits = {"by head": np.array([0.7, -1.2]), "by query": np.linspace(-3, 3, heads * ROWS).reshape(1, heads, ROWS)}
+    b = logits.get(null, null)
+    with jax.enable_x64(True):
+        got = [np.array(x) for x in null_softmax(jnp.asarray(scores), jnp.asarray(mask), jnp.asarray(b))]
+    b = np.broadcast_to(b[:, None] if null == "by head" else b, (1, heads, ROWS))
+    e = np.where(mask, np.exp(scores), 0.0)
+    total = e.sum(-1) + np.exp(b)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        expected = np.nan_to_num(e / total[..., None]), np.nan_to_num(np.exp(b) / total), np.log(total)
+    for x, wanted in zip(got, expected):
+        np.testing.assert_allclose(x, wanted, atol=1e-12)
+
+
+def test_normalizers_with_a_null_are_those_that_leave_mass_over():
+    assert set(WITH_NULL) == set(NULL_LOGITS) - {"softmax"} | {"clipped", "softpick"}
 
 
 def test_the_config_names_are_the_tables():

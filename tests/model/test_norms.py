@@ -27,16 +27,20 @@ def sigmoid(x):
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_values(name):
-    module = Norm(NormConfig(norm=name, norm_gate_rank=3), WIDTH, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("epsilon", [1e-6, 0.3])
+def test_values(name, epsilon):
+    module = Norm(NormConfig(norm=name, norm_epsilon=epsilon), WIDTH, rngs=nnx.Rngs(0))
     p = randomized(module)
     x = np.random.default_rng(1).normal(size=(2, 5, WIDTH)) * 3
 
     def rms(v):
-        return v / np.sqrt((v * v).mean(-1, keepdims=True) + 1e-6)
+        return v / np.sqrt((v * v).mean(-1, keepdims=True) + epsilon)
 
     expected = {
         "rmsnorm": lambda: rms(x) * p["scale"],
+        "layernorm": lambda: (
+            (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * p["scale"] + p["bias"]
+        ),
         "preaffine": lambda: rms(x * p["pre_scale"]) * p["scale"],
         "gatednorm": lambda: (
             (y := rms(x) * p["scale"]) * sigmoid((h := y @ p["gate_down"]) * sigmoid(h) @ p["gate_up"])
@@ -51,6 +55,13 @@ def test_preaffine_starts_as_rmsnorm():
     x = jax.random.normal(jax.random.key(0), (3, WIDTH))
     plain, preaffine = (Norm(NormConfig(norm=name), WIDTH, rngs=nnx.Rngs(0)) for name in ("rmsnorm", "preaffine"))
     np.testing.assert_array_equal(plain(x), preaffine(x))
+
+
+def test_layernorm_does_not_see_what_all_channels_share():
+    """Also where the mean is large: the variance is that of what is left, not a difference of two squares."""
+    module = Norm(NormConfig(norm="layernorm"), WIDTH, rngs=nnx.Rngs(0))
+    x = jnp.arange(3.0 * WIDTH).reshape(3, WIDTH)
+    np.testing.assert_allclose(module(x + 4096.0), module(x), atol=1e-3)
 
 
 def test_statistics_are_float32_for_bfloat16_inputs():

@@ -13,10 +13,10 @@ import numpy as np
 
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from oasis_jax.data import load_corpus, train_batches
+from oasis_jax.placement import make_mesh, place
 from oasis_jax.training.checkpoints import Checkpoints, Keep, describe
 from oasis_jax.training.distributed import Processes, batch_part, start
 from oasis_jax.training.loop import with_sizes
-from oasis_jax.training.sharding import batch_sharding, make_mesh
 from oasis_jax.training.state import abstract_state
 
 STEP = 3
@@ -70,7 +70,7 @@ def main(folder: str, action: str, sizes: str, coordinator: str, count: str, ind
     corpus, mesh = load_corpus(config.data, seed=0), make_mesh(config.mesh)
     config = with_sizes(config, corpus)
     abstract = abstract_state(config, mesh)
-    part, parts = batch_part(batch_sharding(config, mesh), config.data.batch_size)
+    part, parts = batch_part(place(config, mesh).sharding(("batch",)), config.data.batch_size)
     batches = train_batches(corpus.train, config.data, seed=0, part=part, parts=parts)
     with Checkpoints(pathlib.Path(folder), keep=Keep(1), say=print) as checkpoints:
         if action == "save":

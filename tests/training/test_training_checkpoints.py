@@ -15,9 +15,10 @@ from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Optimi
 from oasis_jax.data import load_corpus
 from oasis_jax.errors import UserError
 from oasis_jax.model.layout import unstack_layers
-from oasis_jax.training.checkpoints import Checkpoints, Keep, check_corpus, describe, differing_fields, load_run
+from oasis_jax.placement import make_mesh
+from oasis_jax.training.checkpoints import Checkpoints, Keep, check_corpus, describe, differing_fields
+from oasis_jax.training.load import load_run
 from oasis_jax.training.loop import with_sizes
-from oasis_jax.training.sharding import make_mesh
 from oasis_jax.training.state import build_model, new_state
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -320,7 +321,8 @@ def test_a_checkpoint_of_another_layout_is_refused(run, tmp_path, said):
         checkpoints.save(states[9]._replace(params=layers), step=9, data_state={}, description=description)
     for attempt in (lambda: resume(asked, tmp_path, said), lambda: load_run(tmp_path)):
         with pytest.raises(
-            UserError, match="checkpoint 9 holds its parameters layer by layer, this version reads them stacked; "
+            UserError,
+            match="checkpoint 9 holds its parameters in the layout None, this version reads '2: embedding, head, ",
         ) as error:
             attempt()
         assert "\n" not in str(error.value)

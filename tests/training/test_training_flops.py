@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from oasis_jax.config import ModelConfig
+from oasis_jax.config import LayerPattern, ModelConfig
 from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import Decoder
 from oasis_jax.training.flops import forward_flops, peak_flops, training_flops
@@ -54,6 +54,8 @@ def make(preset: str, **fields) -> ModelConfig:
         ("oasis_blocks", dict(blocks=2)),
         ("gated", {}),
         ("residual", dict(norm="gatednorm")),
+        ("residual", dict(norm="layernorm", qkv_bias=True, output_bias=True, mlp_bias=True, mlp_gated=False)),
+        ("learned_sink", dict(gate="per_head", tied_head=False, learned_positions=LENGTH, qk_norm=True)),
     ],
 )
 def test_counts_are_the_products_of_the_traced_model(preset, fields):
@@ -73,6 +75,13 @@ def test_a_window_leaves_keys_out():
     seen = lambda window: forward_flops(make("residual", window=window), 8)["attention"]
     assert seen(1) * 4.5 == seen(0) and seen(8) == seen(0)
     assert seen(3) == pytest.approx(seen(1) * (1 + 2 + 6 * 3) / 8)
+
+
+def test_a_pattern_counts_each_layer_by_its_own_window():
+    seen = lambda **fields: forward_flops(make("residual", **fields), 8)["attention"]
+    pattern = (LayerPattern(window=1), LayerPattern(window=3), LayerPattern())
+    each = [seen(window=entry.window) / 3 for entry in pattern]
+    assert seen(layer_pattern=pattern, window=5) == pytest.approx(sum(each), rel=1e-12)
 
 
 def test_training_is_three_forward_passes():

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from oasis_jax.errors import Preempted, UserError
+from oasis_jax.placement import Placement
 from oasis_jax.training import loop
 from oasis_jax.training.distributed import Processes, batch_part
 from oasis_jax.training.metrics import read_metrics
@@ -35,17 +36,15 @@ def poison(monkeypatch):
     """poison(steps): the targets of these steps become NaN."""
 
     def use(steps):
-        put_batch, calls = loop.put_batch, []
+        put, calls = Placement.put, []
 
-        def poisoned(batch, sharding, **options):
+        def poisoned(placement, batch, **options):
             calls.append(None)
-            return put_batch(
-                batch | {"targets": batch["targets"] * np.float32("nan")} if len(calls) in steps else batch,
-                sharding,
-                **options,
-            )
+            if len(calls) in steps:
+                batch = batch | {"targets": batch["targets"] * np.float32("nan")}
+            return put(placement, batch, **options)
 
-        monkeypatch.setattr(loop, "put_batch", poisoned)
+        monkeypatch.setattr(Placement, "put", poisoned)
 
     return use
 
@@ -84,15 +83,15 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(poison, tmp_path):
 
 def test_sigterm_saves_and_a_second_call_goes_on(tmp_path, monkeypatch):
     undisturbed = loop.fit(CONFIG, tmp_path / "undisturbed")
-    put_batch, calls = loop.put_batch, []
+    put, calls = Placement.put, []
 
-    def signalled(batch, sharding, **options):
+    def signalled(placement, batch, **options):
         calls.append(None)
         if len(calls) == 11:
             os.kill(os.getpid(), signal.SIGTERM)
-        return put_batch(batch, sharding, **options)
+        return put(placement, batch, **options)
 
-    monkeypatch.setattr(loop, "put_batch", signalled)
+    monkeypatch.setattr(Placement, "put", signalled)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted, match=r"step 1[12]: told to end \(SIGTERM\), saved in"):
         loop.fit(CONFIG, tmp_path / "run")
@@ -105,7 +104,7 @@ def test_which_checkpoints_stay(tmp_path):
     config = with_fields(
         run=dict(checkpoint_interval=5, eval_interval=5, keep_checkpoints=1, keep_every=15, keep_best=1)
     )
-    loop.fit(config, tmp_path, evaluators={"own": lambda model, batches: {"loss": next(losses)}})
+    loop.fit(config, tmp_path, evaluators={"own": lambda *_: {"loss": next(losses)}})
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [
         10,
         15,

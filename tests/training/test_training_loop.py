@@ -15,6 +15,8 @@ import pytest
 
 from oasis_jax.config import Config, DataConfig, ModelConfig
 from oasis_jax.errors import UserError
+from oasis_jax.model.context import Context
+from oasis_jax.model.decoder import forward
 from oasis_jax.training import loop
 from oasis_jax.training.loop import TrainingStopped, fit
 from oasis_jax.training.metrics import read_metrics
@@ -47,12 +49,13 @@ def config(pattern) -> Config:
     return names["get_config"]()
 
 
-def evaluate(model, batches):
-    """The rows and the batches there are, the model's mean output, and what cannot be logged."""
+def evaluate(params, config, placement, batches):
+    """The rows that there are, the model's mean output, and what cannot be logged."""
     rows = sum(len(batch["inputs"]) for batch in batches)
+    outputs, _ = forward(params, config, batches[0]["inputs"], Context(placement=placement))
     return {
         "rows": rows,
-        "output": float(model(batches[0]["inputs"])[0].mean()),
+        "output": float(outputs.mean()),
         "table": [1.0],
         "none": None,
         "endless": float("inf"),

@@ -10,14 +10,25 @@ import types
 import jax
 import pytest
 
-from oasis_jax.commands.command_line import load_config
-from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from oasis_jax.commands.config_file import load_config
+from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from oasis_jax.data import TOKENIZERS, load_corpus, train_batches
 from oasis_jax.errors import UserError
+from oasis_jax.model.decoder import parameter_shapes
+from oasis_jax.placement import make_mesh
 from oasis_jax.training import plan as planning
 from oasis_jax.training.collectives import Collective
-from oasis_jax.training.plan import Plan, Target, describe, refused_bytes, suggestion, target, with_vocabulary
-from oasis_jax.training.sharding import make_mesh, parameter_shapes
+from oasis_jax.training.gpu_targets import GPUS
+from oasis_jax.training.plan import (
+    Plan,
+    Target,
+    describe,
+    make_plan,
+    refused_bytes,
+    suggestion,
+    target,
+    with_vocabulary,
+)
 
 GIB = 2**30
 ROOT = pathlib.Path(__file__).parents[2]
@@ -65,6 +76,23 @@ def test_a_plan_adds_up_and_fits_up_to_the_last_byte():
     assert not plan(found=None).fits  # refused by the compiler, however little it seems to need
 
 
+def test_an_evaluation_counts_beside_the_training_step():
+    """In training the optimizer's moments lie beside it; by itself it has the device alone."""
+    fits = plan(3, 8, 1)._replace(evaluation=9 * GIB)
+    assert fits.fits and fits.evaluations == {"evaluation": 9 * GIB}
+    assert "  evaluation                9.00 GiB   together, fits in 16.00 GiB (56 %)" in describe(fits, Config())
+    both = fits._replace(evaluated_while_training=True)
+    assert both.training_fits and not both.fits
+    text = describe(both, Config())
+    assert "  together                 12.00 GiB   fits in 16.00 GiB (75 %)" in text
+    assert (
+        "  evaluation in training   17.00 GiB   together, with the optimizer beside it, DOES NOT FIT in 16.00 GiB (106 %)"
+    ) in text
+    assert "suggestion: the evaluation takes most: a larger mesh.tensor" in text
+    assert not fits._replace(evaluation=17 * GIB).fits
+    assert "evaluation" not in describe(plan(), Config())
+
+
 def test_a_description_gives_every_figure():
     text = describe(plan(found=[Collective("all-gather", 12, 3 * 2**20)], kind="TPU v5 lite", fsdp=8), Config())
     for expected in (
@@ -89,7 +117,6 @@ def test_a_description_gives_every_figure():
         (plan(6, 12, data=2, tensor=4), Config(), "take a larger topology"),
         (plan(8, 6, data=2, fsdp=2, tensor=2, sequence=3), Config(), "mesh.fsdp=4 "),
         (plan(temporary=20), Config(model=ModelConfig(preset="residual")), "model.remat=layer"),
-        (plan(temporary=20), Config(model=ModelConfig(preset="oasis_blocks")), "model.remat=layer"),
         (plan(temporary=20), Config(model=ModelConfig(stack="unroll")), "model.remat=layer"),
         (
             plan(temporary=20),
@@ -167,3 +194,40 @@ def test_large_configs_have_the_size_of_their_name(name, billions):
     config = with_vocabulary(load_config(str(ROOT / "configs" / f"{name}.py")))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(parameter_shapes(config.model)))
     assert 0.93 * billions <= count / 1e9 <= 1.08 * billions
+
+
+def test_what_is_compiled_is_measured():
+    """On a CPU, whose compiler counts bytes too: the arguments are exactly those of the shapes."""
+    small = ModelConfig(preset="residual", num_layers=1, width=16, num_heads=2, vocab_size=17, mlp_dim=24)
+    data = DataConfig(sequence_length=12, batch_size=3)
+    config = Config(model=small, data=data, run=RunConfig(steps=4, eval_interval=2))
+    lowered = []
+
+    def lower_evaluation(config, mesh):
+        shape = jax.ShapeDtypeStruct((1024, 1024), "float32")
+        lowered.append(jax.jit(lambda x: x.sum()).lower(shape))
+        return lowered[0]
+
+    made = make_plan(config, Target("cpu", jax.devices("cpu")[:1], 16.0), lower_evaluation)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(parameter_shapes(small)))
+    assert made.parameters == 4 * count and made.optimizer == pytest.approx(8 * count, abs=16)
+    assert made.batch == 3 * 3 * 12 * 4 and made.temporary > 0 and made.fits
+    assert 4 * 1024**2 < made.evaluation < 4 * 1024**2 + 2**16
+    assert made.evaluated_while_training and len(lowered) == 1
+    assert make_plan(config, made.target).evaluation is None
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_gpu_is_described_in_the_words_of_its_compiler(name):
+    text = GPUS[name].description
+    assert text.count("{") == text.count("}") == 2
+    assert f"device_memory_size: {GPUS[name].memory}" in text and f'device_description_str: "{GPUS[name].name}"' in text
+
+
+def test_vectors_have_the_size_of_their_task():
+    config = Config(
+        model=ModelConfig(preset="residual", inputs="vectors"), data=DataConfig(corpus="trigger", trigger_dim=5)
+    )
+    assert with_vocabulary(config).model.vector_dim == 7
+    with pytest.raises(UserError, match=r"--plan: plans models of tokens, got model\.inputs=vectors"):
+        planning.run_plan(config, "v5e:2x2")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from oasis_jax.model.layout import initial_params
-from oasis_jax.model.statistics import telemetry
-from oasis_jax.training.loss import mean_loss
+from oasis_jax.config import Config, DataConfig, LayerPattern, ModelConfig, OptimizerConfig, RunConfig
+from oasis_jax.model.context import Context
+from oasis_jax.model.decoder import initial_params, parameter_shapes
+from oasis_jax.model.statistics import layer_telemetry, telemetry
+from oasis_jax.placement import make_mesh, place
 from oasis_jax.training.plan import abstract_batch
-from oasis_jax.training.sharding import batch_sharding, make_mesh, parameter_shapes, put_batch
 from oasis_jax.training.state import TrainState, abstract_state, build_model, new_state, shardings_of
 from oasis_jax.training.step import make_step, make_telemetry
 
@@ -63,7 +63,7 @@ def train(config, batch, steps=6):
         rng=jax.random.key(0)
     )  # the one part that is on the device already, and would be given up
     state = jax.device_put(own, shardings_of(abstract_state(config, MESH)))
-    batch = put_batch(batch, batch_sharding(config, MESH))
+    batch = place(config, MESH).put(batch)
     found = []
     for _ in range(steps):
         state, metrics = compiled(config)(state, batch)
@@ -73,6 +73,12 @@ def train(config, batch, steps=6):
 
 def column(metrics, name):
     return np.array([line[name] for line in metrics])
+
+
+def cross_entropy(logits, batch):
+    """The weighted mean over the batch, from the definition."""
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
+    return (losses * batch["weights"]).sum() / batch["weights"].sum()
 
 
 def moments(state):
@@ -92,7 +98,7 @@ def test_one_step_is_that_of_the_plain_definition(batch):
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        return mean_loss(build_model(config.model, params)(arrays["inputs"])[0], arrays, config.model)
+        return cross_entropy(build_model(config.model, params)(arrays["inputs"])[0], arrays)
 
     state, (metrics,) = train(config, batch, steps=1)
     value, gradients = jax.device_get(loss(initial(config).params))
@@ -132,7 +138,13 @@ def test_remat_gives_equal_losses(batch):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(preset="residual"), dict(preset="attnres"), dict(preset="oasis_blocks", blocks=2)]
+    "options",
+    [
+        dict(preset="residual"),
+        dict(preset="attnres"),
+        dict(preset="oasis_blocks", blocks=2),
+        dict(preset="oasis", layer_pattern=(LayerPattern(window=3), LayerPattern(rope_theta=0.0))),
+    ],
 )
 def test_the_program_of_loops_does_not_grow_with_depth(options):
     """Neither that of a step nor that of the first state: what there is to compile has as many lines at 12
@@ -154,25 +166,39 @@ def test_what_has_no_weight_has_no_effect(batch):
         assert line == expected
 
 
-def test_segments_are_passed_on(batch):
+@pytest.mark.parametrize("stack", ["unroll", "scan"])
+def test_documents_are_passed_on(batch, stack):
     segment_ids = np.tile(np.arange(LENGTH) // 5, (BATCH, 1)).astype(np.int32)
-    config = make_config()
-    _, (metrics,) = train(config, batch | {"segment_ids": segment_ids}, steps=1)
+    positions = np.tile(np.arange(LENGTH) % 5 * 3, (BATCH, 1)).astype(np.int32)
+    documents = {"segment_ids": segment_ids, "positions": positions}
+    losses = []
+    for given in ({"segment_ids": segment_ids}, documents):
+        config = make_config(stack=stack, preset="oasis", learned_positions=LENGTH)
+        _, (metrics,) = train(config, batch | given, steps=1)
 
-    @jax.jit
-    def loss(params):
-        outputs, _ = build_model(config.model, params)(batch["inputs"], segment_ids=segment_ids)
-        return mean_loss(outputs, batch, config.model)
+        @jax.jit
+        def loss(params, config=config, given=given):
+            return cross_entropy(build_model(config.model, params)(batch["inputs"], Context(**given))[0], batch)
 
-    assert_allclose(metrics["loss"], loss(initial(config).params), rtol=1e-6)
+        losses.append(loss(initial(config).params))
+        assert_allclose(metrics["loss"], losses[-1], rtol=1e-6)
+    assert abs(losses[0] - losses[1]) > 1e-5
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_telemetry_is_that_of_the_model(batch, accumulation):
-    config = make_config(dict(accumulation_steps=accumulation), preset="oasis")
+@pytest.mark.parametrize("stack", ["unroll", "scan"])
+def test_telemetry_is_that_of_the_model(batch, accumulation, stack):
+    config = make_config(dict(accumulation_steps=accumulation), preset="oasis", num_layers=2, stack=stack)
     params = initial(config).params
-    seen = make_telemetry(config, MESH)(params, put_batch(batch, batch_sharding(config, MESH)))
-    expected = jax.jit(lambda params: telemetry(build_model(config.model, params)(batch["inputs"])[1]))(params)
+    seen = make_telemetry(config, MESH)(params, place(config, MESH).put(batch))
+
+    @jax.jit
+    def of_model(params):
+        statistics = build_model(config.model, params)(batch["inputs"])[1]
+        layers = jax.tree.map(lambda *x: jnp.stack(x), *map(layer_telemetry, statistics.attention))
+        return telemetry(layers, {name: router.beta for name, router in statistics.routers.items()})
+
+    expected = of_model(params)
     assert {"null_mass", "first_token_mass", "beta", "null_mass/layer0", "beta/layer0.mlp"} <= set(expected)
     assert set(seen) == set(expected)
     for name, value in expected.items():
@@ -184,7 +210,7 @@ def test_the_seed_decides_the_parameters():
     reseeded = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=4))
     first, second, other = (initial(config), jax.device_get(new_state(config, MESH)), initial(reseeded))
     assert jax.tree.all(jax.tree.map(np.array_equal, first.params, second.params))
-    assert not np.array_equal(first.params["ends"]["embedding"], other.params["ends"]["embedding"])
+    assert not np.array_equal(first.params["embedding"]["table"], other.params["embedding"]["table"])
     assert not np.array_equal(jax.random.key_data(first.rng), jax.random.key_data(other.rng))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), first.params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), parameter_shapes(config.model)

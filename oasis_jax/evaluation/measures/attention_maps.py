@@ -9,17 +9,20 @@ from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
-from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
-from oasis_jax.evaluation.measures.probabilities import ATTENDING, Probabilities, has_null, per_mass
-from oasis_jax.evaluation.measures.sinks import EPSILON
+from oasis_jax.evaluation.evaluator import Evaluator, FinalReading, LayerReading, Rows, Tokens, Value
+from oasis_jax.evaluation.measures.probabilities import ATTENDING, Probabilities, per_mass
+from oasis_jax.evaluation.measures.sinks import EPSILON, per_document
 
 EPSILONS = (0.1, 0.2, EPSILON, 0.4, 0.5)
 
-_A = "a_k(l, h) = mean over the queries i >= k of one sequence of p_i(k), every layer l, head h and key k"
+_A = "a_k(l, h) = mean over the queries i >= k of one document of p_i(k), every layer l, head h and key k of the document"
 _A_CONDITIONAL = "the same of p / (1 - omega), over the queries i >= k; a query with 1 - omega <= 1e-4 counts as 0"
-_SECONDARY = "the largest a_k(l, h) of the keys 1 <= k < T / 2, which at least half of the queries see"
-_RATES = f"share of (l, h) with a_k > eps, mean over sequences; eps of {EPSILONS} -> k"
-_KEYS = "mean over heads and sequences; layer x k"
+_SECONDARY = (
+    "the largest a_k(l, h) of a sequence's keys 1 <= k < T / 2, T the length of their document, which at least half of its "
+    "queries see"
+)
+_RATES = f"share of (l, h) with a_k > eps, mean over documents; eps of {EPSILONS} -> k"
+_KEYS = "mean over heads and documents; layer x k"
 _EVERYWHERE = "mean over queries, heads, layers and sequences"
 _BY_HEAD = "mean over queries and sequences; layer x head"
 _GU, _OASIS = "Gu et al., arXiv 2410.10781", "OASIS, arXiv 2605.17887"
@@ -78,34 +81,39 @@ def conditional_entropy(layer: Probabilities) -> Float[Array, "B N T"]:
     return jnp.where(attending, jnp.log(jnp.where(attending, m, 1.0)) - per_mass(layer.negative_entropy, m), 0.0)
 
 
-def _of_keys(sums: Float[Array, "B L N T"], name: str) -> Rows:
-    """Reduced over heads, so that a row per sequence stays small at any length."""
-    length = sums.shape[-1]
-    a = sums / (length - jnp.arange(length))
-    seen = a[..., 1 : max(2, length // 2)]
+def _of_keys(sums: Float[Array, "B N T"], tokens: Tokens, name: str) -> Rows:
+    """Reduced over heads, so that a row per sequence stays small at any length; summed over documents."""
+    place, length = tokens.place, tokens.document_length
+    a = sums / (length - place)[:, None]
+    secondary = (place >= 1) & (place < jnp.maximum(2, length // 2))
+    rates = [tokens.by_place((a > epsilon).mean(1)) for epsilon in EPSILONS]
     return {
-        f"rate{name}": jnp.stack([(a > epsilon).mean((1, 2)) for epsilon in EPSILONS], 1),
-        f"mass{name}": a.mean(2),
-        f"secondary{name}": seen.max(-1),
+        f"rate{name}": jnp.stack(rates, 1),
+        f"mass{name}": tokens.by_place(a.mean(1)),
+        f"secondary{name}": jnp.where(secondary[:, None], a, 0.0).max(-1),
     }
 
 
-def read(reading: Reading) -> Rows | None:
-    """Sinks by key: [B, eps, T], [B, L, T] and [B, L, N]; means over queries of the rows' statistics [B, L, N]."""
-    if reading.probabilities is None or reading.outputs.shape[1] < 2:
-        return None
-    pairs = zip(reading.probabilities, reading.attention)
-    rows = _of_keys(jnp.stack([p.column_sums for p in reading.probabilities], 1), "")
-    rows["attention_entropy"] = jnp.stack([-negative_entropy(p, layer.null_mass).mean(-1) for p, layer in pairs], 1)
-    rows["max_probability"] = jnp.stack([p.max_probability.mean(-1) for p in reading.probabilities], 1)
-    if has_null(reading.attention):
-        rows |= _of_keys(jnp.stack([p.conditional_column_sums for p in reading.probabilities], 1), "_conditional")
-        rows["attention_entropy_conditional"] = jnp.stack(
-            [conditional_entropy(p).mean(-1) for p in reading.probabilities], 1
-        )
-        largest = [per_mass(p.max_probability, p.token_mass).mean(-1) for p in reading.probabilities]
-        rows["max_probability_conditional"] = jnp.stack(largest, 1)
+def read(reading: LayerReading) -> Rows:
+    """Sinks by key: [B, eps, T], [B, T] and [B, N]; means over queries of the rows' statistics [B, N]."""
+    p, tokens = reading.probabilities, reading.tokens
+    if p is None or tokens.length < 2:
+        return {}
+    rows = _of_keys(p.column_sums, tokens, "")
+    rows["attention_entropy"] = -negative_entropy(p, reading.attention.null_mass).mean(-1)
+    rows["max_probability"] = p.max_probability.mean(-1)
+    if tokens.has_null:
+        rows |= _of_keys(p.conditional_column_sums, tokens, "_conditional")
+        rows["attention_entropy_conditional"] = conditional_entropy(p).mean(-1)
+        rows["max_probability_conditional"] = per_mass(p.max_probability, p.token_mass).mean(-1)
     return rows
+
+
+def combine(layers: Rows, routers: dict[str, Rows], reading: FinalReading) -> Rows:
+    """Rates are means over layers too: [B, eps, T]."""
+    del routers
+    found = {name: values.mean(1) if name.startswith("rate") else values for name, values in layers.items()}
+    return found | {"documents": reading.tokens.documents_by_place} if found else {}
 
 
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
@@ -115,9 +123,9 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     for suffix in ("", "_conditional"):
         if f"rate{suffix}" not in rows:
             continue
-        rates = rows[f"rate{suffix}"].mean(0).tolist()
+        rates = per_document(rows[f"rate{suffix}"], rows["documents"])
         found[f"sink_rate_by_key{suffix}"] = {str(epsilon): rate for epsilon, rate in zip(EPSILONS, rates)}
-        found[f"token_mass_by_key{suffix}"] = rows[f"mass{suffix}"].mean(0).tolist()
+        found[f"token_mass_by_key{suffix}"] = per_document(rows[f"mass{suffix}"], rows["documents"])
         secondary = rows[f"secondary{suffix}"]
         found[f"secondary_sink_rate{suffix}"] = per_sequence((secondary > EPSILON).mean((1, 2)))
         found[f"secondary_sink_mass_by_head{suffix}"] = secondary.mean(0).tolist()
@@ -130,4 +138,4 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     return found
 
 
-ATTENTION_MAPS = Evaluator(read, finish, DEFINITIONS)
+ATTENTION_MAPS = Evaluator(layer=read, combine=combine, finish=finish, definitions=DEFINITIONS)

@@ -9,10 +9,9 @@ from jax.scipy.special import xlogy
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import bootstrap
 from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
-from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
+from oasis_jax.evaluation.evaluator import Evaluator, RouterReading, Rows, Value
 from oasis_jax.evaluation.measures.sinks import EPSILON
-from oasis_jax.model.statistics import RouterStatistics
-from oasis_jax.model.wiring import router_names, sublayer_names
+from oasis_jax.model.wiring import schedule
 
 MINIMUM_SOURCES = 3  # with two sources one of them always has weight 1/2: no sink to speak of
 
@@ -95,63 +94,40 @@ DEFINITIONS = {
 }
 
 
-def source_columns(config: ModelConfig) -> tuple[list[str], dict[str, list[int]]]:
-    """The columns of the depth matrices, and for every router which of them its sources are, in order.
-
-    cumulative: "embedding", the streams after the layers before ("layer0" ...), and the candidates of the router's own
-    layer, "own attention" and "own mlp". delta: "embedding" and one column a sublayer, or one a block ("block1" ...,
-    the last of a router's being the running one).
-    """
-    names, sublayers = router_names(config), sublayer_names(config)
-    if config.wiring == "cumulative":
-        layers = [f"layer{i}" for i in range(config.num_layers - 1)]
-        own = [len(layers) + 1, len(layers) + 2]
-        rows = {name: [*range(index // 2 + 1), *own[: index % 2 + 1]] for index, name in enumerate(names)}
-        return ["embedding", *layers, "own attention", "own mlp"], rows
-    count = config.blocks or len(sublayers)
-    size = len(sublayers) // count
-    columns = [f"block{i + 1}" for i in range(count)] if config.blocks else sublayers
-    rows = {name: list(range(min(index // size + 1, count) + 1)) for index, name in enumerate(names)}
-    return ["embedding", *columns], rows
+Columns = tuple[list[str], dict[str, list[int]]]
 
 
-def foreign_columns(sources: dict[str, int]) -> tuple[list[str], dict[str, list[int]]]:
+def source_columns(config: ModelConfig) -> Columns:
+    """The columns of the depth matrices, and for every router which of them its sources are, in order."""
+    plan = schedule(config)
+    index = {name: i for i, name in enumerate(plan.columns)}
+    rows = {step.router: [index[source.name] for source in step.sources] for step in plan.steps if step.router}
+    return plan.columns, rows
+
+
+def foreign_columns(sources: dict[str, int]) -> Columns:
     """The same for routers of a foreign model, of which only the numbers of sources are known: "source0" is
     the oldest.
     """
-    return [f"source{i}" for i in range(max(sources.values()))], {
-        name: list(range(count)) for name, count in sources.items()
-    }
+    names = [f"source{i}" for i in range(max(sources.values()))]
+    return names, {router: list(range(count)) for router, count in sources.items()}
 
 
-def _rows_of(place: str, router: RouterStatistics) -> Rows:
-    weights, null = router.weights, router.null_mass
+def read(reading: RouterReading) -> Rows:
+    """Means over tokens: weights and variance [B, sources], the others [B]; beta [B], the same for all."""
+    weights, null, beta = reading.statistics
     entropy = -(xlogy(weights, weights).sum(-1) + xlogy(null, null))
-    return {
-        f"weights/{place}": weights.mean(1),
-        f"variance/{place}": weights.var(1),
-        f"entropy/{place}": entropy.mean(1),
-        f"largest/{place}": weights.max(-1).mean(1),
-        f"null/{place}": null.mean(1),
+    rows = {
+        "weights": weights.mean(1),
+        "variance": weights.var(1),
+        "entropy": entropy.mean(1),
+        "largest": weights.max(-1).mean(1),
+        "null": null.mean(1),
     }
+    return rows if beta is None else rows | {"beta": jnp.broadcast_to(beta, len(weights))}
 
 
-def read(reading: Reading) -> Rows | None:
-    """ "<what>/<number>/<router>" -> means over tokens: weights and variance [B, sources], the others [B]; beta [B],
-    the same for all.
-    """
-    rows = {}
-    for index, (name, router) in enumerate(reading.statistics.routers.items()):
-        place = f"{index:04d}/{name}"  # rows come out of jit in alphabetical order
-        rows |= _rows_of(place, router)
-        if router.beta is not None:
-            rows[f"beta/{place}"] = jnp.broadcast_to(router.beta, router.weights.shape[:1])
-    return rows or None
-
-
-def _matrix(
-    by_router: dict[str, np.ndarray], columns: tuple[list[str], dict[str, list[int]]]
-) -> list[list[float | None]]:
+def _matrix(by_router: dict[str, np.ndarray], columns: Columns) -> list[list[float | None]]:
     names, places = columns
     return [
         [dict(zip(places[name], row.tolist())).get(i) for i in range(len(names))] for name, row in by_router.items()
@@ -210,4 +186,4 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     return metrics
 
 
-DEPTH = Evaluator(read, finish, DEFINITIONS)
+DEPTH = Evaluator(router=read, finish=finish, definitions=DEFINITIONS)

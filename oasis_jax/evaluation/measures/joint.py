@@ -6,7 +6,8 @@ gives leakage sum_i alpha_i L(p_i), concentration max_i alpha_i C(p_i) and negat
 alpha_i E(p_i).
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,16 +16,15 @@ from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation.bootstrap import Estimate
-from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
+from oasis_jax.evaluation.evaluator import Evaluator, FinalReading, LayerReading, RouterReading, Rows, Value
 from oasis_jax.evaluation.measures.attention_maps import negative_entropy
 from oasis_jax.evaluation.measures.order_statistics import kth_smallest
 from oasis_jax.evaluation.measures.probabilities import ATTENDING, PREFIX
 from oasis_jax.evaluation.measures.values import norm
-from oasis_jax.model.statistics import RouterStatistics
-from oasis_jax.model.wiring import router_names, sublayer_names
+from oasis_jax.model.wiring import schedule
 
 NEAR_NO_OP = 0.25  # quantile of the heads' output norms below which a head does next to nothing
-SINK_SETS = {"first_token": 1, "prefix_4": PREFIX}  # a set is the first so many keys
+SINK_SETS = {"first_token": 1, "prefix_4": PREFIX}  # a set is the first so many keys of a document
 
 _SOURCE = "OASIS, arXiv 2605.17887, appendix D.4"
 _APPLIES = "models of this library whose depth sources each stem from one attention layer"
@@ -40,8 +40,8 @@ _FILTERS = {
     "pooled over the routers, heads and queries of a sequence",
 }
 _MEASURES = {
-    "leakage_first_token": "mass on the first token, sum_i alpha_i p_i(0); the first query left out",
-    "leakage_prefix_4": f"mass on the first {PREFIX} tokens; queries inside the prefix left out",
+    "leakage_first_token": "mass on the document's first token, sum_i alpha_i p_i(0); its first query left out",
+    "leakage_prefix_4": f"mass on the document's first {PREFIX} tokens; queries inside the prefix left out",
     "concentration": "largest q; the first query left out",
     "negative_entropy": "sum of q log q in nats, the depth null and every token null outcomes too; the first query "
     "left out",
@@ -77,102 +77,92 @@ DEFINITIONS = _definitions()
 
 
 def source_layers(config: ModelConfig) -> dict[str, list[int]] | None:
-    """For every router the layers that its sources after the embedding stem from; None where a block mixes several
-    layers.
+    """For every router the layers that its sources after the embedding stem from; None where there is no router or a
+    source mixes several layers.
     """
-    names, sublayers = router_names(config), sublayer_names(config)
-    if config.wiring == "cumulative":
-        return {name: [*range(index // 2), *[index // 2] * (index % 2 + 1)] for index, name in enumerate(names)}
-    count = config.blocks or len(sublayers)
-    size = len(sublayers) // count
-    found = {}
-    for index, name in enumerate(names):
-        blocks: dict[int, set[int]] = {}
-        for sublayer in range(index + 1):
-            blocks.setdefault(min(sublayer // size, count - 1), set()).add(sublayer // 2)
-        if any(len(layers) > 1 for layers in blocks.values()):
-            return None
-        found[name] = [min(layers) for layers in blocks.values()]
-    return found
+    steps = [step for step in schedule(config).steps if step.router]
+    if not steps or any(len(source.layers) > 1 for step in steps for source in step.sources):
+        return None
+    return {step.router: [layer for source in step.sources for layer in source.layers] for step in steps}
 
 
-class _Layer(NamedTuple):
-    """One layer's attention, [B, N, T] each: leakage by sink set, concentration, negative entropy with the
-    null, head output norm.
+def read_layer(reading: LayerReading) -> Rows:
+    """What the routers need to know of a layer's attention, [B, N, T] each: leakage by sink set, concentration, negative
+    entropy with the null, head output norm.
     """
-
-    leakage: dict[str, Array]
-    concentration: Array
-    negative_entropy: Array
-    norm: Array
-
-
-def _layers(reading: Reading) -> list[_Layer]:
-    found = []
-    for layer, p in zip(reading.attention, reading.probabilities):
-        leakage = {"first_token": layer.first_token_mass, "prefix_4": p.prefix_mass}
-        norms = norm(layer.head_output).transpose(0, 2, 1)
-        found.append(_Layer(leakage, p.max_probability, negative_entropy(p, layer.null_mass), norms))
-    return found
-
-
-def _combine(
-    weights: Float[Array, "I B 1 T"], null: Float[Array, "B 1 T"], sources: list[_Layer], rest
-) -> dict[str, Array]:
-    """The measures [B, N, T] of some sources; `rest` is the weight of an outcome of its own, the embedding's
-    token, or None.
-    """
-
-    def total(values: list[Array]) -> Array:
-        return sum(weight * value for weight, value in zip(weights, values))
-
-    peaks = [weight * source.concentration for weight, source in zip(weights, sources)]
-    entropy = (
-        xlogy(weights, weights).sum(0) + xlogy(null, null) + total([source.negative_entropy for source in sources])
-    )
-    if rest is not None:
-        peaks, entropy = [*peaks, jnp.broadcast_to(rest, peaks[0].shape)], entropy + xlogy(rest, rest)
-    found = {f"leakage_{name}": total([source.leakage[name] for source in sources]) for name in SINK_SETS}
-    return found | {"concentration": jnp.stack(peaks).max(0), "negative_entropy": entropy}
-
-
-def _of_router(router: RouterStatistics, sources: list[_Layer]) -> dict[str, tuple[dict[str, Array], Array]]:
-    """Variant -> its measures [B, N, T] and whether a query counts [B, 1, T]."""
-    alpha = jnp.moveaxis(router.weights, -1, 0)[:, :, None]  # [I + 1, B, 1, T]
-    embedding, alpha, null = alpha[0], alpha[1:], router.null_mass[:, None]
-    reads = 1 - embedding > ATTENDING
-    rest = jnp.where(reads, 1 - embedding, 1.0)
+    p, attention = reading.probabilities, reading.attention
+    if p is None or reading.tokens.length < 2:
+        return {}
     return {
-        "identity_outcome": (_combine(alpha, null, sources, embedding), jnp.ones_like(reads)),
-        "attention_only_conditional": (_combine(alpha / rest, null / rest, sources, None), reads),
+        "leakage_first_token": attention.first_token_mass,
+        "leakage_prefix_4": p.prefix_mass,
+        "concentration": p.max_probability,
+        "negative_entropy": negative_entropy(p, attention.null_mass),
+        "norm": norm(attention.head_output).transpose(0, 2, 1),
     }
 
 
-def read(reading: Reading) -> Rows | None:
+def read_router(reading: RouterReading) -> Rows:
+    """Its weights [B, T, I] and null mass [B, T]."""
+    return {"weights": reading.statistics.weights, "null": reading.statistics.null_mass}
+
+
+def _combine(
+    alpha: Float[Array, "B T I"], null: Float[Array, "B T"], layers: Rows, places: Sequence[int], rest
+) -> Rows:
+    """The measures [B, N, T] of sources that stem from the layers `places`.
+
+    Args:
+      layers: [B, L, N, T] of the layers in `places`, each once, in their order.
+      rest: [B, T], the weight of an outcome of its own, the embedding's token; None: there is none.
+    """
+    own = [[i for i, place in enumerate(places) if place == layer] for layer in dict.fromkeys(places)]
+    mass = jnp.stack([alpha[..., sources].sum(-1) for sources in map(np.array, own)], 1)[:, :, None]  # [B, L, 1, T]
+    largest = jnp.stack([alpha[..., sources].max(-1) for sources in map(np.array, own)], 1)[:, :, None]
+    concentration = (largest * layers["concentration"]).max(1)
+    entropy = (xlogy(alpha, alpha).sum(-1) + xlogy(null, null))[:, None] + (mass * layers["negative_entropy"]).sum(1)
+    if rest is not None:
+        concentration = jnp.maximum(concentration, rest[:, None])
+        entropy += xlogy(rest, rest)[:, None]
+    leakage = {f"leakage_{name}": (mass * layers[f"leakage_{name}"]).sum(1) for name in SINK_SETS}
+    return leakage | {"concentration": concentration, "negative_entropy": entropy}
+
+
+def _of_router(router: Rows, layers: Rows, places: Sequence[int]) -> dict[str, tuple[Rows, Array]]:
+    """Variant -> its measures [B, N, T] and whether a query counts [B, 1, T]."""
+    embedding, alpha, null = router["weights"][..., 0], router["weights"][..., 1:], router["null"]
+    reads = 1 - embedding > ATTENDING
+    rest = jnp.where(reads, 1 - embedding, 1.0)
+    conditional = _combine(alpha / rest[..., None], null / rest, layers, places, None)
+    return {
+        "identity_outcome": (_combine(alpha, null, layers, places, embedding), jnp.ones_like(reads)[:, None]),
+        "attention_only_conditional": (conditional, reads[:, None]),
+    }
+
+
+def combine(layers: Rows, routers: dict[str, Rows], reading: FinalReading) -> Rows:
     """ "sum/..." and "count/..." of every measure, variant and filter, over heads and queries, per router [B, R]."""
-    places = source_layers(reading.config) if reading.config and reading.statistics.routers else None
-    if places is None or reading.probabilities is None or reading.outputs.shape[1] < 2:
-        return None
-    layers = _layers(reading)
-    norms = {name: jnp.stack([layers[i].norm for i in set(sources)]).max(0) for name, sources in places.items()}
+    places = source_layers(reading.config) if reading.config and layers else None
+    if places is None:
+        return {}
+    chosen = {name: np.array(list(dict.fromkeys(sources))) for name, sources in places.items()}
+    norms = {name: layers["norm"][:, found].max(1) for name, found in chosen.items()}
     pooled = jnp.stack(list(norms.values()), 1)  # [B, R, N, T]
-    pooled = pooled.reshape(pooled.shape[0], -1)
-    threshold = kth_smallest(pooled, int(NEAR_NO_OP * (pooled.shape[1] - 1)))[:, None, None]
+    rank = int(NEAR_NO_OP * (math.prod(pooled.shape[1:]) - 1))
+    threshold = kth_smallest(pooled, rank, (1, 2, 3))[:, None, None]
     by_router: dict[str, list[Array]] = {}
     for name, sources in places.items():
+        own = {measure: values[:, chosen[name]] for measure, values in layers.items()}
         near_no_op = norms[name] <= threshold
-        for variant, (measures, counted) in _of_router(
-            reading.statistics.routers[name], [layers[i] for i in sources]
-        ).items():
+        for variant, (measures, counted) in _of_router(routers[name], own, sources).items():
             for measure, values in measures.items():
                 prefix = SINK_SETS.get(measure.removeprefix("leakage_"), 1)
-                outside = counted & (jnp.arange(values.shape[-1]) >= prefix)
+                outside = counted & (reading.tokens.place[:, None] >= prefix)
                 for suffix, mask in (("", jnp.ones_like(near_no_op)), ("_near_no_op", near_no_op)):
-                    chosen = outside & mask
-                    by_router.setdefault(f"sum/{measure}_{variant}{suffix}", []).append(
-                        jnp.where(chosen, values, 0.0).sum((1, 2))
-                    )
-                    by_router.setdefault(f"count/{measure}_{variant}{suffix}", []).append(chosen.sum((1, 2)))
+                    place, queries = f"{measure}_{variant}{suffix}", outside & mask
+                    total = jnp.where(queries, values, 0.0).sum((1, 2))
+                    by_router.setdefault(f"sum/{place}", []).append(total)
+                    by_router.setdefault(f"count/{place}", []).append(queries.sum((1, 2)))
     return {name: jnp.stack(values, 1) for name, values in by_router.items()}
 
 
@@ -191,4 +181,4 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig) -> dict[str, Value 
     return found | {"joint_layer_coverage": len(read_layers) / config.num_layers}
 
 
-JOINT = Evaluator(read, finish, DEFINITIONS)
+JOINT = Evaluator(layer=read_layer, router=read_router, combine=combine, finish=finish, definitions=DEFINITIONS)

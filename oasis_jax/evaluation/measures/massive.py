@@ -1,14 +1,13 @@
 """Massive activations: a few huge numbers at fixed channels of the stream (Sun et al., arXiv 2402.17762)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import bootstrap
 from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
-from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
+from oasis_jax.evaluation.evaluator import Evaluator, LayerReading, Rows, Value
 from oasis_jax.evaluation.measures.order_statistics import median
 
 MAGNITUDE = 100.0
@@ -34,7 +33,7 @@ DEFINITIONS = {
     },
     "massive_activation_places": {
         "tensor": _MASSIVE,
-        "average": "none; per layer that has any: how many of all sequences lie at which position and channel, the "
+        "average": "none; per layer that has any: how many of all sequences lie at which position of their document and channel, the "
         "most frequent 8 of each",
         "source": _SOURCE,
         "applies_to": _TAPS,
@@ -55,29 +54,28 @@ DEFINITIONS = {
 }
 
 
-def _layer(h: Float[Array, "B T D"]) -> Rows:
-    batch, _, width = h.shape
-    flat = h.reshape(batch, -1).astype(jnp.promote_types(h.dtype, jnp.float32))
-    size = jnp.abs(flat)
-    middle = median(size)
-    index = size.argmax(-1)
-    massive = ((size > MAGNITUDE) & (size >= RATIO * middle[:, None])).reshape(h.shape)
+def read(reading: LayerReading) -> Rows:
+    """The largest element [B] and the numbers of massive ones by position [B, T] and channel [B, D]."""
+    h, tokens = reading.statistics.layer_output, reading.tokens
+    if h is None:
+        return {}
+    wide = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    size = jnp.abs(wide)
+    middle = median(size, (1, 2))
+    largest = size.max(2)  # by token first: positions may be split over devices
+    token = largest.argmax(1)
+    at_token = jnp.take_along_axis(wide, token[:, None, None], 1)[:, 0]
+    channel = jnp.abs(at_token).argmax(1)
+    place = jnp.broadcast_to(tokens.place, largest.shape)
+    massive = (size > MAGNITUDE) & (size >= RATIO * middle[:, None, None])
     return {
-        "value": jnp.take_along_axis(flat, index[:, None], 1)[:, 0],
-        "position": index // width,
-        "channel": index % width,
+        "value": jnp.take_along_axis(at_token, channel[:, None], 1)[:, 0],
+        "position": jnp.take_along_axis(place, token[:, None], 1)[:, 0],
+        "channel": channel,
         "median": middle,
-        "at_position": massive.sum(2),
+        "at_position": tokens.by_place(massive.sum(2)),
         "at_channel": massive.sum(1),
     }
-
-
-def read(reading: Reading) -> Rows | None:
-    """Per layer: the largest element [B, L] and the numbers of massive ones by position [B, L, T] and channel [B, L,
-    D].
-    """
-    layers = [_layer(h) for h in reading.statistics.taps.get("layer_output", [])]
-    return jax.tree.map(lambda *x: jnp.stack(x, 1), *layers) if layers else None
 
 
 def _places(counts: Float[np.ndarray, " places"]) -> dict[str, int]:
@@ -114,4 +112,4 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     }
 
 
-MASSIVE = Evaluator(read, finish, DEFINITIONS)
+MASSIVE = Evaluator(layer=read, finish=finish, definitions=DEFINITIONS)

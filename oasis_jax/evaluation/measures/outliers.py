@@ -2,6 +2,10 @@
 3).
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -9,7 +13,9 @@ from jaxtyping import Array, Float
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import bootstrap
 from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
-from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
+from oasis_jax.evaluation.evaluator import Evaluator, FinalReading, LayerReading, Rows, Value
+
+TAPS = ("attention_norm", "attention_output", "mlp_norm", "mlp_output", "layer_output")  # of a layer
 
 _SOURCE = "Bondarenko et al., arXiv 2306.12929"
 _TAPS = (
@@ -48,30 +54,37 @@ def inf_norm(x: Float[Array, "B T D"]) -> Float[Array, " B"]:
     return jnp.abs(x).max(axis=(1, 2))
 
 
-def _kurtosis(x: Float[Array, "*rows K"]) -> Float[Array, "*rows"]:
+def _kurtosis(x: Float[Array, "B T D"], axes: tuple[int, ...]) -> Float[Array, "B ..."]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    squares = jnp.square(wide - wide.mean(-1, keepdims=True))
-    variance = squares.sum(-1) / (x.shape[-1] - 1)
-    return jnp.square(squares).mean(-1) / (variance**2 + 1e-6)
+    squares = jnp.square(wide - wide.mean(axes, keepdims=True))
+    count = math.prod(x.shape[axis] for axis in axes)
+    variance = squares.sum(axes) / (count - 1)
+    return jnp.square(squares).mean(axes) / (variance**2 + 1e-6)
 
 
 def kurtosis(x: Float[Array, "B T D"]) -> Float[Array, " B"]:
-    """mean((x - mean)^4) / (std^4 + 1e-6) of each sequence flattened to [T*D]; std with ddof=1, not excess."""
-    return _kurtosis(x.reshape(x.shape[0], -1))
+    """mean((x - mean)^4) / (std^4 + 1e-6) of each sequence's T*D values; std with ddof=1, not excess."""
+    return _kurtosis(x, (1, 2))
 
 
 def token_kurtosis(x: Float[Array, "B T D"]) -> Float[Array, " B"]:
     """The same of each token's channels, mean over the tokens of each sequence."""
-    return _kurtosis(x).mean(-1)
+    return _kurtosis(x, (2,)).mean(-1)
 
 
-def read(reading: Reading) -> Rows | None:
-    """ "<measure>/<kind of tap>" -> [B, number of taps of that kind]."""
-    rows = {}
-    for kind, taps in reading.statistics.taps.items():
-        rows[f"inf_norm/{kind}"] = jnp.stack([inf_norm(x) for x in taps], -1)
-        rows[f"kurtosis/{kind}"] = jnp.stack([kurtosis(x) for x in taps], -1)
-    return rows or None
+def _of_taps(reading: LayerReading, measure: Callable[[Array], Array]) -> Rows:
+    taps = {kind: getattr(reading.statistics, kind) for kind in TAPS}
+    return {kind: measure(x) for kind, x in taps.items() if x is not None}
+
+
+def _of_final(reading: FinalReading, measure: Callable[[Array], Array]) -> Rows:
+    return {} if reading.final is None else {"final_norm": measure(reading.final)[:, None]}
+
+
+def _both(of: Callable, reading: LayerReading | FinalReading) -> Rows:
+    """ "<measure>/<kind of tap>" -> [B], of the final norm [B, 1]."""
+    measures = {"inf_norm": inf_norm, "kurtosis": kurtosis}
+    return {f"{name}/{kind}": x for name, measure in measures.items() for kind, x in of(reading, measure).items()}
 
 
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
@@ -99,13 +112,6 @@ def _by_tap(kinds: dict[str, np.ndarray]) -> dict[str, list[float]]:
     return {kind: values.mean(0).tolist() for kind, values in kinds.items()}
 
 
-def read_tokens(reading: Reading) -> Rows | None:
-    """Kind of tap -> per-token kurtosis [B, number of taps of that kind]."""
-    return {
-        kind: jnp.stack([token_kurtosis(x) for x in taps], -1) for kind, taps in reading.statistics.taps.items()
-    } or None
-
-
 def finish_tokens(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
     """As `finish`."""
     del config
@@ -117,5 +123,12 @@ def finish_tokens(rows: dict[str, np.ndarray], config: ModelConfig | None) -> di
     }
 
 
-OUTLIERS = Evaluator(read, finish, DEFINITIONS)
-TOKEN_KURTOSIS = Evaluator(read_tokens, finish_tokens, TOKEN_DEFINITIONS)
+OUTLIERS = Evaluator(
+    layer=partial(_both, _of_taps), final=partial(_both, _of_final), finish=finish, definitions=DEFINITIONS
+)
+TOKEN_KURTOSIS = Evaluator(
+    layer=partial(_of_taps, measure=token_kurtosis),
+    final=partial(_of_final, measure=token_kurtosis),
+    finish=finish_tokens,
+    definitions=TOKEN_DEFINITIONS,
+)

@@ -2,7 +2,7 @@
 
 A tile of queries computes its probabilities against the keys that its mask can reach, p = exp(s - lse) for the
 normalizers of the fused operator, and is reduced at once: along the keys to the row's maximum and entropy, along the
-queries into the column sums.
+queries into the column sums. Where positions are split over devices, every device takes rows of its own.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float, Int
 
 from oasis_jax.config import AttentionConfig
+from oasis_jax.model.context import Context
+from oasis_jax.model.masks import allowed_keys, scores
 from oasis_jax.model.normalizers import DENSE_NORMALIZERS
 from oasis_jax.model.statistics import AttentionStatistics
 
 PREFIX = 4  # tokens of the sink set "prefix_4" (OASIS, arXiv 2605.17887, appendix D.4)
 ATTENDING = 1e-4  # rows with less mass than this on tokens say nothing about where that mass lies, in float32
 
-# Normalizers whose probabilities over tokens may sum to less than one.
-WITH_NULL = ("softmax1", "learned_sink", "clipped", "softpick")
-
 _GROUPS = 8  # of tiles, each against the keys that its last tile reaches: few programs, little work above the diagonal
+_NO_CONTEXT = Context()
 
 
 class Probabilities(NamedTuple):
@@ -32,7 +32,7 @@ class Probabilities(NamedTuple):
     token_mass: sum of p over keys.
     max_probability: largest p of the row.
     negative_entropy: sum of p log p over keys, in nats, without the null.
-    prefix_mass: sum of p over the first PREFIX keys.
+    prefix_mass: sum of p over the first PREFIX tokens of the query's document.
     column_sums: sum of p over queries, per key.
     conditional_column_sums: sum of p / (1 - omega) over the queries that attend; see `per_mass`.
     """
@@ -46,7 +46,7 @@ class Probabilities(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """`count` tiles of `rows` queries from `first` on, against the keys [low, high)."""
+    """`count` tiles of `rows` queries of every device's part, from `first` on, against the keys [low, high)."""
 
     first: int
     rows: int
@@ -69,108 +69,102 @@ def per_mass(value: Array | float, token_mass: Float[Array, "*rows"]) -> Float[A
     return jnp.where(attending, value / jnp.where(attending, token_mass, 1.0), 0.0)
 
 
-def has_null(layers: list[AttentionStatistics]) -> bool:
-    """Whether a layer's normalizer may leave mass to a null."""
-    return any(layer.static is not None and layer.static.config.normalizer in WITH_NULL for layer in layers)
-
-
-def probabilities(layer: AttentionStatistics, segment_ids: Int[Array, "B T"] | None = None) -> Probabilities:
-    """Reads one layer's attention probabilities block by block; memory linear in T (but for the clipped, entmax, ...
+def probabilities(
+    layer: AttentionStatistics, context: Context = _NO_CONTEXT, place: Int[Array, "#B T"] | None = None
+) -> Probabilities:
+    """Reads one layer's attention probabilities tile by tile; memory linear in T (but for the clipped, entmax, ...
     baselines).
 
     Args:
       layer: statistics of a causal self-attention layer that say how it normalizes (`static`).
-      segment_ids: [B, T]; as the layer got them.
+      context: as the layer got it.
+      place: of every token in its own document; None: the tokens' own order.
     """
-    batch, length, heads, size = layer.query.shape
-    key_heads = layer.key.shape[2]
-    query = layer.query.reshape(batch, length, key_heads, -1, size).transpose(0, 2, 3, 1, 4)
-    key = layer.key.transpose(0, 2, 3, 1)
-    row_statistics, columns = [], jnp.zeros((batch, heads, 2, length), layer.null_mass.dtype)
-    for group in _groups(length, layer.static.config):
-        sums = jnp.zeros((*columns.shape[:3], group.high - group.low), columns.dtype)
-        tile = _tile(layer, query, key, group, segment_ids)
+    batch, length, heads, _ = layer.query.shape
+    ways, config = context.placement.ways("length"), layer.static.config
+    key = context.constrain(layer.key, "batch", None, "kv_heads", None) if ways > 1 else layer.key
+    row_statistics, columns = [], jnp.zeros((batch, heads, ways, 2, length), layer.null_mass.dtype)
+    # The dense normalizers may depend on the number of keys, and a split sequence need not lie in order.
+    for group in _groups(length // ways, length, config, whole=ways > 1 or config.normalizer in DENSE_NORMALIZERS):
+        tile = _tile(layer, key, group, context, place)
+        sums = jnp.zeros((*columns.shape[:-1], group.high - group.low), columns.dtype)
+        sums = context.constrain(sums, "batch", "heads", "length", None, None)
         if group.count == 1:
             sums, rows = tile(sums, jnp.asarray(group.first))
         else:
             sums, rows = lax.scan(tile, sums, group.first + group.rows * jnp.arange(group.count))
-            rows = jnp.moveaxis(rows, 0, 3).reshape(*rows.shape[1:4], -1)
+            rows = jnp.moveaxis(rows, 0, 4).reshape(*rows.shape[1:5], -1)
         columns = columns.at[..., group.low : group.high].add(sums)
         row_statistics.append(rows)
-    mass, largest, negative_entropy, prefix = jnp.concatenate(row_statistics, -1)
-    return Probabilities(mass, largest, negative_entropy, prefix, columns[:, :, 0], columns[:, :, 1])
+    rows = jnp.concatenate(row_statistics, -1).reshape(4, batch, heads, length)
+    columns = columns.sum(2)
+    return Probabilities(*rows, columns[:, :, 0], columns[:, :, 1])
 
 
-def _groups(length: int, config: AttentionConfig) -> list[_Group]:
-    rows = min(length, 32 if length <= 256 else 64 if length <= 1024 else 128)
-    tiles, rest = divmod(length, rows)
-    whole = config.normalizer in DENSE_NORMALIZERS  # these may depend on the number of keys
+def _groups(part: int, length: int, config: AttentionConfig, *, whole: bool) -> list[_Group]:
+    """Of a device's `part` of the queries; `whole`: every tile against all keys."""
+    rows = min(part, 32 if part <= 256 else 64 if part <= 1024 else 128)
+    tiles, rest = divmod(part, rows)
     per_group = tiles if whole else max(1, -(-tiles // _GROUPS))
 
     def group(first: int, rows: int, count: int) -> _Group:
-        high = length if whole else first + rows * count
-        return _Group(first, rows, count, max(0, first - config.window + 1) if config.window and not whole else 0, high)
+        if whole:
+            return _Group(first, rows, count, 0, length)
+        low = max(0, first - config.window + 1) if config.window else 0
+        return _Group(first, rows, count, low, first + rows * count)
 
     groups = [group(start * rows, rows, min(per_group, tiles - start)) for start in range(0, tiles, per_group)]
-    return groups + ([group(length - rest, rest, 1)] if rest else [])
+    return groups + ([group(part - rest, rest, 1)] if rest else [])
 
 
 def _tile(
     layer: AttentionStatistics,
-    query: Float[Array, "B K G T H"],
-    key: Float[Array, "B K H T"],
+    key: Float[Array, "B T K H"],
     group: _Group,
-    segment_ids: Int[Array, "B T"] | None,
+    context: Context,
+    place: Int[Array, "#B T"] | None,
 ) -> Callable:
-    """tile(column sums [B, N, 2, keys], first row) -> column sums, [4, B, N, rows] of the tile's rows."""
-    config, key = layer.static.config, key[..., group.low : group.high]
-    columns = group.low + jnp.arange(group.high - group.low)
+    """tile(column sums [B, N, ways, 2, keys], first row) -> column sums, [4, B, N, ways, rows] of the tile's rows."""
+    config, keys = layer.static.config, slice(group.low, group.high)
+    batch, length, heads, _ = layer.query.shape
+    ways, order, segments = context.placement.ways("length"), context.order(length), context.segment_ids
+    split = (batch, heads, -1, ways, group.rows)
 
     def tile(sums, first):
-        def rows(x, axis):
-            return lax.dynamic_slice_in_dim(x, first, group.rows, axis)
+        def rows(x, axis=1):
+            parts = x.reshape(*x.shape[:axis], ways, length // ways, *x.shape[axis + 1 :])
+            parts = lax.dynamic_slice_in_dim(parts, first, group.rows, axis + 1)
+            return parts.reshape(*x.shape[:axis], ways * group.rows, *x.shape[axis + 1 :])
 
-        distance = (first + jnp.arange(group.rows))[:, None] - columns
-        allowed = (distance >= 0) & ((distance < config.window) if config.window else True)
-        allowed = allowed[None, None]
-        if segment_ids is not None:
-            allowed &= rows(segment_ids, 1)[:, None, :, None] == segment_ids[:, None, None, group.low : group.high]
-        scores = _scores(rows(query, 3), key, config)
+        ids = {} if segments is None else dict(query_segments=rows(segments), key_segments=segments[:, keys])
+        allowed = allowed_keys(rows(order), order[:, keys], window=config.window, **ids)
+        logits = scores(rows(layer.query), key[:, keys], config, precision=lax.Precision.HIGHEST)
         if config.normalizer in DENSE_NORMALIZERS:
-            p = DENSE_NORMALIZERS[config.normalizer](scores, allowed, config)
+            p = DENSE_NORMALIZERS[config.normalizer](logits, allowed, config)
             largest, negative_entropy = p.max(-1), xlogy(p, p).sum(-1)
         else:
-            p, largest, negative_entropy = _from_lse(scores, allowed, rows(layer.lse, 2))
+            p, largest, negative_entropy = _from_lse(logits, allowed, rows(layer.lse, 2))
         mass = p.sum(-1)
-        weights = jnp.stack([jnp.ones_like(mass), per_mass(1.0, mass)], 2)
+        prefix = p[..., : max(0, PREFIX - group.low)]
+        if place is not None:
+            prefix = jnp.where(place[:, None, None, keys] < PREFIX, p, 0.0)
+        weights = jnp.stack([jnp.ones_like(mass), per_mass(1.0, mass)], 2).reshape(split).swapaxes(2, 3)
         # In this order of dimensions, the sums over queries are one matrix product; as a transposed one a CPU took
         # twice the time.
-        sums += jnp.matmul(weights, p, precision=lax.Precision.HIGHEST)
-        return sums, jnp.stack([mass, largest, negative_entropy, p[..., : max(0, PREFIX - group.low)].sum(-1)])
+        by_part = p.reshape(batch, heads, ways, group.rows, -1)
+        sums += jnp.matmul(weights, by_part, precision=lax.Precision.HIGHEST)
+        found = jnp.stack([mass, largest, negative_entropy, prefix.sum(-1)])
+        return sums, found.reshape(4, batch, heads, ways, group.rows)
 
     return tile
 
 
-def _scores(
-    query: Float[Array, "B K G t H"], key: Float[Array, "B K H S"], config: AttentionConfig
-) -> Float[Array, "B N t S"]:
-    batch, key_heads, group, length, size = query.shape
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = (
-        jnp.einsum("BKGTH,BKHS->BKGTS", query, key, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
-        * size**-0.5
-    )
-    if config.logit_softcap:
-        scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
-    return scores.reshape(batch, key_heads * group, length, key.shape[3])
-
-
 def _from_lse(
-    scores: Float[Array, "B N t S"], allowed: Bool[Array, "#B 1 t S"], lse: Float[Array, "B N t"]
+    logits: Float[Array, "B N t S"], allowed: Bool[Array, "#B 1 t S"], lse: Float[Array, "B N t"]
 ) -> tuple[Array, Array, Array]:
     """p = exp(s - lse), its largest and sum p log p = E_p[s] - lse sum p. Every query sees its own key, so lse is
     finite.
     """
-    logs = jnp.where(allowed, scores - lse[..., None], -jnp.inf)
+    logs = jnp.where(allowed, logits - lse[..., None], -jnp.inf)
     p = jnp.exp(logs)
     return p, jnp.exp(logs.max(-1)), jnp.where(p > 0, p * logs, 0.0).sum(-1)

@@ -2,15 +2,14 @@
 View, arXiv 2601.22966).
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import bootstrap
 from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
-from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
+from oasis_jax.evaluation.evaluator import Evaluator, FinalReading, LayerReading, Rows, Value
 
 _H = "each layer's output h [T, D]"
 _D = "the sink channel d, that with the largest mean |h_j| over all sequences"
@@ -52,7 +51,11 @@ DEFINITIONS = {
 }
 
 
-def _layer(h: Float[Array, "B T D"]) -> Rows:
+def read(reading: LayerReading) -> Rows:
+    """Per channel, means over tokens [B, D]."""
+    h = reading.statistics.layer_output
+    if h is None:
+        return {}
     size = jnp.abs(h.astype(jnp.promote_types(h.dtype, jnp.float32)))
     inverse = 1 / jnp.maximum(jnp.sqrt(jnp.square(size).sum(-1)), jnp.finfo(jnp.float32).tiny)
     at = size.argmax(-1)[..., None] == jnp.arange(h.shape[-1])
@@ -63,16 +66,11 @@ def _layer(h: Float[Array, "B T D"]) -> Rows:
     }
 
 
-def read(reading: Reading) -> Rows | None:
-    """Per layer and channel, means over tokens [B, L, D]; "gain" [B, L, D], the same for all sequences."""
-    layers = [_layer(h) for h in reading.statistics.taps.get("layer_output", [])]
-    if not layers:
-        return None
-    rows = jax.tree.map(lambda *x: jnp.stack(x, 1), *layers)
-    if "attention_norm" in reading.gains:
-        readers = [*reading.gains["attention_norm"][1:], *reading.gains["final_norm"]]
-        rows["gain"] = jnp.broadcast_to(jnp.stack(readers), rows["size"].shape)
-    return rows
+def read_gains(reading: FinalReading) -> Rows:
+    """The gains of the norms that read the layers' outputs [B, L, D], the same for all sequences."""
+    if reading.gains is None:
+        return {}
+    return {"gain": jnp.broadcast_to(reading.gains, (len(reading.tokens.batch["inputs"]), *reading.gains.shape))}
 
 
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
@@ -106,4 +104,4 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     return found
 
 
-RESIDUAL_SINKS = Evaluator(read, finish, DEFINITIONS)
+RESIDUAL_SINKS = Evaluator(layer=read, final=read_gains, finish=finish, definitions=DEFINITIONS)

@@ -8,12 +8,15 @@ from jaxtyping import Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
-from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
-from oasis_jax.evaluation.measures.probabilities import ATTENDING, conditional_mass, has_null
+from oasis_jax.evaluation.evaluator import Evaluator, FinalReading, LayerReading, Rows, Value
+from oasis_jax.evaluation.measures.probabilities import ATTENDING, conditional_mass
 
 EPSILON = 0.3  # a head whose mean mass on the first token exceeds this has a sink there
 
-_P = "attention probability p of the first token (key 0), every layer l, head h and query, the first query included"
+_P = (
+    "attention probability p of the first token of the query's document, every layer l, head h and query, the first query "
+    "included"
+)
 _CONDITIONAL = (
     f"p / (1 - omega) of the first token, every layer, head and query with 1 - omega > {ATTENDING:g}; 0 "
     "for a head without such a query"
@@ -22,7 +25,7 @@ _OMEGA = "null mass omega = max(0, 1 - sum of p), every layer, head and query"
 _RATE = f"a(l, h) = mean over queries of one sequence; share of (l, h) with a > {EPSILON}, mean over sequences"
 _EVERYWHERE = "mean over queries, then sequences, layers and heads"
 _BY_HEAD = "mean over queries, then sequences; layer x head"
-_BY_POSITION = "mean over heads and sequences; layer x position of the query"
+_BY_POSITION = "mean over heads and documents; layer x position of the query in its document"
 _GU, _OASIS = "Gu et al., arXiv 2410.10781", "OASIS, arXiv 2605.17887"
 _NULL = "normalizers that leave mass to a null"
 DEFINITIONS = {
@@ -49,19 +52,23 @@ DEFINITIONS = {
 }
 
 
-def read(reading: Reading) -> Rows | None:
-    """Sums over queries [B, L, N] and the number of queries in them; means over heads [B, L, T]."""
-    if not reading.attention:
-        return None
-    first = jnp.stack([layer.first_token_mass for layer in reading.attention], 1)  # [B, L, N, T]
-    queries = jnp.full(first.shape[:-1], first.shape[-1])
-    rows = {"first_sum": first.sum(-1), "first_count": queries, "first_by_position": first.mean(2)}
-    if has_null(reading.attention):
-        null = jnp.stack([layer.null_mass for layer in reading.attention], 1)
+def read(reading: LayerReading) -> Rows:
+    """Sums over queries [B, N] and the number of queries in them [B, 1]; means over heads [B, T], summed over documents."""
+    if reading.attention is None:
+        return {}
+    first, null, tokens = reading.attention.first_token_mass, reading.attention.null_mass, reading.tokens
+    queries = jnp.full((len(first), 1), tokens.length)
+    rows = {"first_sum": first.sum(-1), "first_count": queries, "first_by_position": tokens.by_place(first.mean(1))}
+    if tokens.has_null:
         share, attending = conditional_mass(first, null)
-        rows |= {"null_sum": null.sum(-1), "null_count": queries, "null_by_position": null.mean(2)}
+        rows |= {"null_sum": null.sum(-1), "null_count": queries, "null_by_position": tokens.by_place(null.mean(1))}
         rows |= {"conditional_sum": share.sum(-1), "conditional_count": attending.sum(-1)}
     return rows
+
+
+def documents(reading: FinalReading) -> Rows:
+    """How many documents of a row reach every place [B, T]."""
+    return {"documents": reading.tokens.documents_by_place}
 
 
 def sink_rate(mean_mass: Float[np.ndarray, "S L N"]) -> Estimate:
@@ -69,10 +76,17 @@ def sink_rate(mean_mass: Float[np.ndarray, "S L N"]) -> Estimate:
     return per_sequence((mean_mass > EPSILON).mean((1, 2)))
 
 
+def per_document(sums: Float[np.ndarray, "S L T"], documents: Float[np.ndarray, "S T"]) -> list[list[float | None]]:
+    """The mean over documents at every place; None where no document reaches."""
+    counts = documents.sum(0)
+    means = sums.sum(0) / np.maximum(counts, 1)
+    return [[value if count else None for value, count in zip(row, counts)] for row in means.tolist()]
+
+
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
     """Thresholds every sequence's heads before averaging over sequences."""
     del config
-    metrics = {}
+    metrics: dict[str, Value | Estimate] = {}
     for name, source in (
         ("first_token_mass", "first"),
         ("first_token_mass_conditional", "conditional"),
@@ -87,8 +101,8 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
         if source != "null":
             metrics["sink_rate" + name.removeprefix("first_token_mass")] = sink_rate(mass)
         if source != "conditional":
-            metrics[f"{name}_by_position"] = rows[f"{source}_by_position"].mean(0).tolist()
+            metrics[f"{name}_by_position"] = per_document(rows[f"{source}_by_position"], rows["documents"])
     return metrics
 
 
-SINKS = Evaluator(read, finish, DEFINITIONS)
+SINKS = Evaluator(layer=read, final=documents, finish=finish, definitions=DEFINITIONS)

@@ -2,16 +2,16 @@
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import bootstrap
 from oasis_jax.evaluation.bootstrap import Estimate
-from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
-from oasis_jax.evaluation.measures.probabilities import has_null
+from oasis_jax.evaluation.evaluator import Evaluator, FinalReading, LayerReading, Rows, Tokens, Value
 
 _SOURCE = "trigger-conditional averaging, arXiv 2603.11487"
 _TASK, _NULL_TASK = "the trigger task", "the trigger task and normalizers that leave mass to a null"
-_P, _OMEGA = "attention probability of the first token (key 0)", "null mass omega"
+_P, _OMEGA = "attention probability of the first token of the query's document", "null mass omega"
 _KINDS = {
     "non_trigger": "queries that carry no trigger, the first query left out",
     "trigger": "queries that carry the trigger",
@@ -36,18 +36,29 @@ def _definitions() -> dict[str, dict[str, str]]:
 DEFINITIONS = _definitions()
 
 
-def read(reading: Reading) -> Rows | None:
-    """Per kind of query: how many there are [B], and the sums of the masses over them [B, L, N]."""
-    if "trigger" not in reading.batch or not reading.attention:
-        return None
-    trigger = reading.batch["trigger"]
-    masks = {"trigger": trigger, "non_trigger": ~trigger & (jnp.arange(trigger.shape[1]) > 0)}
-    masses = ("first_token_mass", "null_mass") if has_null(reading.attention) else ("first_token_mass",)
-    rows = {f"{kind}_count": mask.sum(-1) for kind, mask in masks.items()}
-    for name in masses:
-        mass = jnp.stack([getattr(layer, name) for layer in reading.attention], 1)
-        rows |= {f"{kind}_{name}": jnp.einsum("BLNT,BT->BLN", mass, mask) for kind, mask in masks.items()}
-    return rows
+def _masks(tokens: Tokens) -> dict[str, Bool[Array, "B T"]]:
+    """Kind of query -> which ones; {} where the batch has no triggers."""
+    if "trigger" not in tokens.batch:
+        return {}
+    trigger = tokens.batch["trigger"]
+    return {"trigger": trigger, "non_trigger": ~trigger & (tokens.place > 0)}
+
+
+def read(reading: LayerReading) -> Rows:
+    """Per kind of query the sums of the masses over them [B, N]."""
+    if reading.attention is None:
+        return {}
+    masses = ("first_token_mass", "null_mass") if reading.tokens.has_null else ("first_token_mass",)
+    return {
+        f"{kind}_{name}": jnp.einsum("BNT,BT->BN", getattr(reading.attention, name), mask)
+        for name in masses
+        for kind, mask in _masks(reading.tokens).items()
+    }
+
+
+def read_counts(reading: FinalReading) -> Rows:
+    """How many queries of a kind there are [B]."""
+    return {f"{kind}_count": mask.sum(-1) for kind, mask in _masks(reading.tokens).items()}
 
 
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
@@ -67,4 +78,4 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     return metrics
 
 
-TRIGGER = Evaluator(read, finish, DEFINITIONS)
+TRIGGER = Evaluator(layer=read, final=read_counts, finish=finish, definitions=DEFINITIONS)

@@ -6,10 +6,11 @@ from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
-from oasis_jax.evaluation.evaluator import Evaluator, Reading, Rows, Value
+from oasis_jax.evaluation.evaluator import Evaluator, LayerReading, Rows, Tokens, Value
 
-_VALUE = "norm ||v|| of the first token's value over the mean of the other tokens', every layer and key head"
-_PEAK = "norm ||h|| of the first token over the mean of the other tokens', every layer's output"
+_FIRST = "the mean over a sequence's documents' first tokens over that of the other tokens"
+_VALUE = f"norm ||v|| of the values: {_FIRST}, every layer and key head"
+_PEAK = f"norm ||h||: {_FIRST}, every layer's output"
 _HEAD = "norm of each head's output, before the gate and the output projection"
 _GUO = "Guo et al., arXiv 2410.13835"
 _ATTENTION, _TAPS = "models that give the statistics of their attention", "models that give their layers' outputs"
@@ -34,22 +35,24 @@ def norm(x: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
     return jnp.sqrt(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))).sum(-1))
 
 
-def _first_over_others(norms: Float[Array, "B T ..."]) -> Float[Array, "B ..."]:
-    others = norms[:, 1:].mean(1)
-    return norms[:, 0] / jnp.maximum(others, jnp.finfo(others.dtype).tiny)
+def _first_over_others(norms: Float[Array, "B T ..."], tokens: Tokens) -> Float[Array, "B ..."]:
+    first = jnp.broadcast_to(tokens.place == 0, norms.shape[:2])
+    of = lambda mask: jnp.einsum("BT...,BT->B...", norms, mask / jnp.maximum(mask.sum(1, keepdims=True), 1))
+    others = of(~first)
+    return of(first) / jnp.maximum(others, jnp.finfo(others.dtype).tiny)
 
 
-def read(reading: Reading) -> Rows | None:
-    """value_drain [B, L, K], residual_peak [B, L], head_output_norm [B, L, N]."""
-    rows, streams = {}, reading.statistics.taps.get("layer_output", [])
-    if reading.outputs.shape[1] < 2:
-        return None
-    if reading.attention:
-        rows["value_drain"] = jnp.stack([_first_over_others(norm(layer.value)) for layer in reading.attention], 1)
-        rows["head_output_norm"] = jnp.stack([norm(layer.head_output).mean(1) for layer in reading.attention], 1)
-    if streams:
-        rows["residual_peak"] = jnp.stack([_first_over_others(norm(h)) for h in streams], 1)
-    return rows or None
+def read(reading: LayerReading) -> Rows:
+    """value_drain [B, K], residual_peak [B], head_output_norm [B, N]."""
+    rows, attention, stream = {}, reading.attention, reading.statistics.layer_output
+    if reading.tokens.length < 2:
+        return {}
+    if attention is not None:
+        rows["value_drain"] = _first_over_others(norm(attention.value), reading.tokens)
+        rows["head_output_norm"] = norm(attention.head_output).mean(1)
+    if stream is not None:
+        rows["residual_peak"] = _first_over_others(norm(stream), reading.tokens)
+    return rows
 
 
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
@@ -62,4 +65,4 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     return found
 
 
-VALUES = Evaluator(read, finish, DEFINITIONS)
+VALUES = Evaluator(layer=read, finish=finish, definitions=DEFINITIONS)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from matplotlib.colors import to_hex
 
 from oasis_jax.evaluation.interventions import INTERVENTIONS, Effect
-from oasis_jax.evaluation.quantization.inference import ALWAYS_FLOAT
+from oasis_jax.evaluation.quantization import ALWAYS_FLOAT
 from oasis_jax.evaluation.report.comparison import ABSENT, MeasuredRun, change_text, interval_text, show
 from oasis_jax.evaluation.report.figures import HEAT, color
 from oasis_jax.evaluation.report.pictures import TOKEN_VIEWS, schemes, token_scale

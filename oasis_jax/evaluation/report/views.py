@@ -2,29 +2,28 @@
 attention.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
+from oasis_jax.config import ModelConfig
 from oasis_jax.data import Tokenizer
-from oasis_jax.evaluation.evaluator import Batch, of_model
-from oasis_jax.evaluation.measures.probabilities import has_null
+from oasis_jax.evaluation.evaluator import Batch, Evaluator, LayerReading, Rows
+from oasis_jax.evaluation.passes import DecoderPass, collect
+from oasis_jax.placement import Placement
 
 TOKENS = 320  # of the first held-out sequence that the token view shows
+KINDS = ("attention_output", "mlp_output", "layer_output")  # of taps, in the histograms
 # Edges of the bins of |x| / root mean square; everything below the first or above the last counts in the outermost
 # bins.
 EDGES = tuple(float(2 ** (i / 2)) for i in range(-12, 21))
 
 DEFINITIONS = {
     "histograms": {
-        "tensor": "|x| / (root mean square of x), every layer's attention output, MLP output and layer output",
-        "average": "share of the values of one batch in each bin, over layers; kind of tap -> bins, whose edges "
-        "are given",
+        "tensor": "|x| / (root mean square of x over the sequence), every layer's attention output, MLP output and layer output",
+        "average": "share of a sequence's values in each bin, mean over the sequences of one batch and layers; kind of tap -> "
+        "bins, whose edges are given",
     },
     "tokens": {
         "tensor": "received: a_k, mean over the queries i >= k of p_i(k); null: omega of the token's own query",
@@ -33,33 +32,28 @@ DEFINITIONS = {
 }
 
 
-def histogram(taps: Sequence[Float[Array, "B T D"]]) -> Float[Array, " bins"]:
-    """Share of |x| / rms in each bin, every tensor divided by its own rms, over all of them."""
-    inner = jnp.asarray(EDGES[1:-1])
-    counts = []
-    for x in taps:
-        size = jnp.abs(x.astype(jnp.float32))
-        size = size / jnp.maximum(jnp.sqrt(jnp.square(size).mean()), jnp.finfo(jnp.float32).tiny)
-        below = jnp.stack([(size < edge).mean() for edge in inner])
-        counts.append(jnp.diff(below, prepend=0.0, append=1.0))
-    return jnp.stack(counts).mean(0)
+def histogram(x: Float[Array, "B T D"]) -> Float[Array, "B bins"]:
+    """Of each sequence, the share of |x| / rms in each bin."""
+    size = jnp.abs(x.astype(jnp.float32))
+    rms = jnp.sqrt(jnp.square(size).mean((1, 2), keepdims=True))
+    size = size / jnp.maximum(rms, jnp.finfo(jnp.float32).tiny)
+    below = jnp.stack([(size < edge).mean((1, 2)) for edge in EDGES[1:-1]], 1)
+    return jnp.diff(below, axis=1, prepend=0.0, append=1.0)
 
 
-@functools.partial(jax.jit, static_argnames=("read_model",))
-def _look(read_model, state, batch) -> dict[str, dict[str, Array]]:
-    reading = read_model(state, batch)
-    taps = reading.statistics.taps
-    found = {
-        "histograms": {kind: histogram(taps[kind]) for kind in ("attention_output", "mlp_output", "layer_output")},
-        "tokens": {},
-    }
-    if reading.probabilities is not None:
-        length = reading.outputs.shape[1]
-        sums = jnp.stack([layer.column_sums[0] for layer in reading.probabilities]).mean((0, 1))
-        found["tokens"]["received"] = sums / (length - jnp.arange(length))
-        if has_null(reading.attention):
-            found["tokens"]["null"] = jnp.stack([layer.null_mass[0] for layer in reading.attention]).mean((0, 1))
-    return found
+def read(reading: LayerReading) -> Rows:
+    """Per kind of tap its histogram [B, bins]; what tokens receive, and their null mass [B, T]."""
+    rows = {kind: histogram(getattr(reading.statistics, kind)) for kind in KINDS}
+    tokens, p = reading.tokens, reading.probabilities
+    if p is not None:
+        received = p.column_sums.mean(1) / (tokens.document_length - tokens.place)
+        rows["received"] = tokens.in_order(received)
+        if tokens.has_null:
+            rows["null"] = tokens.in_order(reading.attention.null_mass.mean(1))
+    return rows
+
+
+VIEW = Evaluator(layer=read, finish=lambda rows, config: {}, definitions={})
 
 
 def spelled(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
@@ -67,25 +61,24 @@ def spelled(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode([int(i)]).decode("utf-8", "replace") for i in ids]
 
 
-def look(model: nnx.Module, batch: Batch, tokenizer: Tokenizer | None) -> dict:
+def look(params: Mapping, config: ModelConfig, placement: Placement, batch: Batch, tokenizer: Tokenizer | None) -> dict:
     """One forward pass over a batch of B sequences, of which the first is the one shown.
 
     Args:
-      model: an `oasis_jax.model.decoder.Decoder`.
-      batch: as for `evaluate_model`.
+      params, config, placement: see `oasis_jax.evaluation.evaluate`.
+      batch: one of its batches.
       tokenizer: None for a model of vectors, which has no token view.
 
     Returns:
       {"edges", "histograms": kind of tap -> shares, "tokens": {"text", "received", "null"} or None, "samples",
       "definitions"}; "null" is None where the normalizer has no null.
     """
-    read_model, state, _ = of_model(model)
-    found: Mapping = jax.device_get(_look(read_model, state, dict(batch)))
+    (rows,), _ = collect(DecoderPass(config, placement), params, [batch], (VIEW,))
     tokens = None
-    if tokenizer is not None and found["tokens"]:
-        values = {name: np.asarray(found["tokens"][name], float)[:TOKENS].tolist() for name in found["tokens"]}
-        tokens = {"text": spelled(np.asarray(batch["inputs"])[0, :TOKENS], tokenizer), "null": None} | values
-    histograms = {kind: np.asarray(shares, float).tolist() for kind, shares in found["histograms"].items()}
+    if tokenizer is not None and "received" in rows:
+        values = {name: rows[name][0].mean(0)[:TOKENS].tolist() for name in ("received", "null") if name in rows}
+        tokens = {"text": spelled(batch["inputs"][0, :TOKENS], tokenizer), "null": None} | values
+    histograms = {kind: rows[kind].mean((0, 1)).tolist() for kind in KINDS}
     return {
         "edges": list(EDGES),
         "histograms": histograms,

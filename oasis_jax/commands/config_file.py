@@ -1,0 +1,83 @@
+"""A config as a Python file with get_config()."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import traceback
+import types
+import typing
+
+from oasis_jax.config import Config, field_type, sections
+from oasis_jax.errors import UserError, nearest, unknown_name
+from oasis_jax.overrides import all_fields
+
+
+def load_config(path: str | os.PathLike, flag: str = "--config") -> Config:
+    """Runs the Python file at `path` and returns what its `get_config()` gives.
+
+    Args:
+      flag: how messages call the argument that names the file.
+
+    Raises:
+      UserError: there is no such file, it does not run, or it has no `get_config()` that returns a Config.
+    """
+    path = pathlib.Path(path)
+    code = _compile(path, flag)
+    module = types.ModuleType("config_file")
+    module.__file__ = str(path)
+    try:
+        exec(code, module.__dict__)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UserError("has no function get_config()")
+        config = get_config()
+    except Exception as error:  # whatever a user's file raises is the user's to mend
+        raise UserError(f"{path}{_line_in(path, error)}: {_in_words(error)}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: get_config() has to return an oasis_jax.config.Config, got {type(config).__name__}")
+    return config
+
+
+def _compile(path: pathlib.Path, flag: str) -> types.CodeType:
+    try:
+        return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+    except (FileNotFoundError, NotADirectoryError):
+        there = sorted(str(p) for p in path.parent.glob("*.py"))
+        found = f"; allowed: {', '.join(there)}" if there else f"; there is no .py file in {path.parent}"
+        raise UserError(f"{flag}: no such file {str(path)!r}{nearest(str(path), there)}{found}") from None
+    except OSError as error:
+        raise UserError(f"{flag}: cannot read {str(path)!r}: {error.strerror}") from None
+    except SyntaxError as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise UserError(f"{path}{where}: not valid Python: {error.msg}") from None
+    except ValueError as error:  # a null byte, in Python 3.11
+        raise UserError(f"{path}: not valid Python: {error}") from None
+
+
+def _line_in(path: pathlib.Path, error: BaseException) -> str:
+    """', line 7' for the deepest line of the file that the error passed through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    unexpected = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    for where, cls in _schema():
+        if unexpected and unexpected[1] == cls.__name__:
+            fields = [field.name for field in dataclasses.fields(cls)]
+            return str(unknown_name(f"{where}.{unexpected[2]}", unexpected[2], fields))
+    return f"{type(error).__name__}: {error}"
+
+
+def _schema() -> list[tuple[str, type]]:
+    """(name, class) of everything that a config file writes down: config, sections, and what their tables are made of."""
+    parts = [
+        (f"{section}.{field.name}", part)
+        for section, cls, field in all_fields()
+        for part in typing.get_args(field_type(cls, field.name))
+        if dataclasses.is_dataclass(part)
+    ]
+    return [("config", Config), *sections().items(), *parts]

@@ -1,0 +1,60 @@
+"""What every command line has: flags whose mistakes are one line, and exit codes that say how it ended."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from oasis_jax.errors import Preempted, UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and name the nearest flag. Flags are written out in full."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for arg in args:
+            if arg == "--":
+                break
+            flag = arg.partition("=")[0]
+            # Checked before argparse, which would complain first of the flag that is missing because of the
+            # misspelling.
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                flags = [name for name in self._option_string_actions if name.startswith("--")]
+                self.error(f"unknown flag {flag}{nearest(flag, flags)}; allowed: {', '.join(flags)}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run_main(
+    main: Callable[[Sequence[str], str], object], argv: Sequence[str] | None = None, program: str | None = None
+) -> NoReturn:
+    """Runs main(argv, program) and exits: 0, 2 with one line on stderr after a user's mistake, 130 after Ctrl-C, 143 after
+    SIGTERM.
+
+    A SystemExit of main's own passes: a plan that does not fit ends with 1. Any other exception is a bug and keeps its
+    traceback.
+
+    Args:
+      argv: without the program's name; None: sys.argv's.
+      program: how messages call it; None: the script that was started.
+    """
+    program = program or pathlib.Path(sys.argv[0]).name
+    try:
+        main(sys.argv[1:] if argv is None else argv, program)
+    except UserError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Preempted as notice:
+        print(f"{program}: {notice}", file=sys.stderr)
+        raise SystemExit(143) from None
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)

@@ -1,0 +1,212 @@
+"""A run: where its examples come from, how it is optimized, split over devices and written down."""
+
+import dataclasses
+from typing import Literal
+
+from oasis_jax.config.model import LayerPattern, ModelConfig, RopeScaling
+from oasis_jax.config.schema import build, check_fields, check_minimum, field, field_type
+from oasis_jax.errors import UserError
+
+
+def sections() -> dict[str, type]:
+    """The sections of a Config by name, in order."""
+    return {section.name: field_type(Config, section.name) for section in dataclasses.fields(Config)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where examples come from."""
+
+    corpus: Literal["stdlib", "files", "trigger"] = field(
+        "stdlib", "Python's standard library as text, local files, or the trigger task"
+    )
+    pattern: str = field("", "corpus=files: glob of .txt or .jsonl files")
+    text_key: str = field("text", "corpus=files: the key that holds the text in a .jsonl line")
+    corrupt: Literal["stop", "skip"] = field(
+        "stop", "corpus=files: a file or line that cannot be read ends the run, or is named and left out"
+    )
+    tokenizer: Literal["bytes", "bpe"] = field("bytes", "one token a byte, or a byte-level BPE trained on the corpus")
+    bpe_vocab_size: int = field(4096, "tokenizer=bpe: tokens to learn, special ones included")
+    sequence_length: int = field(256, "tokens T of an example")
+    batch_size: int = field(16, "examples of one optimizer step, over all devices")
+    begin_token: bool = field(True, "every example starts with a begin token")
+    holdout_fraction: float = field(0.05, "share of the corpus, by file, that is never trained on")
+    trigger_dim: int = field(16, "corpus=trigger: size of the random content of a vector")
+    trigger_rate: float = field(0.1, "corpus=trigger: share of positions that carry the trigger")
+
+    def __post_init__(self):
+        check_fields(self, "data")
+        check_minimum(self, "data", sequence_length=2, batch_size=1, bpe_vocab_size=258, trigger_dim=1)
+        for name in ("holdout_fraction", "trigger_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"data.{name}: must lie between 0 and 1, got {getattr(self, name)}")
+        if self.corpus == "files" and not self.pattern:
+            raise UserError("data.pattern: corpus=files needs a glob of .txt or .jsonl files")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = field(3e-3, "peak learning rate")
+    warmup_steps: int = field(20, "steps of linear warm-up from 0")
+    schedule: Literal["cosine", "linear", "constant"] = field("cosine", "decay after the warm-up")
+    final_fraction: float = field(0.1, "learning rate at the last step, as a share of the peak")
+    router_multiplier: float = field(1.0, "learning rate of the depth routers, as a multiple of the others'")
+    weight_decay: float = field(0.1, "decoupled weight decay, on matrices and embeddings only")
+    beta1: float = field(0.9, "decay of the first moment")
+    beta2: float = field(0.95, "decay of the second moment")
+    epsilon: float = field(1e-8, "added to the root of the second moment")
+    clip_norm: float = field(1.0, "largest global norm of the gradient; 0: no clipping")
+    accumulation_steps: int = field(1, "micro-batches whose gradients make one step; divides data.batch_size")
+    nonfinite: Literal["stop", "skip"] = field(
+        "stop", "a loss or gradient that is not finite ends the run, or its step changes nothing"
+    )
+    nonfinite_limit: int = field(10, "nonfinite=skip: so many skipped steps in a row end the run")
+
+    def __post_init__(self):
+        check_fields(self, "optimizer")
+        check_minimum(
+            self,
+            "optimizer",
+            learning_rate=0.0,
+            router_multiplier=0.0,
+            warmup_steps=0,
+            weight_decay=0.0,
+            clip_norm=0.0,
+            accumulation_steps=1,
+            final_fraction=0.0,
+            nonfinite_limit=1,
+        )
+
+
+# Logical axis -> mesh axes it is split over. Parameters: vocab, embed, heads, kv_heads, mlp. Activations: batch,
+# length, and stream, the length between sublayers: sources and norms are split over the tensor axis too (Korthikanti et
+# al., arXiv 2205.05198).
+DEFAULT_RULES = (
+    ("batch", ("data", "fsdp")),
+    ("embed", ("fsdp",)),
+    ("vocab", ("tensor",)),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("length", ("sequence",)),
+    ("stream", ("sequence", "tensor")),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices are laid out and what is split over them."""
+
+    data: int = field(-1, "replicas that split the batch; -1: all devices the other axes leave")
+    fsdp: int = field(1, "devices that split the batch and the parameters")
+    tensor: int = field(1, "devices that split heads, MLP and vocabulary")
+    sequence: int = field(1, "devices that split the positions of an example; attention passes its keys around them")
+    rules: tuple = field(DEFAULT_RULES, "logical axis name -> mesh axes, the one table of what is split over what")
+
+    def __post_init__(self):
+        check_fields(self, "mesh")
+        check_minimum(self, "mesh", fsdp=1, tensor=1, sequence=1)
+        if self.data == 0 or self.data < -1:
+            raise UserError(f"mesh.data: must be -1 or at least 1, got {self.data}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long a run is and what it writes."""
+
+    steps: int = field(300, "optimizer steps")
+    init_from: str = field(
+        "", "workdir of another run: start from the parameters of its newest checkpoint; '': from random ones"
+    )
+    seed: int = field(0, "seed of parameters, order of examples and everything random")
+    log_interval: int = field(1, "steps between lines of metrics.jsonl")
+    telemetry_interval: int = field(50, "steps between logs of null mass, first-token mass and beta; 0: never")
+    eval_interval: int = field(0, "steps between runs of the evaluators; 0: never")
+    eval_batches: int = field(8, "held-out batches an evaluation reads")
+    checkpoint_interval: int = field(100, "steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = field(2, "newest checkpoints that are kept")
+    keep_every: int = field(0, "checkpoints of steps divisible by this are kept for good; 0: none")
+    keep_best: int = field(
+        0,
+        "checkpoints with the lowest eval/loss that are kept too; needs checkpoint_interval divisible by eval_interval",
+    )
+    tensorboard: bool = field(False, "also write TensorBoard files (needs the tensorboard extra)")
+
+    def __post_init__(self):
+        check_fields(self, "run")
+        check_minimum(
+            self,
+            "run",
+            steps=1,
+            log_interval=1,
+            telemetry_interval=0,
+            eval_interval=0,
+            eval_batches=1,
+            checkpoint_interval=1,
+            keep_checkpoints=1,
+            keep_every=0,
+            keep_best=0,
+        )
+        if self.keep_every and self.keep_every % self.checkpoint_interval:
+            raise UserError(
+                f"run.keep_every: {self.keep_every} is not a multiple of checkpoint_interval={self.checkpoint_interval}"
+            )
+        if self.keep_best and (not self.eval_interval or self.checkpoint_interval % self.eval_interval):
+            raise UserError(
+                f"run.keep_best: needs an evaluation at every checkpoint, but eval_interval={self.eval_interval} "
+                f"does not divide checkpoint_interval={self.checkpoint_interval}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run; `configs/*.py` each return one from `get_config()`."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        if self.data.batch_size % self.optimizer.accumulation_steps:
+            raise UserError(
+                f"optimizer.accumulation_steps: {self.optimizer.accumulation_steps} does not divide "
+                f"data.batch_size={self.data.batch_size}"
+            )
+        if (self.data.corpus == "trigger") != (self.model.inputs == "vectors"):
+            needed = "vectors" if self.data.corpus == "trigger" else "tokens"
+            raise UserError(f"model.inputs: corpus={self.data.corpus} needs inputs={needed}, got {self.model.inputs}")
+
+
+def to_dict(config: Config) -> dict:
+    """The config as plain nested dicts, as it is written into checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict, written_by: str = "") -> Config:
+    """The inverse of `to_dict`, which may have been through JSON.
+
+    Args:
+      values: nested dicts.
+      written_by: the version of oasis_jax that wrote them, for the message.
+
+    Raises:
+      UserError: a field this version does not know.
+    """
+    suffix = f"; the config was written by oasis_jax {written_by}" if written_by else ""
+    found = {}
+    for section, cls in sections().items():
+        given = dict(values[section])
+        if "rules" in given:
+            given["rules"] = tuple((name, tuple(axes)) for name, axes in given["rules"])
+        if given.get("layer_pattern"):
+            given["layer_pattern"] = tuple(
+                build(LayerPattern, entry, "model.layer_pattern", suffix) for entry in given["layer_pattern"]
+            )
+        if given.get("rope_scaling"):
+            given["rope_scaling"] = build(RopeScaling, given["rope_scaling"], "model.rope_scaling", suffix)
+        found[section] = build(cls, given, section, suffix)
+    return Config(**found)

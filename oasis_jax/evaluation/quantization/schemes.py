@@ -1,0 +1,95 @@
+"""Quantization schemes by name: what is rounded, and how."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.evaluation.quantization.quantizers import Format
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What is rounded, and how.
+
+    Attributes:
+      weights: format of the weights of linear layers, symmetric.
+      activations: format of the inputs of linear layers; None: they stay as they are.
+      group: how many terms of the contraction share a scale; 0: all.
+      per_tensor: one scale a tensor, activations asymmetric with running ranges from calibration, and also the
+        embedding table, attention scores, probabilities, context, residual sums and depth mixtures (the reference of
+        arXiv 2605.17887, after arXiv 2306.12929). Else weights have a scale per output channel, activations one per
+        token, taken as they come.
+      mse, smooth, float_head, integer: the options of `OPTIONS`.
+    """
+
+    weights: Format
+    activations: Format | None
+    group: int = 0
+    per_tensor: bool = False
+    mse: bool = False
+    smooth: bool = False
+    float_head: bool = False
+    integer: bool = False
+
+
+SCHEMES = {
+    "w8a8_tensor": Scheme(Format(8), Format(8), per_tensor=True),
+    "w8a8": Scheme(Format(8), Format(8)),
+    "w6a6": Scheme(Format(6), Format(6)),
+    "w4a8": Scheme(Format(4), Format(8)),
+    "w4a4_g32": Scheme(Format(4), Format(4), group=32),
+    "w4a4_g128": Scheme(Format(4), Format(4), group=128),
+    "w4a16_g128": Scheme(Format(4), None, group=128),
+    "fp8": Scheme(Format(8, floating=True), Format(8, floating=True)),
+}
+# The fields of Scheme that "scheme+option" sets.
+OPTIONS = {
+    "mse": "weights are clipped to the range of 100 that has the least squared error",
+    "smooth": "SmoothQuant on every linear layer, which divides its input by its factors as it runs; with calibration",
+    "float_head": "the head stays in float",
+    "integer": "products of linear layers on the codes themselves, int8 or E4M3, in place of simulated ones",
+}
+
+
+def parse_scheme(text: str) -> Scheme:
+    """'w8a8_tensor+mse+float_head' as a Scheme; raises UserError for a name there is not, and for an option
+    that has no meaning.
+    """
+    name, *options = text.split("+")
+    if name not in SCHEMES:
+        raise unknown_name("--quantize", name, SCHEMES)
+    for option in options:
+        if option not in OPTIONS:
+            raise unknown_name(f"--quantize: option of {name}", option, OPTIONS)
+    scheme = dataclasses.replace(SCHEMES[name], **dict.fromkeys(options, True))
+    if scheme.integer and scheme.activations is None:
+        raise UserError(
+            f"--quantize: {text}: activations stay in float, so there is no integer product; leave out +integer"
+        )
+    return scheme
+
+
+def parse_schemes(names: Sequence[str]) -> dict[str, Scheme]:
+    """Schemes by name; raises UserError for one there is not or one given twice."""
+    if repeated := [name for index, name in enumerate(names) if name in names[:index]]:
+        raise UserError(f"--quantize: {repeated[0]!r} is given twice")
+    return {name: parse_scheme(name) for name in names}
+
+
+def describe(scheme: Scheme) -> str:
+    """How a linear layer is computed, in words."""
+    group = f" and group of {scheme.group}" if scheme.group else ""
+    fit = "least squared error of 100 ranges" if scheme.mse else "min-max"
+    weight = (
+        f"weight {scheme.weights}, "
+        f"{'one scale a tensor' if scheme.per_tensor else f'a scale per output channel{group}'}, {fit}"
+    )
+    if scheme.activations is None:
+        inputs = "input in float"
+    elif scheme.per_tensor:
+        inputs = f"input {scheme.activations}, one scale and zero point a tensor, from calibration"
+    else:
+        inputs = f"input {scheme.activations}, a scale per token{group}, as it comes"
+    sums = "float32" if scheme.weights.floating or scheme.activations is None else "int32"
+    kind = f"product on the codes, {sums} sums" if scheme.integer else "product simulated in float32"
+    return f"{weight}; {inputs}{'; smoothed' if scheme.smooth else ''}; {kind}"
