@@ -11,9 +11,9 @@ import _harness as harness
 
 from oasis_jax.commands.config_file import load_config
 from oasis_jax.data import load_corpus, train_batches
+from oasis_jax.placement import make_mesh, place
 from oasis_jax.training.guard import floats
 from oasis_jax.training.loop import with_sizes
-from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
 from oasis_jax.training.state import new_state
 from oasis_jax.training.step import make_step, make_telemetry
 
@@ -33,7 +33,7 @@ def main():
     mesh = make_mesh(config.mesh)
     step, telemetry, state = make_step(config, mesh), make_telemetry(config, mesh), new_state(config, mesh)
     batches = train_batches(corpus.train, config.data, seed=0)
-    batch = put_batch(next(batches), batch_sharding(config, mesh))
+    batch = place(config, mesh).put(next(batches))
 
     def train():
         nonlocal state

@@ -10,13 +10,14 @@ import functools
 import pathlib
 
 import _harness as harness
+import jax
 import numpy as np
-from flax import nnx
 
 from oasis_jax.commands.config_file import load_config
-from oasis_jax.evaluation import EVALUATORS, choose, measure_model
-from oasis_jax.evaluation.evaluator import _read, of_model
-from oasis_jax.model.decoder import Decoder
+from oasis_jax.evaluation import EVALUATORS, choose, evaluate
+from oasis_jax.evaluation.passes import DecoderPass, lower
+from oasis_jax.model.decoder import initial_params
+from oasis_jax.placement import UNSHARDED
 
 DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
 VOCAB = 258  # bytes
@@ -29,9 +30,9 @@ def make_batches(count: int, batch: int, length: int) -> list[dict]:
     return [{"inputs": inputs, "targets": targets, "weights": ones} for inputs, targets in tokens]
 
 
-def evaluation(model, batches, evaluators):
+def evaluation(params, config, batches, evaluators):
     """All batches, the averages and the confidence intervals."""
-    found = measure_model(model, batches, evaluators)
+    found = evaluate(params, config, UNSHARDED, batches, evaluators)
     return found.values, found.intervals()
 
 
@@ -44,22 +45,20 @@ def main():
     parser.add_argument("--preset", default="oasis")
     arguments = parser.parse_args()
     config = dataclasses.replace(load_config(DEMO).model.with_preset(arguments.preset), vocab_size=VOCAB)
-    model = Decoder(config, rngs=nnx.Rngs(0))
+    params = jax.jit(lambda: initial_params(config, jax.random.key(0)))()
     batches = make_batches(arguments.batches, arguments.batch, arguments.length)
-    read_model, state, _ = of_model(model)
     plain = choose(["perplexity"])
     sets = {"perplexity alone": plain, "default set": choose(["default"]), "full set": EVALUATORS}
     sets |= {f"perplexity and {name}": plain | {name: EVALUATORS[name]} for name in EVALUATORS if name != "perplexity"}
     compiled, passes = {}, {}
     for name, evaluators in sets.items():
-        chosen = tuple(evaluators.values())
-        compiled[name] = _read.lower(read_model, state, batches[0], chosen, None).compile()
-        passes[name] = functools.partial(compiled[name], state, batches[0])
+        compiled[name] = lower(DecoderPass(config), params, batches[0], evaluators).compile()
+        passes[name] = functools.partial(compiled[name], params, None, batches[0])
     results = harness.interleave(passes, repetitions=arguments.repetitions)
     for name, run in compiled.items():
         results[name]["temporary_mib"] = run.memory_analysis().temp_size_in_bytes / 2**20
     whole = {
-        name: functools.partial(evaluation, model, batches, sets[name])
+        name: functools.partial(evaluation, params, config, batches, sets[name])
         for name in ("perplexity alone", "default set", "full set")
     }
     evaluations = harness.interleave(whole, repetitions=max(2, arguments.repetitions // 3))

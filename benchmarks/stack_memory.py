@@ -32,8 +32,8 @@ def compiled(options: dict, layers: int, device) -> tuple[float, float, float]:
     import jax
 
     from oasis_jax.config import Config, DataConfig, ModelConfig
-    from oasis_jax.training.plan import abstract_batch
     from oasis_jax.placement import make_mesh
+    from oasis_jax.training.plan import abstract_batch
     from oasis_jax.training.state import abstract_state
     from oasis_jax.training.step import make_step
 

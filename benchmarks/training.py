@@ -18,7 +18,7 @@ from oasis_jax.commands.config_file import load_config
 from oasis_jax.config import PRESETS, Config
 from oasis_jax.data import load_corpus, train_batches
 from oasis_jax.overrides import apply_overrides
-from oasis_jax.training.sharding import batch_sharding, make_mesh, put_batch
+from oasis_jax.placement import make_mesh, place
 from oasis_jax.training.state import new_state
 from oasis_jax.training.step import make_step
 
@@ -51,9 +51,8 @@ def main():
         config = preset_config(preset, arguments.set)
         mesh = make_mesh(config.mesh)
         steps[preset], states[preset] = make_step(config, mesh), new_state(config, mesh)
-    batch = put_batch(
-        next(train_batches(load_corpus(config.data, seed=0).train, config.data, seed=0)), batch_sharding(config, mesh)
-    )
+    batches = train_batches(load_corpus(config.data, seed=0).train, config.data, seed=0)
+    batch = place(config, mesh).put(next(batches))
 
     def advance(preset):
         states[preset], metrics = steps[preset](states[preset], batch)

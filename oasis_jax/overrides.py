@@ -27,7 +27,9 @@ def apply_overrides(config: Config, assignments: Iterable[str]) -> Config:
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, dict[str, object]]:
-    """["model.width=64"] -> {"model": {"width": 64}}; raises UserError for an unknown field or a value of another type."""
+    """["model.width=64"] -> {"model": {"width": 64}}; raises UserError for an unknown field or a value of
+    another type.
+    """
     given: dict[str, dict] = {}
     for assignment in assignments:
         section, name, value = _parse(assignment)
@@ -36,7 +38,9 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, dict[str, object]]:
 
 
 def all_fields() -> Iterator[tuple[str, type, dataclasses.Field]]:
-    """(section, its class, field) of every field of a config, as written in the schema: a model's preset comes first."""
+    """(section, its class, field) of every field of a config, as written in the schema: a model's preset
+    comes first.
+    """
     for section, cls in sections().items():
         # A class's own fields, before those that it takes over.
         order = {name: place for place, name in enumerate(cls.__annotations__)}

@@ -1,7 +1,7 @@
 """The command line, one file per command.
 
-`oasis_jax.commands.NAME` has main(argv, program) and is imported only when its command is asked for; what it needs of JAX it
-imports inside, so that --help and mistakes in flags do not wait.
+`oasis_jax.commands.NAME` has main(argv, program) and is imported only when its command is asked for; what it needs of
+JAX it imports inside, so that --help and mistakes in flags do not wait.
 """
 
 # Command -> what it does, as `python -m oasis_jax --help` says it.

@@ -73,7 +73,9 @@ def _in_words(error: Exception) -> str:
 
 
 def _schema() -> list[tuple[str, type]]:
-    """(name, class) of everything that a config file writes down: config, sections, and what their tables are made of."""
+    """(name, class) of everything that a config file writes down: config, sections, and what their tables are
+    made of.
+    """
     parts = [
         (f"{section}.{field.name}", part)
         for section, cls, field in all_fields()

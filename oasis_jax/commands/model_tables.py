@@ -41,16 +41,18 @@ def _summary(config: Config, sized: Config, width: int) -> str:
     head = "head tied to the embedding" if model.inputs == "tokens" and model.tied_head else "head of its own"
     lines = [
         f"{model.preset}: {model.num_layers} layers of width {model.width}, {size}",
-        f"attention: {model.normalizer}, {model.num_heads} heads of {model.head_size}, {model.key_heads} of keys and values",
-        f"MLP: {model.mlp_size} wide, {'gated ' if model.mlp_gated else ''}{model.mlp_activation}; norm: {model.norm}; {head}",
+        f"attention: {model.normalizer}, {model.num_heads} heads of {model.head_size}, {model.key_heads} of keys "
+        "and values",
+        f"MLP: {model.mlp_size} wide, {'gated ' if model.mlp_gated else ''}{model.mlp_activation}; norm: "
+        f"{model.norm}; {head}",
         f"other than by default: {', '.join(_changed(config.model)) or 'nothing'}",
     ]
     return "\n".join(textwrap.fill(line, width, subsequent_indent="  ") for line in lines)
 
 
 def _changed(model: ModelConfig) -> list[str]:
-    """["rope_theta=500000", ...]: fields that neither the preset nor a default gives; what the tables show at length is left
-    out.
+    """["rope_theta=500000", ...]: fields that neither the preset nor a default gives; what the tables show at
+    length is left out.
     """
     usual = ModelConfig(preset=model.preset)
     shown = ("preset", "num_layers", "width", "vocab_size", "vector_dim", "layer_pattern", "rope_scaling")
@@ -165,7 +167,9 @@ def steps(model: ModelConfig, width: int) -> str:
 
 
 def _writes(step: Step) -> str:
-    """The slot that takes the sublayer's source and, where there is one, the slot that takes the stream made from it."""
+    """The slot that takes the sublayer's source and, where there is one, the slot that takes the stream made
+    from it.
+    """
     slot = f"adds to slot {step.slot}" if step.members else f"slot {step.slot}"
     return slot if step.stream_slot is None else f"{slot}; stream: {step.stream_slot}"
 

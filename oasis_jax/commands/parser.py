@@ -35,8 +35,8 @@ class Parser(argparse.ArgumentParser):
 def run_main(
     main: Callable[[Sequence[str], str], object], argv: Sequence[str] | None = None, program: str | None = None
 ) -> NoReturn:
-    """Runs main(argv, program) and exits: 0, 2 with one line on stderr after a user's mistake, 130 after Ctrl-C, 143 after
-    SIGTERM.
+    """Runs main(argv, program) and exits: 0, 2 with one line on stderr after a user's mistake, 130 after Ctrl-C, 143
+    after SIGTERM.
 
     A SystemExit of main's own passes: a plan that does not fit ends with 1. Any other exception is a bug and keeps its
     traceback.

@@ -1,4 +1,6 @@
-"""`oasis_jax show`: what a model is made of, from its config alone: parameters, and what each sublayer reads and writes."""
+"""`oasis_jax show`: what a model is made of, from its config alone: parameters, and what each sublayer reads and
+writes.
+"""
 
 import os
 import pathlib
@@ -56,7 +58,8 @@ def stored_config(workdir: str | pathlib.Path) -> Config:
     workdir = pathlib.Path(workdir)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(
-            f"CONFIG: there is no run in {str(workdir)!r} (it has no folder 'checkpoints'); give a config file or a workdir"
+            f"CONFIG: there is no run in {str(workdir)!r} (it has no folder 'checkpoints'); give a config file or "
+            "a workdir"
         )
 
     def restore(step: int) -> Config:

@@ -1,7 +1,8 @@
 """Measures of a model: perplexity, outliers, sinks, depth routing. The report over runs is in
 `oasis_jax.evaluation.runs`.
 
-`evaluate` is the one path: parameters are used where they lie, layers are reduced as they are done, logits exist in pieces.
+`evaluate` is the one path: parameters are used where they lie, layers are reduced as they are done, logits exist in
+pieces.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,8 +31,8 @@ def evaluate(
       config: the decoder's.
       placement: what the parameters are placed by; UNSHARDED leaves it to the compiler.
       batches: dicts of host arrays [B, T, ...] with "inputs", "targets" and "weights", as `oasis_jax.data.eval_batches`
-        gives them, the same on every process; at least one, of one length. "segment_ids" and "positions" reach the model;
-        "bytes" [B, T], the bytes that each target stands for, adds bits per byte. The mesh need not divide B.
+        gives them, the same on every process; at least one, of one length. "segment_ids" and "positions" reach the
+        model; "bytes" [B, T], the bytes that each target stands for, adds bits per byte. The mesh need not divide B.
       evaluators: name -> Evaluator; the default set where not given.
 
     Returns:

@@ -1,6 +1,7 @@
 """What a measure is: what it reads of a layer, of a router and of the end of a model, and how rows become values.
 
-The model hands out its statistics as they are made, so that of a layer only rows of a few numbers a sequence outlive it.
+The model hands out its statistics as they are made, so that of a layer only rows of a few numbers a sequence outlive
+it.
 """
 
 import dataclasses
@@ -103,8 +104,8 @@ class LayerReading:
 
     @functools.cached_property
     def probabilities(self) -> Probabilities | None:
-        """What only the whole rows of the layer's attention tell, read tile by tile once for all measures; None where it
-        is not known how they are made.
+        """What only the whole rows of the layer's attention tell, read tile by tile once for all measures;
+        None where it is not known how they are made.
         """
         if self.attention is None or self.attention.static is None:
             return None
@@ -127,8 +128,8 @@ class FinalReading:
 
     Attributes:
       final: the final norm's output; None where a foreign model does not give it.
-      map_logits: (function, {name: [B, T, ...]}) -> function(logits [.., t, V], {name: [.., t, ...]}) for all positions,
-        piece by piece: [B, T, ...]; the logits of all positions never exist. Vectors' outputs likewise.
+      map_logits: (function, {name: [B, T, ...]}) -> function(logits [.., t, V], {name: [.., t, ...]}) for all
+        positions, piece by piece: [B, T, ...]; the logits of all positions never exist. Vectors' outputs likewise.
       config: None for a foreign model.
       gains: of the norm that reads each layer's output.
     """
@@ -158,11 +159,11 @@ def all_rows(layers: Rows, routers: dict[str, Rows], reading: FinalReading) -> R
 class Evaluator:
     """A family of measures.
 
-    Under jit, `layer`, `router` and `final` reduce what they are shown to rows, {name: array [B, ...]}, or to {} where the
-    family does not apply. `combine` gets the rows of all layers, stacked to [B, L, ...], and those of every router, when the
-    pass is over. `finish` sees the rows of all sequences in float64 and averages them: an `Estimate` for a scalar, a value
-    for everything else; what it leaves out does not apply. Keeping a row per sequence lets it threshold, average or
-    resample over sequences as its definition demands.
+    Under jit, `layer`, `router` and `final` reduce what they are shown to rows, {name: array [B, ...]}, or to {} where
+    the family does not apply. `combine` gets the rows of all layers, stacked to [B, L, ...], and those of every router,
+    when the pass is over. `finish` sees the rows of all sequences in float64 and averages them: an `Estimate` for a
+    scalar, a value for everything else; what it leaves out does not apply. Keeping a row per sequence lets it
+    threshold, average or resample over sequences as its definition demands.
     """
 
     finish: Callable[[dict[str, np.ndarray], ModelConfig | None], dict[str, "Value | Estimate"]]

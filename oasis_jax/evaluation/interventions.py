@@ -42,7 +42,8 @@ INTERVENTIONS = {
     "has to be that of beta",
     "softmax": "token attention normalized by softmax instead, the null taken away",
     "depth_softmax": "depth weights normalized by softmax instead, the depth null taken away",
-    "begin_token": "the first token of every sequence removed: no other sees it; the loss over the other targets, before "
+    "begin_token": "the first token of every sequence removed: no other sees it; the loss over the other targets, "
+    "before "
     "and after",
 }
 
@@ -65,8 +66,8 @@ class Effect(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What the routers of a pass do otherwise: per router which sources count [L], whether the rest is renormalized, a
-    factor on the evidence.
+    """What the routers of a pass do otherwise: per router which sources count [L], whether the rest is
+    renormalized, a factor on the evidence.
     """
 
     keep: dict[str, Float[Array, " L"]]
@@ -108,7 +109,9 @@ _LOSSES = Evaluator(
 
 
 class _Model(NamedTuple):
-    """A decoder, its batches, and what a pass of it tells: per sequence losses and weights [S, T], depth weights [S, L]."""
+    """A decoder, its batches, and what a pass of it tells: per sequence losses and weights [S, T], depth weights [S,
+    L].
+    """
 
     params: Mapping[str, Any]
     config: ModelConfig
@@ -182,7 +185,9 @@ def families(config: ModelConfig) -> dict[str, dict[str, list[int]]]:
 
 
 def _groups(config: ModelConfig) -> dict[tuple[str, str], list[str]]:
-    """(sublayers, band) -> its routers; ("all", "all") first. A router counts to the sublayer that it is named after."""
+    """(sublayers, band) -> its routers; ("all", "all") first. A router counts to the sublayer that it is
+    named after.
+    """
     steps = {step.name: step for step in schedule(config).steps}
     found = {("all", "all"): schedule(config).routers}
     for name in schedule(config).routers:

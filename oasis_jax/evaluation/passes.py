@@ -189,8 +189,8 @@ def collect(
 def placed_batches(model: Pass, batches: Sequence[Batch]) -> Iterator[tuple[dict[str, Array], int]]:
     """Every batch where the pass wants it, and how many of its rows are its own.
 
-    The others have weight 0: they are added until the mesh divides the batch and all batches have equally many rows, so that
-    one program serves.
+    The others have weight 0: they are added until the mesh divides the batch and all batches have equally many rows, so
+    that one program serves.
     """
     sizes = [len(batch["inputs"]) for batch in batches]
     ways = model.placement.ways("batch")

@@ -51,8 +51,8 @@ def evaluate(
       measures: names of families of measures; "default" and "all" stand for several.
       interventions: names of interventions, or "all"; see `oasis_jax.evaluation.interventions`.
       quantize: quantization schemes such as "w8a8_tensor" or "w4a8+smooth"; each is measured beside float.
-      overrides: "section.field=value" of how models are computed, such as "mesh.fsdp=8"; by default all devices split the
-        batch.
+      overrides: "section.field=value" of how models are computed, such as "mesh.fsdp=8"; by default all devices split
+        the batch.
 
     Raises:
       UserError: a workdir twice or without a run, a corpus that is not the run's, an unknown measure,

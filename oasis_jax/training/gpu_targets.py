@@ -1,6 +1,7 @@
 """What XLA's GPU compiler has to know of a GPU that is not there.
 
-The numbers are those of XLA's own descriptions (xla/backends/gpu/specs), which not every release of jax's CUDA plugin carries.
+The numbers are those of XLA's own descriptions (xla/backends/gpu/specs), which not every release of jax's CUDA plugin
+carries.
 """
 
 import importlib.util

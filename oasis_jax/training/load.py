@@ -43,7 +43,8 @@ class LoadedRun(NamedTuple):
 
 
 def measured_otherwise(config: Config, overrides: Iterable[str]) -> Config:
-    """The config of a trained run on a mesh of its own, all devices splitting the batch where nothing else is asked for.
+    """The config of a trained run on a mesh of its own, all devices splitting the batch where nothing else is asked
+    for.
 
     Args:
       overrides: "section.field=value" of how a model is computed and where its data lie, see `HOW`.
@@ -70,7 +71,8 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, overrides: 
       overrides: see `measured_otherwise`.
 
     Raises:
-      UserError: there is no such checkpoint, or no whole one, or this version cannot build its model, or not on this mesh.
+      UserError: there is no such checkpoint, or no whole one, or this version cannot build its model, or not on this
+        mesh.
     """
     workdir = pathlib.Path(workdir)
     if not (workdir / "checkpoints").is_dir():

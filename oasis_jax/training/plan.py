@@ -1,5 +1,5 @@
-"""Whether a run will fit: its training step and its evaluation compiled ahead of time for hardware that is not there, and
-what the compiler says of them.
+"""Whether a run will fit: its training step and its evaluation compiled ahead of time for hardware that is
+not there, and what the compiler says of them.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ TPU_MEMORY = {"v4": 32.0, "v5e": 16.0, "v5p": 95.0, "v6e": 32.0, "tpu7x": 96.0}
 GPU_FRACTION = 0.92
 _GIB = 2.0**30
 
-# (config, mesh) -> the evaluation of a batch, lowered over abstract parameters: `oasis_jax.evaluation.lower_evaluation`.
+# (config, mesh) -> the evaluation of a batch, lowered over abstract parameters:
+# `oasis_jax.evaluation.lower_evaluation`.
 LowerEvaluation = Callable[[Config, Mesh], jax.stages.Lowered]
 
 
@@ -262,7 +263,9 @@ def _bytes_per_device(tree: object) -> int:
 
 
 def with_vocabulary(config: Config) -> Config:
-    """The config with the vocabulary that its tokenizer will have, or the size of its task's vectors; no text is read."""
+    """The config with the vocabulary that its tokenizer will have, or the size of its task's vectors; no text
+    is read.
+    """
     model, data = config.model, config.data
     if model.inputs == "vectors":
         sizes = {"vector_dim": model.vector_dim or load_corpus(data, seed=config.run.seed).vector_dim}
@@ -331,7 +334,10 @@ def suggestion(plan: Plan, config: Config) -> str:
             return f"{takes}: --set mesh.fsdp={_next_divisor(most, ways)} splits them further"
         return f"{takes}, split over all that there is: take a larger topology"
     if plan.training_fits:
-        return "the evaluation takes most: a larger mesh.tensor or mesh.sequence, a smaller data.batch_size, or more devices"
+        return (
+            "the evaluation takes most: a larger mesh.tensor or mesh.sequence, a smaller "
+            "data.batch_size, or more devices"
+        )
     loops = uses_loop(config.model, plan.mesh.devices.flat[0].platform)
     if config.model.remat == "none" and (config.model.wiring == "residual" or not loops):
         return "activations take most: --set model.remat=layer recomputes them in the backward pass"

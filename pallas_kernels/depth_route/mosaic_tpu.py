@@ -7,9 +7,9 @@ rescaling, and is divided once at the end. Backward, delta is known, so a source
 score is recomputed from the block in VMEM and its gradient is written once.
 
 Sources in one array [L, B, T, D]: the grid is (batch, block of tokens, source), blocks of about 1 MiB. Dead sources
-repeat the block index of the last live one, which is not copied once more. Sources in a tuple: L buffers, never stacked;
-a program holds the same tokens of all of them, so 2 L blocks (double buffering) must fit in VMEM, and a dead source costs
-one block in all. Scores, weights and their gradients have a source a lane, [tokens, L].
+repeat the block index of the last live one, which is not copied once more. Sources in a tuple: L buffers, never
+stacked; a program holds the same tokens of all of them, so 2 L blocks (double buffering) must fit in VMEM, and a dead
+source costs one block in all. Scores, weights and their gradients have a source a lane, [tokens, L].
 
 Lengths that are not whole blocks: the rows beyond the end hold anything, and only the sum over rows for a static query
 has to leave them out.
@@ -110,7 +110,9 @@ def _put(ref, rows, i, column) -> None:
 
 
 def _over_sources(plan: Plan, live_ref, start: Callable, live: Callable, dead: Callable, finish: Callable) -> None:
-    """Calls start(), live(i) or dead(i) for every source i, and finish(): over steps of the grid for stacked sources."""
+    """Calls start(), live(i) or dead(i) for every source i, and finish(): over steps of the grid for stacked
+    sources.
+    """
 
     def each(
         i,
@@ -237,7 +239,9 @@ def _before_the_end(plan: Plan, rows, x):
 
 
 def _specs(plan: Plan):
-    """Block specifications of the sources, their gradients, [batch, length, width], [batch, length, L], a static query."""
+    """Block specifications of the sources, their gradients, [batch, length, width], [batch, length, L], a
+    static query.
+    """
 
     def tokens(lanes):
         return pl.BlockSpec((None, plan.rows, lanes), lambda g, t, *_: (g, t, 0))

@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from oasis_jax.placement import make_mesh
 from oasis_jax.training.plan import abstract_batch
-from oasis_jax.training.sharding import make_mesh
 from oasis_jax.training.state import abstract_state
 from oasis_jax.training.step import make_step
 
@@ -58,7 +58,7 @@ def test_a_sharded_step_runs_our_kernels(preset, axes):
     for kernel in ("null_attention_forward", "null_attention_query_gradient", "null_attention_key_gradient"):
         assert kernel in text
     for kernel in ("depth_route_forward", "depth_route_backward"):
-        assert (kernel in text) == (preset == "oasis")  # blocks route in two phases; see pallas_kernels.route_running
+        assert (kernel in text) == (preset != "residual")
     # As loops: however many layers, a kernel is called where it was written. Two routers a layer, forward, again and
     # backward.
     assert text.count('custom_call_target="tpu_custom_call"') < 20

@@ -76,7 +76,9 @@ def report(
 
 
 def modules(model: dict, mesh: dict, rows: list[int]) -> dict:
-    """An NNX Decoder whose parameters are laid out as in training, and the same as somebody's function, beside one device."""
+    """An NNX Decoder whose parameters are laid out as in training, and the same as somebody's function, beside one
+    device.
+    """
     batches, found = make_batches(rows, packed=False), {}
     for name, sizes, devices in (("alone", {}, jax.devices()[:1]), ("sharded", mesh, jax.devices())):
         config = config_of(model, sizes)

@@ -1,4 +1,6 @@
-"""Evaluation on a mesh of eight devices: every value is that of one device, and what is gathered is one layer at a time."""
+"""Evaluation on a mesh of eight devices: every value is that of one device, and what is gathered is one layer at a
+time.
+"""
 
 import collections
 import json
@@ -100,14 +102,16 @@ def test_interventions_and_quantization():
         check_equal(alone["ranges"], sharded["ranges"], 1e-4)
         check_equal(alone["schemes"].pop("w4a16_g128"), sharded["schemes"].pop("w4a16_g128"))
         for scheme, value in alone["schemes"].items():
-            # A sum in another order pushes an activation over the middle between two codes, and what follows over others:
-            # parameters times 1 + 2e-7 change these perplexities by as much, on one device.
+            # A sum in another order pushes an activation over the middle between two codes, and what follows over
+            # others: parameters times 1 + 2e-7 change these perplexities by as much, on one device.
             assert sharded["schemes"][scheme]["value"] == pytest.approx(value["value"], rel=1e-2), scheme
             assert sharded["schemes"][scheme]["tensors"] == value["tensors"]
 
 
 def gathered_parameters(mesh: dict) -> tuple[collections.Counter, set]:
-    """How often a pass has to gather arrays of which shape over fsdp, dimensions sorted; and the shapes of whole stacks."""
+    """How often a pass has to gather arrays of which shape over fsdp, dimensions sorted; and the shapes of whole
+    stacks.
+    """
     config, sizes = config_of(dict(preset="oasis"), mesh), {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1} | mesh
     placement = Placement(AbstractMesh(tuple(sizes.values()), tuple(sizes)), config.mesh.rules)
     expected, stacks = collections.Counter(), set()

@@ -23,7 +23,9 @@ def temporary_bytes(families: dict, batch: int = 4, length: int = 64, **fields) 
 
 
 def test_memory_does_not_grow_with_batch_times_vocabulary():
-    """Logits of all positions would be 16 MiB; a piece is no larger than two activations, the weights of the head 1 MiB."""
+    """Logits of all positions would be 16 MiB; a piece is no larger than two activations, the weights of the head 1
+    MiB.
+    """
     batch, length, width, vocab = 8, 64, 32, 8192
     sizes = dict(batch=batch, length=length, num_layers=1)
     small, large = (temporary_bytes(choose(["perplexity"]), vocab_size=size, **sizes) for size in (64, vocab))
@@ -35,7 +37,9 @@ def test_memory_does_not_grow_with_batch_times_vocabulary():
 
 
 def test_only_rows_of_a_layer_outlive_it():
-    """Four more layers cost all measures no more than they cost perplexity, but for a tenth of one activation a layer."""
+    """Four more layers cost all measures no more than they cost perplexity, but for a tenth of one activation
+    a layer.
+    """
     activation, grown = 4 * 8 * 128 * 64, {}
     sizes = dict(batch=8, length=128, width=64, num_heads=2)
     families = {name: evaluator for name, evaluator in EVALUATORS.items() if name != "joint"}  # it keeps [B, N, T]
@@ -80,7 +84,9 @@ def test_rows_that_fill_a_batch_up_repeat_the_last_with_weight_0():
 
 
 def test_three_documents_in_a_row_measure_as_three_rows():
-    """Of equal length, so that what is averaged over queries or documents is the same; places beyond them hold nothing."""
+    """Of equal length, so that what is averaged over queries or documents is the same; places beyond them
+    hold nothing.
+    """
     model, batch = build(preset="oasis"), token_batches(1)[0]
     row = {name: x.reshape(1, -1) for name, x in batch.items()}
     row["segment_ids"] = np.arange(33, dtype=np.int32)[None] // 11
@@ -106,8 +112,8 @@ def test_three_documents_in_a_row_measure_as_three_rows():
 
 
 def test_learned_positions_of_packed_documents():
-    """Positions given with a batch reach the model: documents packed into a row see the rows of the table that they would
-    see alone.
+    """Positions given with a batch reach the model: documents packed into a row see the rows of the table that they
+    would see alone.
     """
     model, batch = build(preset="residual", rope_theta=0.0, learned_positions=11), token_batches(1)[0]
     row = {name: x.reshape(1, -1) for name, x in batch.items()}

@@ -331,7 +331,9 @@ ODD = dict(
 
 
 def on_the_grid(path, x: np.ndarray, config: ModelConfig, random: np.random.Generator) -> np.ndarray:
-    """A parameter that four bits hold where its role says that activations are multiplied with it; any numbers elsewhere."""
+    """A parameter that four bits hold where its role says that activations are multiplied with it; any numbers
+    elsewhere.
+    """
     names, role = [key.key for key in path if isinstance(key.key, str)], parameter_roles(config)
     for name in names:
         role = role[name]
@@ -346,8 +348,8 @@ def on_the_grid(path, x: np.ndarray, config: ModelConfig, random: np.random.Gene
 
 @pytest.mark.parametrize("normalizer", ["learned_sink", "null_key_value", "token_null"])
 def test_biases_nulls_and_norms_are_never_rounded(normalizer):
-    """Matrices that lie on the grid of weights already are what rounding leaves alone: with activations in float the loss is
-    that of float, whatever biases, nulls and gains are.
+    """Matrices that lie on the grid of weights already are what rounding leaves alone: with activations in float the
+    loss is that of float, whatever biases, nulls and gains are.
     """
     fields = SIZES | ODD | dict(preset="oasis", normalizer=normalizer)
     config, random = ModelConfig(**fields), np.random.default_rng(3)

@@ -1,4 +1,6 @@
-"""Models for comparisons to the last digits: float64, small, every parameter away from its start, documents in a row."""
+"""Models for comparisons to the last digits: float64, small, every parameter away from its start, documents
+in a row.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ from oasis_jax.model.decoder import parameter_shapes
 
 B, T, V = 2, 6, 83
 SMALL = dict(width=12, num_heads=3, mlp_dim=20, vocab_size=V)
-# Documents of a row one after the other, each with positions that start over: two in the first row, three in the second.
+# Documents of a row one after the other, each with positions that start over: two in the first row, three in the
+# second.
 SEGMENTS = np.array([[0, 0, 1, 1, 1, 1], [3, 4, 4, 4, 7, 7]])
 POSITIONS = np.array([[0, 1, 0, 1, 2, 3], [0, 0, 1, 2, 0, 1]])
 

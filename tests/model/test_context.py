@@ -172,7 +172,9 @@ def test_patterns_that_do_not_fit():
 @pytest.mark.parametrize("causal, window", [(True, 0), (True, 1), (True, 3), (False, 0)])
 @pytest.mark.parametrize("segments", [False, True])
 def test_allowed_keys_of_any_queries_and_keys(causal, window, segments):
-    """The last 4 of 9 tokens against all, in an order of their own: as a decoder's cache, or a device's part, has them."""
+    """The last 4 of 9 tokens against all, in an order of their own: as a decoder's cache, or a device's part,
+    has them.
+    """
     random = np.random.default_rng(0)
     keys, queries = random.permutation(9), random.permutation(np.arange(5, 9))
     ids = np.sort(random.integers(0, 3, (2, 9)), axis=1)

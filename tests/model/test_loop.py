@@ -1,5 +1,5 @@
-"""Layers as a loop against the executor that runs them one by one, in float64; and what the loop stores, as the CPU's
-compiler says.
+"""Layers as a loop against the executor that runs them one by one, in float64; and what the loop stores, as
+the CPU's compiler says.
 """
 
 from functools import cache, partial
@@ -150,7 +150,9 @@ def temporary_bytes(layers, loop=True, **options):
     ids=lambda o: o["preset"],
 )
 def test_temporary_memory_is_linear_in_depth(options):
-    """Equal steps of depth cost equal memory; a stored history would make the second step cost more than twice the first."""
+    """Equal steps of depth cost equal memory; a stored history would make the second step cost more than twice the
+    first.
+    """
     few, more, many = (temporary_bytes(layers, **options) for layers in (4, 8, 16))
     assert few < more < many
     assert many - more < 1.25 * 2 * (more - few)
@@ -158,8 +160,8 @@ def test_temporary_memory_is_linear_in_depth(options):
 
 @pytest.mark.parametrize("options, units", [(dict(preset="oasis"), 3), (dict(preset="oasis_blocks", blocks=2), 3)])
 def test_a_history_and_its_gradients_are_stored_once(options, units):
-    """A layer costs its source, its gradient and statistics, in which D = 16 numbers count; one copy of either would be
-    seen. In blocks it costs what its block held before it.
+    """A layer costs its source, its gradient and statistics, in which D = 16 numbers count; one copy of
+    either would be seen. In blocks it costs what its block held before it.
     """
     assert (temporary_bytes(8, **options) - temporary_bytes(4, **options)) / 4 < units * UNIT
 

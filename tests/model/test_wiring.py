@@ -1,4 +1,6 @@
-"""Schedules against who reads what by definition, and the executor step by step against numpy with made-up sublayers."""
+"""Schedules against who reads what by definition, and the executor step by step against numpy with made-up
+sublayers.
+"""
 
 import types
 
@@ -41,7 +43,9 @@ def sublayers(config):
 
 
 def played(config):
-    """What each router reads when the steps are carried out on words: {router: words of its sources}, and the last stream."""
+    """What each router reads when the steps are carried out on words: {router: words of its sources}, and the last
+    stream.
+    """
     slots, stream, reads = ["x"], "x", {}
     for step in schedule(config).steps:
         output = f"{step.name}({stream})"

@@ -1,4 +1,6 @@
-"""Trains models on one device and on meshes of eight, in one process, and prints what came out: see test_placement.py."""
+"""Trains models on one device and on meshes of eight, in one process, and prints what came out: see
+test_placement.py.
+"""
 
 import json
 import sys

@@ -6,13 +6,13 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from oasis_jax import routing
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from oasis_jax.model import loop, router
+from oasis_jax.placement import make_mesh
 from oasis_jax.training.collectives import collectives
-from oasis_jax.training.sharding import batch_sharding, make_mesh
+from oasis_jax.training.plan import abstract_batch
 from oasis_jax.training.state import abstract_state
 from oasis_jax.training.step import make_step
 
@@ -51,12 +51,11 @@ def report(model: dict, mesh: dict, mutant: bool = False) -> dict:
         data=DataConfig(batch_size=BATCH, sequence_length=LENGTH),
         mesh=MeshConfig(**mesh),
     )
-    devices, shards, own = make_mesh(config.mesh), [], routing.depth_route
-    place, kinds = batch_sharding(config, devices), {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct((BATCH, LENGTH), kind, sharding=place) for name, kind in kinds.items()}
-    routing.depth_route = watched(careless(own, devices) if mutant else own, shards)
-    compiled = make_step(config, devices).lower(abstract_state(config, devices), batch).compile()
-    routing.depth_route = own
+    devices, shards, own = make_mesh(config.mesh), [], router.depth_route
+    router.depth_route = loop.depth_route = watched(careless(own, devices) if mutant else own, shards)
+    step, batch = make_step(config, devices), abstract_batch(config, devices)
+    compiled = step.lower(abstract_state(config, devices), batch).compile()
+    router.depth_route = loop.depth_route = own
     return {
         "sent": {kind.name: [kind.count, kind.bytes] for kind in collectives(compiled.as_text())},
         "sources": shards,

@@ -14,8 +14,10 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from oasis_jax.config import DEFAULT_RULES, ModelConfig
-from oasis_jax.model.decoder import padded_vocab
-from oasis_jax.training.sharding import parameter_shapes, parameter_shardings
+from oasis_jax.model.decoder import parameter_shapes
+from oasis_jax.model.head import padded_vocab
+from oasis_jax.placement import Placement
+from oasis_jax.training.state import parameter_shardings
 
 HERE = pathlib.Path(__file__).parent
 ON_TENSOR, ON_SEQUENCE = dict(data=4, tensor=2), dict(data=4, sequence=2)
@@ -71,7 +73,7 @@ def bytes_of_layers(layers: int, axis: str, split: bool) -> int:
         names = [name for entry in sharding.spec for name in (entry if isinstance(entry, tuple) else (entry,))]
         return 4 * math.prod(shape.shape) // (2 if "tensor" in names else 1) if (axis in names) == split else 0
 
-    sizes = jax.tree.map(size, parameter_shapes(config), parameter_shardings(config, mesh, DEFAULT_RULES))
+    sizes = jax.tree.map(size, parameter_shapes(config), parameter_shardings(config, Placement(mesh, DEFAULT_RULES)))
     return sum(jax.tree.leaves((sizes["layers"], sizes["routers"])))
 
 
@@ -130,9 +132,11 @@ def test_blocks_loops_and_a_sequence_alone():
     assert set(sequence["sent"]) == {"all-reduce", "collective-permute"}
     assert blocks["sent"]["all-gather"] == gathers(2)
     assert shards(blocks) == {(4, 12, 40)}
-    assert loops["sent"]["all-gather"] == gathers(4)
-    # The loops over a history make every sublayer again in the backward pass; without coupling there may be no gradient
-    # of evidence.
-    count, size = gathers(3)[0] + 2 * 3, gathers(3)[1] + 2 * 3 * STREAM
+    # Loops recompute every sublayer in the backward pass; without coupling there may be no gradient of evidence.
+    again = lambda layers: [gathers(layers)[0] + 2 * layers, gathers(layers)[1] + 2 * layers * STREAM]
+    count, size = again(3)
+    assert loops["sent"]["all-gather"] == again(4)
     assert cumulative["sent"]["all-gather"] == [count, size]
+    for report in (loops, full, cumulative):
+        assert shards(report) == {(4, 12, 40)}
     assert full["sent"]["all-gather"] in ([count, size], [count - 3, size - 3 * EVIDENCE])

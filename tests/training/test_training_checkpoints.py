@@ -109,7 +109,7 @@ def test_everything_comes_back(run, workdir, said):
     with Checkpoints(workdir, keep=None, say=said.append) as checkpoints:
         metadata = checkpoints.metadata(9)
     assert from_dict(metadata["config"]) == config
-    assert metadata["layout"] == "stacked"
+    assert metadata["layout"] == "2: embedding, head, layers, routers, final_norm"
     assert {"python", "oasis_jax", "jax", "flax", "optax", "orbax-checkpoint"} == set(metadata["versions"])
     assert metadata["versions"]["jax"] == jax.__version__
 
@@ -326,6 +326,22 @@ def test_a_checkpoint_of_another_layout_is_refused(run, tmp_path, said):
         ) as error:
             attempt()
         assert "\n" not in str(error.value)
+
+
+def test_a_field_that_this_version_does_not_know_is_named_with_the_version_that_wrote_it(run, tmp_path, said):
+    asked, config, corpus, states = run
+    description = describe(config, corpus)
+    description["config"]["model"]["num_layer"] = description["config"]["model"].pop("num_layers")
+    description["versions"]["oasis_jax"] = "9.8.7"
+    with Checkpoints(tmp_path, keep=Keep(2), say=said.append) as checkpoints:
+        checkpoints.save(states[9], step=9, data_state={}, description=description)
+    for attempt in (lambda: resume(asked, tmp_path, said), lambda: load_run(tmp_path)):
+        with pytest.raises(UserError) as error:
+            attempt()
+        words = str(error.value)
+        assert words.startswith("model.num_layer: unknown name 'num_layer' (did you mean 'num_layers'?); allowed: ")
+        assert words.endswith("; the config was written by oasis_jax 9.8.7")
+        assert "\n" not in words
 
 
 def test_changed_versions_are_said(run, workdir, said, monkeypatch):

@@ -45,7 +45,9 @@ DECAYED = {"table", "query", "key", "value", "output", "gate", "up", "down"}
 
 @pytest.mark.parametrize("clip_norm, factor", [(0.5, 0.5 / 1.3), (2.0, 1.0), (0.0, 1.0)])
 def test_updates_by_hand(clip_norm, factor):
-    """Two AdamW updates (arXiv 1711.05101, algorithm 2) of a whole model's parameters, whose gradients have norm 1.3."""
+    """Two AdamW updates (arXiv 1711.05101, algorithm 2) of a whole model's parameters, whose gradients have
+    norm 1.3.
+    """
     config = OptimizerConfig(
         learning_rate=0.1,
         warmup_steps=2,

@@ -86,7 +86,8 @@ def test_an_evaluation_counts_beside_the_training_step():
     text = describe(both, Config())
     assert "  together                 12.00 GiB   fits in 16.00 GiB (75 %)" in text
     assert (
-        "  evaluation in training   17.00 GiB   together, with the optimizer beside it, DOES NOT FIT in 16.00 GiB (106 %)"
+        "  evaluation in training   17.00 GiB   together, with the optimizer beside it, DOES NOT FIT in 16.00 GiB "
+        "(106 %)"
     ) in text
     assert "suggestion: the evaluation takes most: a larger mesh.tensor" in text
     assert not fits._replace(evaluation=17 * GIB).fits

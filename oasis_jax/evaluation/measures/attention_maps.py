@@ -15,10 +15,14 @@ from oasis_jax.evaluation.measures.sinks import EPSILON, per_document
 
 EPSILONS = (0.1, 0.2, EPSILON, 0.4, 0.5)
 
-_A = "a_k(l, h) = mean over the queries i >= k of one document of p_i(k), every layer l, head h and key k of the document"
+_A = (
+    "a_k(l, h) = mean over the queries i >= k of one document of p_i(k), every layer l, head h and key k "
+    "of the document"
+)
 _A_CONDITIONAL = "the same of p / (1 - omega), over the queries i >= k; a query with 1 - omega <= 1e-4 counts as 0"
 _SECONDARY = (
-    "the largest a_k(l, h) of a sequence's keys 1 <= k < T / 2, T the length of their document, which at least half of its "
+    "the largest a_k(l, h) of a sequence's keys 1 <= k < T / 2, T the length of their document, which at least "
+    "half of its "
     "queries see"
 )
 _RATES = f"share of (l, h) with a_k > eps, mean over documents; eps of {EPSILONS} -> k"

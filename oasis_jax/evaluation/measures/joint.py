@@ -87,8 +87,8 @@ def source_layers(config: ModelConfig) -> dict[str, list[int]] | None:
 
 
 def read_layer(reading: LayerReading) -> Rows:
-    """What the routers need to know of a layer's attention, [B, N, T] each: leakage by sink set, concentration, negative
-    entropy with the null, head output norm.
+    """What the routers need to know of a layer's attention, [B, N, T] each: leakage by sink set, concentration,
+    negative entropy with the null, head output norm.
     """
     p, attention = reading.probabilities, reading.attention
     if p is None or reading.tokens.length < 2:

@@ -33,7 +33,8 @@ DEFINITIONS = {
     },
     "massive_activation_places": {
         "tensor": _MASSIVE,
-        "average": "none; per layer that has any: how many of all sequences lie at which position of their document and channel, the "
+        "average": "none; per layer that has any: how many of all sequences lie at which position of their "
+        "document and channel, the "
         "most frequent 8 of each",
         "source": _SOURCE,
         "applies_to": _TAPS,

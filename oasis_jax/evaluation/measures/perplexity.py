@@ -39,7 +39,8 @@ DEFINITIONS = {
     },
 } | {
     f"top_{k}_accuracy": {
-        "tensor": f"target tokens among the {k} largest logits of their position, the padding of the vocabulary included; "
+        "tensor": f"target tokens among the {k} largest logits of their position, the padding of the vocabulary "
+        "included; "
         "of equal logits the first counts as the larger",
         "average": "weighted share of all target positions",
         "source": f"top-{k} accuracy",
@@ -75,8 +76,8 @@ def position_losses(reading: FinalReading) -> Rows:
 
 
 def read(reading: FinalReading) -> Rows:
-    """Per sequence: the weighted sum of what `position_losses` says, the sum of weights and, where the batch has "bytes"
-    [B, T], of its targets' bytes.
+    """Per sequence: the weighted sum of what `position_losses` says, the sum of weights and, where the batch has
+    "bytes" [B, T], of its targets' bytes.
     """
     found = position_losses(reading)
     if not found:

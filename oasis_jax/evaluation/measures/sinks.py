@@ -14,7 +14,8 @@ from oasis_jax.evaluation.measures.probabilities import ATTENDING, conditional_m
 EPSILON = 0.3  # a head whose mean mass on the first token exceeds this has a sink there
 
 _P = (
-    "attention probability p of the first token of the query's document, every layer l, head h and query, the first query "
+    "attention probability p of the first token of the query's document, every layer l, head h and query, the "
+    "first query "
     "included"
 )
 _CONDITIONAL = (
@@ -53,7 +54,9 @@ DEFINITIONS = {
 
 
 def read(reading: LayerReading) -> Rows:
-    """Sums over queries [B, N] and the number of queries in them [B, 1]; means over heads [B, T], summed over documents."""
+    """Sums over queries [B, N] and the number of queries in them [B, 1]; means over heads [B, T], summed over
+    documents.
+    """
     if reading.attention is None:
         return {}
     first, null, tokens = reading.attention.first_token_mass, reading.attention.null_mass, reading.tokens

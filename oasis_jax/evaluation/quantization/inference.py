@@ -1,7 +1,7 @@
 """Inference under a quantization scheme, and what it costs in perplexity.
 
-`Quantized(scheme, calibration)` is a `Numerics` that any model takes; parameters stay float where they lie and are rounded as
-they are used.
+`Quantized(scheme, calibration)` is a `Numerics` that any model takes; parameters stay float where they lie and are
+rounded as they are used.
 """
 
 import dataclasses
@@ -150,7 +150,9 @@ def tensor_roles(config: ModelConfig) -> dict[str, str]:
 
 
 def rounded_tensors(params: Mapping[str, Any], config: ModelConfig, batch: Batch, scheme: Scheme) -> dict[str, str]:
-    """Full name of every parameter, and of every activation that a scheme meets -> how it is rounded; nothing is computed."""
+    """Full name of every parameter, and of every activation that a scheme meets -> how it is rounded; nothing is
+    computed.
+    """
     records = {}
 
     def recorded(params, inputs) -> Calibration:

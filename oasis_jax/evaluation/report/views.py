@@ -21,8 +21,10 @@ EDGES = tuple(float(2 ** (i / 2)) for i in range(-12, 21))
 
 DEFINITIONS = {
     "histograms": {
-        "tensor": "|x| / (root mean square of x over the sequence), every layer's attention output, MLP output and layer output",
-        "average": "share of a sequence's values in each bin, mean over the sequences of one batch and layers; kind of tap -> "
+        "tensor": "|x| / (root mean square of x over the sequence), every layer's attention output, MLP output and "
+        "layer output",
+        "average": "share of a sequence's values in each bin, mean over the sequences of one batch and layers; "
+        "kind of tap -> "
         "bins, whose edges are given",
     },
     "tokens": {
