@@ -53,7 +53,7 @@ def main():
     compiled, passes = {}, {}
     for name, evaluators in sets.items():
         compiled[name] = lower(DecoderPass(config), params, batches[0], evaluators).compile()
-        passes[name] = functools.partial(compiled[name], params, None, batches[0])
+        passes[name] = functools.partial(compiled[name], params, None, batches[0], arguments.batch)
     results = harness.interleave(passes, repetitions=arguments.repetitions)
     for name, run in compiled.items():
         results[name]["temporary_mib"] = run.memory_analysis().temp_size_in_bytes / 2**20

@@ -8,13 +8,18 @@ pieces.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from oasis_jax.config import ModelConfig
+import jax
+from jax.sharding import Mesh
+
+from oasis_jax.config import Config, ModelConfig
 from oasis_jax.evaluation.evaluator import Batch, Evaluator, Measurements, Value
 from oasis_jax.evaluation.library import measure
 from oasis_jax.evaluation.measures.table import DEFAULT, DEFINITIONS, EVALUATORS, choose
-from oasis_jax.evaluation.passes import DecoderPass, run_evaluators
+from oasis_jax.evaluation.passes import DecoderPass, lower, run_evaluators
 from oasis_jax.model.decoder import Decoder
-from oasis_jax.placement import UNSHARDED, Placement
+from oasis_jax.placement import UNSHARDED, Placement, place
+from oasis_jax.training.plan import abstract_batch
+from oasis_jax.training.state import abstract_state
 
 
 def evaluate(
@@ -53,6 +58,12 @@ def evaluate_params(
     return evaluate(params, config, placement, batches).values
 
 
+def lower_evaluation(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """What an evaluation of the default set runs on a batch of this run, lowered from shapes alone, for a plan."""
+    params, batch = abstract_state(config, mesh).params, abstract_batch(config, mesh)
+    return lower(DecoderPass(config.model, place(config, mesh)), params, batch, choose(["default"]))
+
+
 def measure_model(
     model: Decoder, batches: Iterable[Batch], evaluators: Mapping[str, Evaluator] | None = None
 ) -> Measurements:
@@ -77,6 +88,7 @@ __all__ = [
     "evaluate",
     "evaluate_model",
     "evaluate_params",
+    "lower_evaluation",
     "measure",
     "measure_model",
 ]

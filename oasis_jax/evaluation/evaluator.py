@@ -21,7 +21,6 @@ from oasis_jax.model.context import Context
 from oasis_jax.model.masks import first_in_document
 from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics
 from oasis_jax.model.unrolled import LayerStatistics
-from oasis_jax.model.wiring import Step
 
 Batch = Mapping[str, np.ndarray]
 Rows = dict[str, Array]
@@ -35,11 +34,13 @@ class Tokens:
 
     Attributes:
       batch: its arrays [B, T, ...] in the order in which the tokens lie on the devices.
+      size: how many of the rows count; others fill the batch up.
       context: of the pass.
       has_null: whether the normalizer of some layer may leave mass to a null.
     """
 
     batch: Mapping[str, Array]
+    size: Int[Array, ""]
     context: Context
     has_null: bool
 
@@ -54,23 +55,20 @@ class Tokens:
         return self.context.segment_ids is None and not (attention and attention.layout == "zigzag")
 
     @functools.cached_property
+    def _first(self) -> Int[Array, "#B T"]:
+        return first_in_document(self.context, self.length)
+
+    @functools.cached_property
     def place(self) -> Int[Array, "#B T"]:
         """The place of every token in its own document."""
         order = self.context.order(self.length)
-        return (
-            order
-            if self.context.segment_ids is None
-            else order - order[0][first_in_document(self.context, self.length)]
-        )
+        return order - order[0][self._first]
 
     @functools.cached_property
-    def document_length(self) -> Int[Array, "#B T"] | int:
+    def document_length(self) -> Int[Array, "#B T"]:
         """How many tokens each token's own document has."""
-        if self.context.segment_ids is None:
-            return self.length
-        first = first_in_document(self.context, self.length)
-        rows = jnp.arange(len(first))[:, None]
-        return jnp.zeros_like(first).at[rows, first].add(1)[rows, first]
+        rows = jnp.arange(len(self._first))[:, None]
+        return jnp.zeros_like(self._first).at[rows, self._first].add(1)[rows, self._first]
 
     def by_place(self, values: Float[Array, "B *middle T"]) -> Float[Array, "B *middle T"]:
         """The sum over a row's documents at every place in the document; see `documents_by_place`."""
@@ -113,16 +111,6 @@ class LayerReading:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RouterReading:
-    """What a measure may look at in a router. step: of the model's schedule; None for a foreign model."""
-
-    tokens: Tokens
-    name: str
-    step: Step | None
-    statistics: RouterStatistics
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class FinalReading:
     """What a measure may look at when the last layer is done.
 
@@ -139,11 +127,6 @@ class FinalReading:
     map_logits: Callable[[Callable, Mapping[str, Array]], Any]
     config: ModelConfig | None = None
     gains: Float[Array, "L D"] | None = None
-
-
-def _no_rows(reading: object) -> Rows:
-    del reading
-    return {}
 
 
 def all_rows(layers: Rows, routers: dict[str, Rows], reading: FinalReading) -> Rows:
@@ -163,15 +146,16 @@ class Evaluator:
     the family does not apply. `combine` gets the rows of all layers, stacked to [B, L, ...], and those of every router,
     when the pass is over. `finish` sees the rows of all sequences in float64 and averages them: an `Estimate` for a
     scalar, a value for everything else; what it leaves out does not apply. Keeping a row per sequence lets it
-    threshold, average or resample over sequences as its definition demands.
+    threshold, average or resample over sequences as its definition demands. Of rows whose name starts with "total_",
+    all that is of use is the sum over sequences: that of each batch is one row, [1, ...].
     """
 
-    finish: Callable[[dict[str, np.ndarray], ModelConfig | None], dict[str, "Value | Estimate"]]
-    definitions: Mapping[str, Mapping[str, str]]
-    layer: Callable[[LayerReading], Rows] = _no_rows
-    router: Callable[[RouterReading], Rows] = _no_rows
-    final: Callable[[FinalReading], Rows] = _no_rows
+    definitions: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    layer: Callable[[LayerReading], Rows] = lambda _: {}
+    router: Callable[[RouterStatistics], Rows] = lambda _: {}
+    final: Callable[[FinalReading], Rows] = lambda _: {}
     combine: Callable[[Rows, dict[str, Rows], FinalReading], Rows] = all_rows
+    finish: Callable[[dict[str, np.ndarray], ModelConfig | None], dict[str, Value | Estimate]] = lambda *_: {}
 
 
 class Measurements(NamedTuple):

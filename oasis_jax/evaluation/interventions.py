@@ -93,24 +93,24 @@ class ChangedRouters(Named):
 
 
 def _read_losses(reading: FinalReading) -> Rows:
-    """The weighted loss of every target [B, T] and its weight, in the order of the text."""
-    found = position_losses(reading)
-    loss, weights = found["nats" if "nats" in found else "squared_error"], found["weight"]
-    return {name: reading.tokens.in_order(x) for name, x in {"losses": loss * weights, "weights": weights}.items()}
+    """The weighted losses of a sequence and their weights, and of them what the first target has, [B] each."""
+    found, first = position_losses(reading), reading.tokens.context.order(reading.tokens.length) == 0
+    weights = found["weight"]
+    values = {"losses": found["nats" if "nats" in found else "squared_error"] * weights, "weights": weights}
+    sums = {name: x.sum(1) for name, x in values.items()}
+    return sums | {f"first_{name}": jnp.where(first, x, 0.0).sum(1) for name, x in values.items()}
 
 
 _LOSSES = Evaluator(
-    router=lambda reading: {"depth": reading.statistics.weights.mean(1)},
+    router=lambda router: {"depth": router.weights.mean(1)},
     combine=lambda layers, routers, reading: {f"depth/{name}": rows["depth"] for name, rows in routers.items()},
     final=_read_losses,
-    finish=lambda rows, config: {},
-    definitions={},
 )
 
 
 class _Model(NamedTuple):
-    """A decoder, its batches, and what a pass of it tells: per sequence losses and weights [S, T], depth weights [S,
-    L].
+    """A decoder, its batches, and what a pass of it tells: per sequence losses and weights [S], depth weights
+    [S, L].
     """
 
     params: Mapping[str, Any]
@@ -159,18 +159,14 @@ def _without_first_token(batch: Batch) -> Batch:
     }
 
 
-def _effect(
-    effect: Effect, base: Mapping[str, np.ndarray], changed: Mapping[str, np.ndarray], first: int = 0
-) -> Effect:
-    """Fills in loss, change and interval; targets before `first` are left out of `base`, which `changed` does
-    not have.
-    """
-    losses, counts = base["losses"][:, first:].sum(1), base["weights"][:, first:].sum(1)
-    difference = Estimate((changed["losses"].sum(1) - losses)[:, None], counts[:, None])
+def _effect(effect: Effect, base: Mapping[str, np.ndarray], changed: Mapping[str, np.ndarray]) -> Effect:
+    """Fills in loss, change and interval; the first targets are left out of both where the begin token is."""
+    first = effect.intervention == "begin_token"
+    losses, counts = (base[name] - first * base[f"first_{name}"] for name in ("losses", "weights"))
+    difference = Estimate((changed["losses"] - losses)[:, None], counts[:, None])
     interval = intervals({"change": difference})["change"]
-    return effect._replace(
-        loss=float(changed["losses"].sum() / counts.sum()), change=difference.value, interval=interval
-    )
+    loss = float(changed["losses"].sum() / counts.sum())
+    return effect._replace(loss=loss, change=difference.value, interval=interval)
 
 
 def families(config: ModelConfig) -> dict[str, dict[str, list[int]]]:
@@ -281,5 +277,5 @@ def intervene(
         elif name == "sources":
             found += _mask_sources(model, base)
         else:
-            found.append(_effect(Effect(name), base, runs[name](), first=int(name == "begin_token")))
+            found.append(_effect(Effect(name), base, runs[name]()))
     return found

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation.bootstrap import Estimate
@@ -21,7 +21,6 @@ from oasis_jax.evaluation.evaluator import (
     Identity,
     LayerReading,
     Measurements,
-    RouterReading,
     Rows,
     Tokens,
 )
@@ -33,7 +32,7 @@ from oasis_jax.model.normalizers import WITH_NULL
 from oasis_jax.model.numerics import FLOAT, Numerics
 from oasis_jax.model.statistics import RouterStatistics
 from oasis_jax.model.unrolled import LayerStatistics
-from oasis_jax.model.wiring import Step, schedule
+from oasis_jax.model.wiring import schedule
 from oasis_jax.placement import UNSHARDED, Placement
 
 
@@ -64,18 +63,17 @@ class DecoderPass:
         numerics = FLOAT if self.numerics is None else self.numerics(change)
         return Context(batch.get("positions"), batch.get("segment_ids"), placement=self.placement, numerics=numerics)
 
-    def __call__(self, params, change: Any, batch: Batch, evaluators: Sequence[Evaluator]):
+    def __call__(self, params, change: Any, batch: Batch, size: Int[Array, ""], evaluators: Sequence[Evaluator]):
         batch = self.placement.ordered(batch)
         context = self.context(batch, change)
-        show = _Audience(evaluators, Tokens(batch, context, self.config.normalizer in WITH_NULL))
-        steps = {step.router: step for step in schedule(self.config).steps}
+        show = _Audience(evaluators, Tokens(batch, size, context, self.config.normalizer in WITH_NULL))
         final, unrolled = final_stream(
             params,
             self.config,
             batch["inputs"],
             context,
             on_layer=lambda _, statistics: show.layer(statistics),
-            on_router=lambda name, statistics: show.router(name, steps[name], statistics),
+            on_router=lambda _, statistics: show.router(statistics),
         )
 
         def of_logits(function, arrays):
@@ -105,21 +103,22 @@ class _Audience:
         reading = LayerReading(self.tokens, statistics)
         return [evaluator.layer(reading) for evaluator in self.evaluators]
 
-    def router(self, name: str, step: Step | None, statistics: RouterStatistics) -> list[Rows]:
-        reading = RouterReading(self.tokens, name, step, statistics)
-        return [evaluator.router(reading) for evaluator in self.evaluators]
+    def router(self, statistics: RouterStatistics) -> list[Rows]:
+        return [evaluator.router(statistics) for evaluator in self.evaluators]
 
     def rows(
         self, layers: Sequence[list[Rows]], routers: Mapping[str, list[Rows]], reading: FinalReading
     ) -> list[Rows]:
         """Per evaluator its rows, in float32 or better."""
-        found = []
+        found, own = [], jnp.arange(len(self.tokens.batch["inputs"])) < self.tokens.size
         for number, evaluator in enumerate(self.evaluators):
             of_layers, of_routers = ([rows[number] for rows in x] for x in (layers, routers.values()))
             names = dict.fromkeys(name for rows in of_layers for name in rows)
             stacked = {name: jnp.stack([rows[name] for rows in of_layers if name in rows], 1) for name in names}
             rows = evaluator.combine(stacked, dict(zip(routers, of_routers)), reading) | evaluator.final(reading)
-            found.append(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), rows))
+            rows = {name: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for name, x in rows.items()}
+            total = lambda x: jnp.einsum("B...,B->...", x, own.astype(x.dtype))[None]
+            found.append({name: total(x) if name.startswith("total_") else x for name, x in rows.items()})
         return found
 
 
@@ -136,7 +135,7 @@ class FunctionPass:
     parts: Callable[[Any], tuple[Sequence[LayerStatistics], Mapping[str, RouterStatistics], Array | None]]
     placement: Placement = UNSHARDED
 
-    def __call__(self, params, change: Any, batch: Batch, evaluators: Sequence[Evaluator]):
+    def __call__(self, params, change: Any, batch: Batch, size: Int[Array, ""], evaluators: Sequence[Evaluator]):
         del change
         segments = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
         result = self.apply(params, batch["inputs"], **segments)
@@ -144,9 +143,9 @@ class FunctionPass:
         layers, routers, final = self.parts(statistics)
         attention = [layer.attention for layer in layers if layer.attention is not None]
         has_null = any(layer.static is not None and layer.static.config.normalizer in WITH_NULL for layer in attention)
-        show = _Audience(evaluators, Tokens(batch, Context(**segments), has_null))
+        show = _Audience(evaluators, Tokens(batch, size, Context(**segments), has_null))
         reading = FinalReading(show.tokens, final, lambda function, arrays: function(outputs, arrays))
-        of_routers = {name: show.router(name, None, router) for name, router in routers.items()}
+        of_routers = {name: show.router(router) for name, router in routers.items()}
         return show.rows([show.layer(layer) for layer in layers], of_routers, reading), NumLayers(len(attention))
 
 
@@ -154,8 +153,16 @@ Pass = DecoderPass | FunctionPass
 
 
 @functools.partial(jax.jit, static_argnames=("model", "evaluators", "sharding"))
-def _run(model: Pass, params, change, batch: Batch, evaluators: tuple[Evaluator, ...], sharding: NamedSharding | None):
-    rows, layers = model(params, change, batch, evaluators)
+def _run(
+    model: Pass,
+    params,
+    change,
+    batch: Batch,
+    size: Int[Array, ""],
+    evaluators: tuple[Evaluator, ...],
+    sharding: NamedSharding | None,
+):
+    rows, layers = model(params, change, batch, size, evaluators)
     return (rows if sharding is None else jax.lax.with_sharding_constraint(rows, sharding)), layers
 
 
@@ -170,9 +177,10 @@ def lower(model: Pass, params, batch: Batch, evaluators: Mapping[str, Evaluator]
     """The pass over one batch, lowered; parameters and batch may be abstract (jax.ShapeDtypeStruct with shardings).
 
     Returns:
-      A jax.stages.Lowered; `.compile()` of it is called with (params, change, batch).
+      A jax.stages.Lowered; `.compile()` of it is called with (params, change, batch, how many of its rows count).
     """
-    return _run.lower(model, params, change, dict(batch), tuple(evaluators.values()), _replicated(params))
+    size = len(batch["inputs"])
+    return _run.lower(model, params, change, dict(batch), size, tuple(evaluators.values()), _replicated(params))
 
 
 def collect(
@@ -181,7 +189,7 @@ def collect(
     """Per evaluator the rows of all sequences in float64, and how many layers the model has."""
     sharding, found, layers = _replicated(params), [], NumLayers(0)
     for batch, size in placed_batches(model, batches):
-        rows, layers = _run(model, params, change, batch, tuple(evaluators), sharding)
+        rows, layers = _run(model, params, change, batch, size, tuple(evaluators), sharding)
         found.append(jax.tree.map(lambda x, size=size: np.asarray(x, np.float64)[:size], jax.device_get(rows)))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found), layers.value
 

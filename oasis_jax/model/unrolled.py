@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from oasis_jax.config import ModelConfig
@@ -83,10 +84,15 @@ def run_unrolled(
             routers[step.router] = on_router(step.router, statistics)
         else:
             stream = source
+        if step.kind == "mlp":
+            seen = on_layer(step.layer, _layer_statistics(*made, stream))
+            if (
+                on_layer is not _whole
+            ):  # reduced before the next layer begins: a compiler may put it off and hold all layers
+                stream, seen = jax.lax.optimization_barrier((stream, seen))
+            layers.append(seen)
         if step.stream_slot is not None:
             sources, evidence = [*sources[: step.stream_slot], stream], [*evidence[: step.stream_slot], psi]
-        if step.kind == "mlp":
-            layers.append(on_layer(step.layer, _layer_statistics(*made, stream)))
     return Unrolled(stream, layers, routers)
 
 

@@ -110,9 +110,7 @@ def _put(ref, rows, i, column) -> None:
 
 
 def _over_sources(plan: Plan, live_ref, start: Callable, live: Callable, dead: Callable, finish: Callable) -> None:
-    """Calls start(), live(i) or dead(i) for every source i, and finish(): over steps of the grid for stacked
-    sources.
-    """
+    """Calls start(), live(i) or dead(i) for every source i, and finish(): stacked sources are steps of the grid."""
 
     def each(
         i,
@@ -239,9 +237,7 @@ def _before_the_end(plan: Plan, rows, x):
 
 
 def _specs(plan: Plan):
-    """Block specifications of the sources, their gradients, [batch, length, width], [batch, length, L], a
-    static query.
-    """
+    """Block specifications: sources, their gradients, [batch, length, width], [batch, length, L], a static query."""
 
     def tokens(lanes):
         return pl.BlockSpec((None, plan.rows, lanes), lambda g, t, *_: (g, t, 0))

@@ -2,11 +2,13 @@
 
 import pathlib
 
+import jax
 import pytest
 
 from oasis_jax.commands.config_file import load_config
-from oasis_jax.commands.train import make_parser, parse
+from oasis_jax.commands.train import main, make_parser, parse
 from oasis_jax.overrides import apply_overrides
+from oasis_jax.training import plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -56,3 +58,23 @@ def test_wrong_flags_are_one_line_and_exit_code_2(argv, capsys):
     assert exit.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith(FLAGS[argv]) and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(("memory", "code"), [(16.0, 0), (0.0001, 1)])
+def test_a_plan_compiles_training_and_evaluation(memory, code, monkeypatch, capsys):
+    """On the CPU that is there, in place of hardware that is not."""
+    monkeypatch.setattr(plan, "target", lambda text: plan.Target(text, jax.devices("cpu")[:1], memory))
+    small = ("model.preset=residual", "model.num_layers=1", "model.width=16", "data.sequence_length=32")
+    argv = [CONFIG, "--plan=cpu:1", *(f"--set={field}" for field in small)]
+    if code:
+        with pytest.raises(SystemExit, match=str(code)):
+            main(argv)
+    else:
+        main(argv)
+    said = capsys.readouterr()
+    assert said.err == "compiling the training step ...\ncompiling the evaluation ...\n"
+    verdict = "DOES NOT FIT" if code else "fits"
+    rows = {line[:24].strip(): line for line in said.out.splitlines()}
+    for name in ("together", "evaluation", "evaluation in training"):
+        assert verdict in rows[name], name
+    assert ("suggestion: " in said.out) == bool(code)

@@ -4,6 +4,7 @@ mistakes.
 
 import pathlib
 import re
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 
 from oasis_jax import AttentionConfig, RouterConfig, Statistics, UserError, linen
 from oasis_jax.evaluation import DEFINITIONS, EVALUATORS, measure, measure_model
+from oasis_jax.placement import UNSHARDED
 
 HERE = pathlib.Path(__file__).parent
 WIDTH = 20
@@ -21,7 +23,7 @@ WIDTH = 20
 
 def test_the_example_of_the_documentation_runs_as_it_is_shown(capsys):
     text = (HERE.parents[1] / "docs" / "measure.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    example, ours = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     body = example.split("\n\n", 2)[2]  # after the imports
     assert len([line for line in body.splitlines() if line.strip()]) <= 20
     names: dict = {}
@@ -41,6 +43,12 @@ def test_the_example_of_the_documentation_runs_as_it_is_shown(capsys):
     assert found.values["max_probability"] == pytest.approx(p.max(-1).mean(), abs=ROUNDING)
     assert found.values["sink_rate"] == pytest.approx((p[..., 0].mean(-1) > 0.3).mean())
     assert 60 < found.values["perplexity"] < 90  # 64 tokens, never trained
+
+    decoder, batches = build(preset="oasis"), token_batches(1)
+    state, config = SimpleNamespace(params=decoder.parameters()), SimpleNamespace(model=decoder.config)
+    names = dict(model=decoder, batches=batches, state=state, config=config, placement=UNSHARDED)
+    exec(compile(ours, "docs/measure.md", "exec"), names)
+    assert names["values"].items() <= names["found"].values.items()
 
 
 class ForeignLinen(nn.Module):

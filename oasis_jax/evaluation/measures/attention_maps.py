@@ -92,8 +92,8 @@ def _of_keys(sums: Float[Array, "B N T"], tokens: Tokens, name: str) -> Rows:
     secondary = (place >= 1) & (place < jnp.maximum(2, length // 2))
     rates = [tokens.by_place((a > epsilon).mean(1)) for epsilon in EPSILONS]
     return {
-        f"rate{name}": jnp.stack(rates, 1),
-        f"mass{name}": tokens.by_place(a.mean(1)),
+        f"total_rate{name}": jnp.stack(rates, 1),
+        f"total_mass{name}": tokens.by_place(a.mean(1)),
         f"secondary{name}": jnp.where(secondary[:, None], a, 0.0).max(-1),
     }
 
@@ -116,8 +116,8 @@ def read(reading: LayerReading) -> Rows:
 def combine(layers: Rows, routers: dict[str, Rows], reading: FinalReading) -> Rows:
     """Rates are means over layers too: [B, eps, T]."""
     del routers
-    found = {name: values.mean(1) if name.startswith("rate") else values for name, values in layers.items()}
-    return found | {"documents": reading.tokens.documents_by_place} if found else {}
+    found = {name: values.mean(1) if name.startswith("total_rate") else values for name, values in layers.items()}
+    return found | {"total_documents": reading.tokens.documents_by_place} if found else {}
 
 
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
@@ -125,11 +125,11 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     del config
     found = {}
     for suffix in ("", "_conditional"):
-        if f"rate{suffix}" not in rows:
+        if f"total_rate{suffix}" not in rows:
             continue
-        rates = per_document(rows[f"rate{suffix}"], rows["documents"])
+        rates = per_document(rows[f"total_rate{suffix}"], rows["total_documents"])
         found[f"sink_rate_by_key{suffix}"] = {str(epsilon): rate for epsilon, rate in zip(EPSILONS, rates)}
-        found[f"token_mass_by_key{suffix}"] = per_document(rows[f"mass{suffix}"], rows["documents"])
+        found[f"token_mass_by_key{suffix}"] = per_document(rows[f"total_mass{suffix}"], rows["total_documents"])
         secondary = rows[f"secondary{suffix}"]
         found[f"secondary_sink_rate{suffix}"] = per_sequence((secondary > EPSILON).mean((1, 2)))
         found[f"secondary_sink_mass_by_head{suffix}"] = secondary.mean(0).tolist()

@@ -9,8 +9,9 @@ from jax.scipy.special import xlogy
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import bootstrap
 from oasis_jax.evaluation.bootstrap import Estimate, per_sequence
-from oasis_jax.evaluation.evaluator import Evaluator, RouterReading, Rows, Value
+from oasis_jax.evaluation.evaluator import Evaluator, Rows, Value
 from oasis_jax.evaluation.measures.sinks import EPSILON
+from oasis_jax.model.statistics import RouterStatistics
 from oasis_jax.model.wiring import schedule
 
 MINIMUM_SOURCES = 3  # with two sources one of them always has weight 1/2: no sink to speak of
@@ -113,9 +114,9 @@ def foreign_columns(sources: dict[str, int]) -> Columns:
     return names, {router: list(range(count)) for router, count in sources.items()}
 
 
-def read(reading: RouterReading) -> Rows:
+def read(router: RouterStatistics) -> Rows:
     """Means over tokens: weights and variance [B, sources], the others [B]; beta [B], the same for all."""
-    weights, null, beta = reading.statistics
+    weights, null, beta = router
     entropy = -(xlogy(weights, weights).sum(-1) + xlogy(null, null))
     rows = {
         "weights": weights.mean(1),

@@ -16,11 +16,12 @@ from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation.bootstrap import Estimate
-from oasis_jax.evaluation.evaluator import Evaluator, FinalReading, LayerReading, RouterReading, Rows, Value
+from oasis_jax.evaluation.evaluator import Evaluator, FinalReading, LayerReading, Rows, Value
 from oasis_jax.evaluation.measures.attention_maps import negative_entropy
 from oasis_jax.evaluation.measures.order_statistics import kth_smallest
 from oasis_jax.evaluation.measures.probabilities import ATTENDING, PREFIX
 from oasis_jax.evaluation.measures.values import norm
+from oasis_jax.model.statistics import RouterStatistics
 from oasis_jax.model.wiring import schedule
 
 NEAR_NO_OP = 0.25  # quantile of the heads' output norms below which a head does next to nothing
@@ -102,9 +103,9 @@ def read_layer(reading: LayerReading) -> Rows:
     }
 
 
-def read_router(reading: RouterReading) -> Rows:
+def read_router(router: RouterStatistics) -> Rows:
     """Its weights [B, T, I] and null mass [B, T]."""
-    return {"weights": reading.statistics.weights, "null": reading.statistics.null_mass}
+    return {"weights": router.weights, "null": router.null_mass}
 
 
 def _combine(

@@ -56,7 +56,7 @@ DEFINITIONS = {
 
 
 def read(reading: LayerReading) -> Rows:
-    """The largest element [B] and the numbers of massive ones by position [B, T] and channel [B, D]."""
+    """The largest element [B], the number of massive ones [B], and these by position [B, T] and channel [B, D]."""
     h, tokens = reading.statistics.layer_output, reading.tokens
     if h is None:
         return {}
@@ -74,8 +74,9 @@ def read(reading: LayerReading) -> Rows:
         "position": jnp.take_along_axis(place, token[:, None], 1)[:, 0],
         "channel": channel,
         "median": middle,
-        "at_position": tokens.by_place(massive.sum(2)),
-        "at_channel": massive.sum(1),
+        "count": massive.sum((1, 2)),
+        "total_at_position": tokens.by_place(massive.sum(2)),
+        "total_at_channel": massive.sum(1),
     }
 
 
@@ -87,10 +88,8 @@ def _places(counts: Float[np.ndarray, " places"]) -> dict[str, int]:
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
     """Counts per sequence first, then the mean over sequences."""
     del config
-    counts, ratios = (
-        rows["at_channel"].sum(-1),
-        np.abs(rows["value"]) / np.maximum(rows["median"], np.finfo(np.float32).tiny),
-    )
+    counts, tiny = rows["count"], np.finfo(np.float32).tiny
+    ratios = np.abs(rows["value"]) / np.maximum(rows["median"], tiny)
     largest = []
     for layer, sequence in enumerate(np.abs(rows["value"]).argmax(0)):
         place = {name: int(rows[name][sequence, layer]) for name in ("position", "channel")}
@@ -99,8 +98,8 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     places = [
         {
             "layer": int(layer),
-            "positions": _places(rows["at_position"][:, layer].sum(0)),
-            "channels": _places(rows["at_channel"][:, layer].sum(0)),
+            "positions": _places(rows["total_at_position"][:, layer].sum(0)),
+            "channels": _places(rows["total_at_channel"][:, layer].sum(0)),
         }
         for layer in np.flatnonzero(counts.any(0))
     ]

@@ -61,17 +61,17 @@ def read(reading: LayerReading) -> Rows:
         return {}
     first, null, tokens = reading.attention.first_token_mass, reading.attention.null_mass, reading.tokens
     queries = jnp.full((len(first), 1), tokens.length)
-    rows = {"first_sum": first.sum(-1), "first_count": queries, "first_by_position": tokens.by_place(first.mean(1))}
+    rows = {"first_sum": first.sum(-1), "first_count": queries, "total_first": tokens.by_place(first.mean(1))}
     if tokens.has_null:
         share, attending = conditional_mass(first, null)
-        rows |= {"null_sum": null.sum(-1), "null_count": queries, "null_by_position": tokens.by_place(null.mean(1))}
+        rows |= {"null_sum": null.sum(-1), "null_count": queries, "total_null": tokens.by_place(null.mean(1))}
         rows |= {"conditional_sum": share.sum(-1), "conditional_count": attending.sum(-1)}
     return rows
 
 
 def documents(reading: FinalReading) -> Rows:
     """How many documents of a row reach every place [B, T]."""
-    return {"documents": reading.tokens.documents_by_place}
+    return {"total_documents": reading.tokens.documents_by_place}
 
 
 def sink_rate(mean_mass: Float[np.ndarray, "S L N"]) -> Estimate:
@@ -104,7 +104,7 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
         if source != "null":
             metrics["sink_rate" + name.removeprefix("first_token_mass")] = sink_rate(mass)
         if source != "conditional":
-            metrics[f"{name}_by_position"] = per_document(rows[f"{source}_by_position"], rows["documents"])
+            metrics[f"{name}_by_position"] = per_document(rows[f"total_{source}"], rows["total_documents"])
     return metrics
 
 

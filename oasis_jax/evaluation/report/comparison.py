@@ -45,6 +45,8 @@ class Row(NamedTuple):
 TABLE = (
     Row("perplexity", "perplexity", "lower"),
     Row("bits_per_byte", "bits per byte", "lower"),
+    Row("top_1_accuracy", "top-1 accuracy", "none"),
+    Row("top_5_accuracy", "top-5 accuracy", "none"),
     Row("squared_error", "squared error", "lower"),
     Row("max_inf_norm", "max |x|, all taps", "lower"),
     Row("max_ffn_inf_norm", "max |x|, MLP outputs", "lower"),
