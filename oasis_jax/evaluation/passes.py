@@ -117,7 +117,7 @@ class _Audience:
             stacked = {name: jnp.stack([rows[name] for rows in of_layers if name in rows], 1) for name in names}
             rows = evaluator.combine(stacked, dict(zip(routers, of_routers)), reading) | evaluator.final(reading)
             rows = {name: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for name, x in rows.items()}
-            total = lambda x: jnp.einsum("B...,B->...", x, own.astype(x.dtype))[None]
+            total = lambda x: x.sum(0, keepdims=True, where=own.reshape(-1, *(1,) * (x.ndim - 1)))
             found.append({name: total(x) if name.startswith("total_") else x for name, x in rows.items()})
         return found
 

@@ -82,12 +82,7 @@ def make(shape, *, segments=None, per_head=False, null_logit=0.0, **options):
     random = np.random.default_rng(sum(shape))
     normal = lambda *shape: random.normal(size=shape).astype(np.float32)
     b = normal(heads) if per_head else np.float32(null_logit)
-    arrays = (
-        normal(batch, length, heads, size),
-        normal(batch, keys, key_heads, size),
-        normal(batch, keys, key_heads, size),
-        b,
-    )
+    arrays = (normal(batch, length, heads, size), *(normal(batch, keys, key_heads, size) for _ in range(2)), b)
     ids = [np.sort(random.integers(0, 3, (batch, n)), axis=1) for n in (length, keys)]
     if segments:
         options["segment_ids"] = (ids[0], ids[0]) if segments == "one" else tuple(ids)
@@ -253,10 +248,8 @@ def test_attention_mass_survives_a_null_mass_of_nearly_one(implementation, score
 @pytest.mark.parametrize("null_logit", [0.0, 1.7, -np.inf])
 def test_rows_without_a_key(implementation, null_logit):
     (query, key, value, _), _, cotangents = make(shape=(2, 45, 45, 6, 2, 7))
-    ids = (
-        np.zeros((2, 45), np.int32),
-        np.where(np.arange(45) < 9, 1, 0)[None].repeat(2, 0),
-    )  # the first nine queries see nothing
+    # The first nine queries see nothing.
+    ids = (np.zeros((2, 45), np.int32), np.where(np.arange(45) < 9, 1, 0)[None].repeat(2, 0))
 
     def function(q, k, v, b):
         result = null_attention(q, k, v, null_logit=b, segment_ids=ids, implementation=implementation)
@@ -280,11 +273,8 @@ def test_rows_without_a_key(implementation, null_logit):
 def test_loss_on_the_null_mass_alone_and_rows_with_zero_output_gradient(implementation):
     (query, key, value, b), _, cotangents = make(**CASES["grouped"])
     only_null = (np.zeros_like(cotangents[0]), cotangents[1], np.zeros_like(cotangents[2]))
-    some_rows = (
-        cotangents[0] * (np.arange(37) % 3 == 0)[None, :, None, None],
-        np.zeros_like(cotangents[1]),
-        only_null[2],
-    )
+    third = (np.arange(37) % 3 == 0)[None, :, None, None]
+    some_rows = (cotangents[0] * third, np.zeros_like(cotangents[1]), only_null[2])
     for chosen in (only_null, some_rows):
         _, gradients = results_and_gradients(
             lambda q, k, v, b: null_attention(q, k, v, null_logit=b, implementation=implementation),
@@ -348,11 +338,8 @@ def test_decoding_against_an_empty_cache_gives_everything_to_the_null(implementa
     result = null_attention(
         jnp.ones((2, 1, 6, 5)), cache, cache, is_causal=False, segment_ids=ids, implementation=implementation
     )
-    assert (
-        np.all(np.asarray(result.output) == 0)
-        and np.all(np.asarray(result.null_mass) == 1)
-        and np.all(np.asarray(result.lse) == 0)
-    )
+    for actual, wanted in ((result.output, 0), (result.null_mass, 1), (result.lse, 0)):
+        assert np.all(np.asarray(actual) == wanted)
 
 
 def compiled(length, **options):

@@ -61,7 +61,7 @@ def read(reading: LayerReading) -> Rows:
     at = size.argmax(-1)[..., None] == jnp.arange(h.shape[-1])
     return {
         "size": size.mean(1),
-        "norm_share": jnp.einsum("BTD,BT->BD", size, inverse) / h.shape[1],
+        "norm_share": (size * inverse[..., None]).mean(1),
         "argmax": at.mean(1),
     }
 

@@ -1,6 +1,5 @@
 """The trigger task: do heads that have nothing to do attend to the first token, or to the null? (arXiv 2603.11487)"""
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
@@ -50,7 +49,7 @@ def read(reading: LayerReading) -> Rows:
         return {}
     masses = ("first_token_mass", "null_mass") if reading.tokens.has_null else ("first_token_mass",)
     return {
-        f"{kind}_{name}": jnp.einsum("BNT,BT->BN", getattr(reading.attention, name), mask)
+        f"{kind}_{name}": getattr(reading.attention, name).sum(-1, where=mask[:, None])
         for name in masses
         for kind, mask in _masks(reading.tokens).items()
     }

@@ -36,10 +36,9 @@ def norm(x: Float[Array, "*rows D"]) -> Float[Array, "*rows"]:
 
 
 def _first_over_others(norms: Float[Array, "B T ..."], tokens: Tokens) -> Float[Array, "B ..."]:
-    first = jnp.broadcast_to(tokens.place == 0, norms.shape[:2])
-    of = lambda mask: jnp.einsum("BT...,BT->B...", norms, mask / jnp.maximum(mask.sum(1, keepdims=True), 1))
-    others = of(~first)
-    return of(first) / jnp.maximum(others, jnp.finfo(others.dtype).tiny)
+    first = (tokens.place == 0).reshape(-1, tokens.length, *(1,) * (norms.ndim - 2))
+    others = norms.mean(1, where=~first)
+    return norms.mean(1, where=first) / jnp.maximum(others, jnp.finfo(others.dtype).tiny)
 
 
 def read(reading: LayerReading) -> Rows:
