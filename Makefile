@@ -25,8 +25,8 @@ demo: venv
 	$(RUN) eval.py --workdir=$(DEMO)/sink_softmax --workdir=$(DEMO)/sink_softmax1 --report=$(DEMO)/report_sink_task
 	$(RUN) eval.py --workdir=$(DEMO)/oasis --workdir=$(DEMO)/attnres_cumulative --report=$(DEMO)/report
 
-# Two workers; NPROC keeps each one's XLA thread pool to one core. Without LLVM's optimizations, which are nearly half of the time; XLA's own stay.
-TESTS := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} NPROC=$${NPROC:-1} JAX_DISABLE_MOST_OPTIMIZATIONS=$${JAX_DISABLE_MOST_OPTIMIZATIONS:-1} $(RUN)
+# Two workers. Without LLVM's optimizations, which are nearly half of the time; XLA's own stay.
+TESTS := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} JAX_DISABLE_MOST_OPTIMIZATIONS=$${JAX_DISABLE_MOST_OPTIMIZATIONS:-1} $(RUN)
 test: venv
 	$(TESTS) -m pytest -n 2 -m "not slow and not faults"
 
@@ -36,7 +36,7 @@ test-slow: venv
 
 # Kills and damages real runs and prints its counts; about a quarter of an hour. Mounting small disks needs root: skipped with the reason otherwise.
 test-faults: venv
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} NPROC=$${NPROC:-1} $(RUN) -m pytest -n 2 -m faults tests/faults
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(RUN) -m pytest -n 2 -m faults tests/faults
 
 # Compiles the kernels for TPUs and Hopper GPUs with their real compilers; no accelerator is needed. The CUDA compiler wants Python 3.12 or newer.
 AOT_VENV := .venv-aot

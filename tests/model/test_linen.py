@@ -57,7 +57,15 @@ def test_parameters_survive_the_round_trip():
     chex.assert_trees_all_equal(linen.params_to_nnx(linen.params_from_nnx(pure)), pure)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset",
+    [
+        preset
+        if preset in ("residual", "oasis", "oasis_blocks", "null_key")
+        else pytest.param(preset, marks=pytest.mark.slow)
+        for preset in PRESETS
+    ],
+)
 def test_a_context_is_honoured_alike(preset):
     config = ModelConfig(preset=preset, **(SMALL | dict(num_layers=4)))
     decoder, module = Decoder(config, rngs=nnx.Rngs(0)), linen.Decoder(config)

@@ -140,7 +140,6 @@ def temporary_bytes(layers, loop=True, **options):
     if not loop:
         shapes = jax.eval_shape(unstack_layers, shapes)
     function = lambda params, batch: training_loss(params, batch, config, UNSHARDED, loop=loop)
-    jax.clear_caches()  # how the compiler lays out memory depends on the names of what was traced before
     lowered = jax.jit(jax.grad(function)).lower(shapes, abstract_batch(4, 128))
     return lowered.compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
 
