@@ -234,6 +234,7 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
     embedding_multiplier: float = field(1.0, "factor of the embedding")
     residual_multiplier: float = field(1.0, "factor of every sublayer's output")
     logits_multiplier: float = field(1.0, "factor of the logits")
+    context_length: int = field(0, "longest text the model was made for, in tokens; 0: no bound")
     residual_clip: float = field(0.0, "clip every new source to +-tau; 0: none")
     inputs: Literal["tokens", "vectors"] = field(
         "tokens", "token ids with a vocabulary head, or vectors with a linear head"
@@ -266,7 +267,7 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
         AttentionConfig.check(self, section)
         check_minimum(
             self, section, num_layers=1, mlp_dim=0, residual_clip=0.0, blocks=0, vocab_size=0, vector_dim=0,
-            learned_positions=0, position_offset=0,
+            learned_positions=0, position_offset=0, context_length=0,
         )  # fmt: skip
         if (self.wiring == "residual") != (self.router == "none"):
             wanted = "none" if self.wiring == "residual" else "projected or static"

@@ -70,8 +70,8 @@ def text_corpus(
         holdout and split.
     """
     kind = tokenizer.kind if tokenizer else config.tokenizer
-    if kind == "bpe":
-        _require_utf8(files)
+    if kind != "bytes":
+        _require_utf8(files, kind)
     split = hold_out(files, config.holdout_fraction)
     tokenizer = tokenizer or TOKENIZERS[kind].train(split.train, config.bpe_vocab_size)
     holdout = {
@@ -100,14 +100,14 @@ def _digest(files: Sequence[TextFile]) -> str:
     ).hexdigest()
 
 
-def _require_utf8(files: Sequence[TextFile]) -> None:
+def _require_utf8(files: Sequence[TextFile], kind: str) -> None:
     for file in files:
         for document in file.documents:
             try:
                 document.decode()
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"data.tokenizer=bpe needs UTF-8, but {file.name!r} is not at byte {error.start}; use "
+                    f"data.tokenizer={kind} needs UTF-8, but {file.name!r} is not at byte {error.start}; use "
                     "data.tokenizer=bytes, which keeps any bytes"
                 ) from None
 
@@ -190,9 +190,10 @@ def _split_bytes(text: bytes, fraction: float) -> Split:
 
 
 def token_stream(documents: Sequence[bytes], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents as one array of ids, uint16 where they fit, with the separator between documents."""
+    """All documents as one array of ids, uint16 where they fit, with the separator, where there is one, between
+    documents."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-    separator = np.array([tokenizer.separator_id], dtype)
+    separator = np.array([] if tokenizer.separator_id is None else [tokenizer.separator_id], dtype)
     pieces = [np.zeros(0, dtype)]
     for ids in tokenizer.encode_all(documents):
         pieces += [ids.astype(dtype), separator]

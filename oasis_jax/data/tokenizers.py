@@ -1,4 +1,4 @@
-"""Tokenizers over bytes: one token a byte, or a byte-level BPE trained from the corpus."""
+"""Tokenizers: one token a byte, a byte-level BPE trained from the corpus, or that of a pretrained model."""
 
 import functools
 import hashlib
@@ -19,21 +19,21 @@ _DOCUMENTS_AT_ONCE = 64
 
 
 class Tokenizer:
-    """Text to ids and back. Ordinary tokens come first, then the begin token and the separator between documents.
+    """Text to ids and back.
 
-    The two special ids never come out of `encode`, whatever the text says.
+    Special ids never come out of `encode`, whatever the text says.
 
     Attributes:
       kind: its name in `TOKENIZERS`.
       vocab_size: ids there are, special ones included.
-      begin_id: id of the begin token.
-      separator_id: id of the document separator.
+      begin_id: id of the begin token; None: it has none.
+      separator_id: id of the document separator; None: it has none.
     """
 
     kind: str
 
-    def __init__(self, ordinary: int):
-        self.begin_id, self.separator_id, self.vocab_size = ordinary, ordinary + 1, ordinary + 2
+    def __init__(self, vocab_size: int, begin_id: int | None, separator_id: int | None):
+        self.begin_id, self.separator_id, self.vocab_size = begin_id, separator_id, vocab_size
 
     @classmethod
     def train(cls, documents: Sequence[bytes], vocab_size: int) -> "Tokenizer":
@@ -80,7 +80,7 @@ class BytesTokenizer(Tokenizer):
     kind = "bytes"
 
     def __init__(self):
-        super().__init__(256)
+        super().__init__(258, 256, 257)
 
     @classmethod
     def train(cls, documents, vocab_size):
@@ -97,22 +97,90 @@ class BytesTokenizer(Tokenizer):
         return json.dumps({"kind": self.kind})
 
 
-class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding by the `tokenizers` library; every UTF-8 text comes back exactly."""
+class LibraryTokenizer(Tokenizer):
+    """A tokenizer.json of the `tokenizers` library, with the special tokens of the model it comes with."""
+
+    kind = "library"
+
+    def __init__(self, model: str, begin_id: int | None = None, separator_id: int | None = None):
+        """Makes a tokenizer of the library's own JSON, kept letter by letter so that the identity outlives changes of
+        its format.
+        """
+        self._model = model
+        self._library = tokenizers.Tokenizer.from_str(model)
+        self._library.encode_special_tokens = True  # a text that spells one does not turn into it
+        self._library.no_truncation()
+        self._library.no_padding()
+        ids = self._library.get_vocab(with_added_tokens=True).values()
+        super().__init__(max(ids, default=-1) + 1, begin_id, separator_id)
+
+    def encode_all(self, documents):
+        for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+            try:
+                texts = [document.decode() for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"tokenizer={self.kind}: the text is not UTF-8 at byte {error.start}; use tokenizer=bytes"
+                ) from None
+            for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False):
+                yield np.array(encoding.ids, np.int32)
+
+    @functools.cached_property
+    def _token_bytes(self) -> dict[int, bytes]:
+        """The bytes of every ordinary token, by id."""
+        special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
+        byte_level = '"ByteLevel"' in self._model
+        convert = _byte_level_bytes if byte_level else _sentencepiece_bytes
+        vocabulary = self._library.get_vocab(with_added_tokens=True).items()
+        return {i: convert(token) for token, i in vocabulary if i not in special}
+
+    def decode(self, ids):
+        return b"".join(self._token_bytes.get(i, b"") for i in np.asarray(ids).tolist())
+
+    def to_json(self):
+        return json.dumps(
+            {"kind": self.kind, "model": self._model, "begin_id": self.begin_id, "separator_id": self.separator_id}
+        )
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """The byte behind each character in which byte-level tokens are written."""
+    # Printable Latin-1 stands for itself, the other bytes, in order, for the characters from U+0100 on.
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    found = {character: ord(character) for character in alphabet if ord(character) < 256}
+    others = [byte for byte in range(256) if chr(byte) not in found]
+    return found | dict(zip(alphabet[len(found) :], others))
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    table = _byte_of()
+    if all(character in table for character in token):
+        return bytes(table[character] for character in token)
+    return token.encode()  # an added token, which is written as it is
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+class BPETokenizer(LibraryTokenizer):
+    """Byte-level byte-pair encoding trained here; every UTF-8 text comes back exactly.
+
+    Its specials follow the library's vocabulary and are no part of it: there a text that spells one would turn into it.
+    """
 
     kind = "bpe"
 
     def __init__(self, model: str):
-        """Args: model: the library's own JSON, kept letter by letter so that the identity outlives changes of its
-        format.
-        """
-        self._model = model
-        self._library = tokenizers.Tokenizer.from_str(model)
-        super().__init__(self._library.get_vocab_size())
+        super().__init__(model)
+        ordinary = self.vocab_size
+        self.begin_id, self.separator_id, self.vocab_size = ordinary, ordinary + 1, ordinary + 2
 
     @classmethod
     def train(cls, documents, vocab_size):
-        # Specials are kept out of the library's vocabulary: there a text that spells one would turn into it.
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = tokenizers.trainers.BpeTrainer(
@@ -123,34 +191,9 @@ class BPETokenizer(Tokenizer):
         library.train_from_iterator((document.decode() for document in documents), trainer)
         return cls(library.to_str())
 
-    def encode_all(self, documents):
-        for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-            try:
-                texts = [document.decode() for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"tokenizer=bpe: the text is not UTF-8 at byte {error.start}; use tokenizer=bytes"
-                ) from None
-            for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False):
-                yield np.array(encoding.ids, np.int32)
-
-    @functools.cached_property
-    def _token_bytes(self) -> list[bytes]:
-        """The bytes of every ordinary token, by id."""
-        # The library writes bytes as characters: printable Latin-1 as itself, the others, in order, from U+0100 on.
-        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        byte_of = {character: ord(character) for character in alphabet if ord(character) < 256}
-        others = [byte for byte in range(256) if chr(byte) not in byte_of]
-        byte_of |= dict(zip(alphabet[len(byte_of) :], others))
-        tokens = sorted(self._library.get_vocab().items(), key=lambda item: item[1])
-        return [bytes(byte_of[character] for character in token) for token, _ in tokens]
-
-    def decode(self, ids):
-        return b"".join(self._token_bytes[i] for i in np.asarray(ids).tolist() if i < self.begin_id)
-
     def to_json(self):
         return json.dumps({"kind": self.kind, "model": self._model})
 
 
 # A new kind of tokenizer is one class and one line here.
-TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": BytesTokenizer, "bpe": BPETokenizer}
+TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": BytesTokenizer, "bpe": BPETokenizer, "library": LibraryTokenizer}

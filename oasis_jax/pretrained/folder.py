@@ -1,0 +1,86 @@
+"""A folder as Hugging Face's libraries write it: config.json, safetensors in one file or in shards, a tokenizer."""
+
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from oasis_jax.errors import UserError
+from oasis_jax.pretrained.source import Source, pickle_refused, read_json
+
+_TYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Folder(Source):
+    """See `Source`. Files are links in a hub's cache, so links are followed; an index may not name files elsewhere."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.where = path, str(path / "config.json")
+        self.config = read_json(path / "config.json")
+        files = self._files()
+        self._open = {
+            file: self._opened(path / file) for file in sorted(set(files.values()) if files else self._single())
+        }
+        found = {}
+        for file, handle in self._open.items():
+            for name in handle.keys():  # noqa: SIM118, no mapping
+                found[name] = file
+        missing = sorted(set(files) - set(found))
+        if missing:
+            raise UserError(f"{path}: the index names tensor {missing[0]!r}, which {files[missing[0]]} does not hold")
+        self._file_of = found
+        self.shapes = {name: tuple(self._slice(name).get_shape()) for name in found}
+
+    def _files(self) -> dict[str, str]:
+        """Tensor name -> file, as the index says; empty where there is no index."""
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            return {}
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise UserError(f"{index}: has no 'weight_map'")
+        for file in sorted(set(files.values())):
+            if not isinstance(file, str) or pathlib.PurePath(file).name != file or file in ("", ".."):
+                raise UserError(f"{index}: names the file {file!r}, which does not lie in its own folder")
+            if not (self.path / file).exists():
+                raise UserError(f"{self.path}: shard {file} is missing; the index names it")
+        return files
+
+    def _single(self) -> list[str]:
+        files = sorted(file.name for file in self.path.glob("*.safetensors"))
+        if len(files) == 1:
+            return files
+        if files:
+            raise UserError(f"{self.path}: {len(files)} safetensors files, but no model.safetensors.index.json")
+        for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
+            for file in sorted(self.path.glob(pattern)):
+                raise UserError(pickle_refused(file))
+        raise UserError(f"{self.path}: there is no *.safetensors file")
+
+    @staticmethod
+    def _opened(file: pathlib.Path):
+        try:
+            return safetensors.safe_open(str(file), framework="numpy")
+        except Exception as error:  # SafetensorError is not always exported; OSError of the system
+            raise UserError(f"{file}: cannot be read as safetensors: {str(error).splitlines()[0]}") from None
+
+    def _slice(self, name: str):
+        return self._open[self._file_of[name]].get_slice(name)
+
+    def read(self, name: str) -> np.ndarray:
+        kind = self._slice(name).get_dtype()
+        if kind not in _TYPES:
+            raise UserError(f"{self.path}: tensor {name!r} has type {kind}; readable: {', '.join(_TYPES)}")
+        return np.asarray(self._open[self._file_of[name]].get_tensor(name))
+
+    def tokenizer(self) -> dict[str, Any] | None:
+        from oasis_jax.pretrained.tokenizer import from_folder
+
+        return from_folder(self.path, self.config)

@@ -1,0 +1,106 @@
+"""Where a pretrained model comes from: a folder of safetensors, a GGUF file, or a name on a hub."""
+
+import abc
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from oasis_jax.errors import UserError
+
+
+class Source(abc.ABC):
+    """The files of one model, read tensor by tensor.
+
+    Attributes:
+      where: for messages.
+      config: as config.json says it, whatever the files are.
+      shapes: of every tensor, by its name in Hugging Face's files.
+    """
+
+    where: str
+    config: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @abc.abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in the type it is stored in, or as float32 where that is quantized."""
+
+    @abc.abstractmethod
+    def tokenizer(self) -> dict[str, Any] | None:
+        """The fields of a `LibraryTokenizer`: model, its JSON; begin_id and separator_id. None: there is none."""
+
+
+def open_source(source: str | pathlib.Path) -> Source:
+    """The files behind a folder, a file ending in .gguf, or a hub's owner/name.
+
+    Raises:
+      UserError: there is nothing that can be read, or the hub cannot be reached.
+    """
+    from oasis_jax.pretrained.folder import Folder
+
+    path = pathlib.Path(source)
+    if path.is_file():
+        return _open_file(path)
+    if path.is_dir():
+        return Folder(path)
+    text = str(source)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return Folder(_from_hub(text))
+    raise UserError(f"model {text!r}: no such folder or file, and not of the form owner/name, a name on a hub")
+
+
+def _open_file(path: pathlib.Path) -> Source:
+    if path.suffix == ".gguf":
+        from oasis_jax.pretrained.gguf_file import GGUFFile
+
+        return GGUFFile(path)
+    if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
+        raise UserError(pickle_refused(path))
+    if path.suffix == ".safetensors":
+        raise UserError(f"model {str(path)!r}: give the folder, which holds config.json too")
+    raise UserError(f"model {str(path)!r}: expected a folder with config.json and *.safetensors, or a .gguf file")
+
+
+def pickle_refused(path: pathlib.Path) -> str:
+    """Why a pickle is not opened, and what helps."""
+    return (
+        f"model {str(path)!r}: a pickle can run code when it is opened and is not read; convert it where it is "
+        "trusted: transformers' save_pretrained(folder) writes safetensors"
+    )
+
+
+def _from_hub(name: str) -> pathlib.Path:
+    local = "give a local folder of safetensors with config.json, or a .gguf file"
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            f"model {name!r}: no such folder, and huggingface_hub is not installed to fetch it; {local}"
+        ) from None
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # many kinds, of several libraries underneath
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"model {name!r}: no such folder, and it cannot be fetched ({reason[0] if reason else type(error).__name__}); "
+            f"{local}"
+        ) from None
+
+
+def read_json(path: pathlib.Path, kind: type = dict) -> Any:
+    """The JSON in a file; raises UserError where it cannot be read or is something else than expected."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, kind):
+        raise UserError(
+            f"{path}: expected a JSON {'object' if kind is dict else kind.__name__}, got {type(found).__name__}"
+        )
+    return found
