@@ -22,6 +22,13 @@ def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpu
     folder may move.
     """
     del seed  # the text is what it is
+    files, corrupt = read_files(config)
+    identity = {"name": "files"} | ({"corrupt": len(corrupt)} if corrupt else {})
+    return dataclasses.replace(text_corpus(files, config, tokenizer, identity=identity), corrupt=tuple(corrupt))
+
+
+def read_files(config: DataConfig) -> tuple[list[TextFile], list[str]]:
+    """The files that `config.pattern` matches, and of those that were left out as `config.corrupt` says, why."""
     paths = matching_files(config.pattern)
     root = pathlib.Path(os.path.commonpath([path.parent for path in paths]))
     files, corrupt = [], []
@@ -42,8 +49,7 @@ def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpu
             continue
         documents = json_documents(content, path, config.text_key, attempt) if path.suffix == ".jsonl" else [content]
         files.append(TextFile.from_content(name, content, documents))
-    identity = {"name": "files"} | ({"corrupt": len(corrupt)} if corrupt else {})
-    return dataclasses.replace(text_corpus(files, config, tokenizer, identity=identity), corrupt=tuple(corrupt))
+    return files, corrupt
 
 
 def matching_files(pattern: str) -> list[pathlib.Path]:

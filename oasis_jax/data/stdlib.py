@@ -31,11 +31,17 @@ def library_files(root: pathlib.Path) -> list[TextFile]:
     return files
 
 
-def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpus:
-    """One document a source file; the identity records the Python version, because its text changes with it."""
-    del seed  # the text is what it is
+def read_files() -> list[TextFile]:
+    """The standard library's files; raises UserError where this Python has none as source."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     files = library_files(root)
     if not files:
         raise UserError(f"data.corpus=stdlib: no Python source in {root}; use data.corpus=files with text of your own")
-    return text_corpus(files, config, tokenizer, identity={"name": "stdlib", "python": platform.python_version()})
+    return files
+
+
+def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpus:
+    """One document a source file; the identity records the Python version, because its text changes with it."""
+    del seed  # the text is what it is
+    identity = {"name": "stdlib", "python": platform.python_version()}
+    return text_corpus(read_files(), config, tokenizer, identity=identity)

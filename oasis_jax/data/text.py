@@ -80,7 +80,7 @@ def text_corpus(
         "documents": len(split.heldout),
     }
     summary = {
-        "sha256": _digest(files),
+        "sha256": digest(files),
         "bytes": sum(file.size for file in files),
         "files": len(files),
         "holdout": holdout,
@@ -94,7 +94,8 @@ def text_corpus(
     return Corpus(identity | summary, tokenizer, train, heldout)
 
 
-def _digest(files: Sequence[TextFile]) -> str:
+def digest(files: Sequence[TextFile]) -> str:
+    """The sha256 over the names and contents of files."""
     return hashlib.sha256(
         "".join(f"{file.name}\0{file.sha256}\n" for file in files).encode("utf-8", "surrogateescape")
     ).hexdigest()

@@ -241,14 +241,23 @@ def run_evaluators(
 
 
 def identity(batches: Sequence[Batch], layers: int) -> Identity:
-    """What measurements were read from: the tokens, how many attention layers, how the sequences were cut."""
+    """What measurements were read from: the tokens that are scored, how many attention layers, how the sequences were
+    cut. Places of weight 0, a begin token's among them, are not part of it.
+    """
     digest = hashlib.sha256()
     for batch in batches:
+        scored = _scored(batch)
         for name in sorted(batch):
-            digest.update(name.encode() + np.ascontiguousarray(jax.device_get(batch[name])).tobytes())
+            digest.update(name.encode() + np.ascontiguousarray(jax.device_get(batch[name])[scored]).tobytes())
     return {
         "tokens": digest.hexdigest(),
         "layers": layers,
         "sequences": sum(len(batch["inputs"]) for batch in batches),
-        "positions": batches[0]["inputs"].shape[1],
+        "positions": int(_scored(batches[0]).sum(1).max()),
     }
+
+
+def _scored(batch: Batch) -> np.ndarray:
+    """Which places of a batch count [B, T]."""
+    weights = batch.get("weights")
+    return np.ones(batch["inputs"].shape[:2], bool) if weights is None else np.asarray(jax.device_get(weights)) > 0

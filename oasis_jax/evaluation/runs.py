@@ -1,5 +1,5 @@
-"""From workdirs to a report: load each run from its checkpoint alone, measure it on its held-out data, write
-down what was found. Several processes compute together, the first one writes.
+"""From workdirs and pretrained models to a report: load each, measure it on its text, write down what was found.
+Several processes compute together, the first one writes.
 """
 
 import itertools
@@ -11,43 +11,44 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-import numpy as np
-
-from oasis_jax.data import Corpus, Tokenizer, eval_batches, load_corpus
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation import DEFINITIONS, Evaluator, bootstrap, choose
 from oasis_jax.evaluation import evaluate as evaluate_decoder
-from oasis_jax.evaluation.evaluator import Batch
 from oasis_jax.evaluation.interventions import INTERVENTIONS, intervene
 from oasis_jax.evaluation.interventions import choose as choose_interventions
 from oasis_jax.evaluation.quantization import Scheme, parse_schemes, quantization
 from oasis_jax.evaluation.report.comparison import MeasuredRun, groups, not_comparable
 from oasis_jax.evaluation.report.page import write_report
 from oasis_jax.evaluation.report.views import look
-from oasis_jax.training.checkpoints import check_corpus
+from oasis_jax.evaluation.subjects import ModelOptions, Subject, subject_of_run, subjects_of_model
 from oasis_jax.training.distributed import is_first, wait_for_all
-from oasis_jax.training.load import LoadedRun, load_run
-from oasis_jax.training.metrics import read_metrics
+from oasis_jax.training.load import load_run
+
+_DEFAULT_OPTIONS = ModelOptions()
 
 
 def evaluate(
     workdirs: Sequence[str | os.PathLike],
     report: str | os.PathLike,
     *,
+    models: Sequence[str] = (),
+    options: ModelOptions = _DEFAULT_OPTIONS,
     num_batches: int | None = None,
     measures: Sequence[str] = ("default",),
     interventions: Sequence[str] = (),
     quantize: Sequence[str] = (),
     overrides: Iterable[str] = (),
 ) -> list[MeasuredRun]:
-    """Measures runs and writes report/metrics.json, report/index.html and report/figures/*.png.
+    """Measures runs and pretrained models and writes report/metrics.json, report/index.html and report/figures/*.png.
 
     Every process of a distributed run has to call it; the first one writes.
 
     Args:
       workdirs: of trained runs; each is loaded from its newest whole checkpoint.
       report: folder, made where it is missing.
-      num_batches: held-out batches to read; None: as many as each run's own evaluations (run.eval_batches).
+      models: sources of pretrained models; see `oasis_jax.load_pretrained`.
+      options: what models read and what is done to them.
+      num_batches: held-out batches to read of a run; None: as many as its own evaluations (run.eval_batches).
       measures: names of families of measures; "default" and "all" stand for several.
       interventions: names of interventions, or "all"; see `oasis_jax.evaluation.interventions`.
       quantize: quantization schemes such as "w8a8_tensor" or "w4a8+smooth"; each is measured beside float.
@@ -55,21 +56,22 @@ def evaluate(
         the batch.
 
     Raises:
-      UserError: a workdir twice or without a run, a corpus that is not the run's, an unknown measure,
-        intervention or scheme, an override of what was trained, a report that cannot be written.
+      UserError: a workdir twice or without a run, a model that cannot be read, a corpus that is not the run's, an unknown
+        measure, intervention or scheme, an override of what was trained, a report that cannot be written.
     """
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches: must be at least 1, got {num_batches}")
     evaluators, interventions = choose(measures, "--measures"), choose_interventions(interventions, "--interventions")
     schemes = parse_schemes(quantize)
-    labels, folder, overrides = unique_labels(workdirs), pathlib.Path(report), list(overrides)
+    labels, folder, overrides = unique_labels([*workdirs, *models]), pathlib.Path(report), list(overrides)
     if is_first():
         _check_writable(folder)
     loaded = [load_run(workdir, overrides=overrides) for workdir in workdirs]  # all, before the first is measured
-    runs = [
-        measure_run(run, workdir, label, num_batches, evaluators, interventions, schemes)
-        for run, workdir, label in zip(loaded, workdirs, labels)
-    ]
+    subjects = itertools.chain(
+        (subject_of_run(*of, num_batches) for of in zip(loaded, map(str, workdirs), labels)),
+        *(subjects_of_model(model, label, options) for model, label in zip(models, labels[len(workdirs) :])),
+    )
+    runs = [measure_subject(subject, evaluators, interventions, schemes) for subject in subjects]
     if is_first():
         text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
         (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
@@ -83,11 +85,11 @@ def unique_labels(workdirs: Sequence[str | os.PathLike]) -> list[str]:
     there is none.
     """
     if not workdirs:
-        raise UserError("--workdir: give at least one")
+        raise UserError("--workdir or --model: give at least one")
     paths = [pathlib.Path(workdir).resolve() for workdir in workdirs]
     for index, path in enumerate(paths):
         if path in paths[:index]:
-            raise UserError(f"--workdir: {str(workdirs[index])!r} is given twice")
+            raise UserError(f"{str(workdirs[index])!r} is given twice")
     for count in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(labels)) == len(labels):
@@ -105,66 +107,39 @@ def _check_writable(folder: pathlib.Path) -> None:
         raise UserError(f"--report: cannot write to {str(folder)!r}: {error.strerror}") from None
 
 
-def measure_run(
-    run: LoadedRun,
-    workdir: str | os.PathLike,
-    label: str,
-    num_batches: int | None,
+def measure_subject(
+    subject: Subject,
     evaluators: Mapping[str, Evaluator],
     interventions: Sequence[str] = (),
     schemes: Mapping[str, Scheme] = MappingProxyType({}),
 ) -> MeasuredRun:
-    """Finds the held-out data of a run again and runs evaluators, interventions and quantization schemes on it."""
-    try:
-        corpus = load_corpus(run.config.data, seed=run.config.run.seed, tokenizer=run.tokenizer)
-        check_corpus(corpus, run.corpus_identity)
-    except UserError as error:
-        raise UserError(f"{workdir}: {error}") from None
-    batches = eval_batches(corpus.heldout, run.config.data, num_batches=num_batches or run.config.run.eval_batches)
-    batches = [with_bytes(batch, run.tokenizer) for batch in batches]
-    model = (run.params, run.config.model, run.placement)
+    """Runs evaluators, interventions and quantization schemes on what a subject reads."""
+    batches, model = subject.batches, (subject.params, subject.config.model, subject.placement)
     measurements = evaluate_decoder(*model, batches, evaluators)
-    begin_token = run.tokenizer is not None and run.config.data.begin_token
     effects = []
     if interventions:
-        effects = intervene(*model, batches, interventions=interventions, begin_token=begin_token)
+        effects = intervene(*model, batches, interventions=interventions, begin_token=subject.begin_token)
     metrics, sequences = measurements.values, measurements.identity["sequences"]
+    quantized = quantization(*model, batches, subject.calibration(), schemes) if schemes else {}
     return MeasuredRun(
-        label=label,
-        workdir=str(workdir),
-        step=run.step,
-        config=run.config,
-        corpus=run.corpus_identity,
-        tokenizer=run.tokenizer and run.tokenizer.identity,
+        label=subject.label,
+        workdir=subject.source,
+        step=subject.step,
+        config=subject.config,
+        corpus=subject.corpus,
+        tokenizer=subject.tokenizer and subject.tokenizer.identity,
         samples={"sequences": sequences, "positions": sequences * measurements.identity["positions"]},
         metrics={name: _finite(metrics.get(name)) for name in DEFINITIONS},
         absent={name: _why_absent(name, metrics) for name in DEFINITIONS if _finite(metrics.get(name)) is None},
-        history=read_metrics(workdir),
-        versions=run.versions,
+        history=subject.history,
+        versions=subject.versions,
         measurements=measurements,
         intervals={name: interval and _finite(list(interval)) for name, interval in measurements.intervals().items()},
         interventions=effects,
-        view=_finite(look(*model, batches[0], run.tokenizer)),
-        quantization=_finite(_quantized(run, corpus, batches, schemes)),
+        view=_finite(look(*model, batches[0], subject.tokenizer)),
+        quantization=_finite(quantized),
+        notes=subject.notes,
     )
-
-
-def _quantized(
-    run: LoadedRun, corpus: Corpus, batches: Sequence[Batch], schemes: Mapping[str, Scheme]
-) -> dict[str, dict]:
-    """Calibrated on as many batches of training data as are measured."""
-    if not schemes:
-        return {}
-    calibration = eval_batches(corpus.train, run.config.data, num_batches=len(batches))
-    return quantization(run.params, run.config.model, run.placement, batches, calibration, schemes)
-
-
-def with_bytes(batch: Batch, tokenizer: Tokenizer | None) -> Batch:
-    """A batch that also says how many bytes of text each target stands for: "bytes" [B, T]."""
-    if tokenizer is None:
-        return batch
-    lengths = np.array([len(tokenizer.decode([token])) for token in range(tokenizer.vocab_size)], np.int32)
-    return {**batch, "bytes": lengths[batch["targets"]]}
 
 
 def _finite(value):
@@ -187,14 +162,19 @@ def _why_absent(name: str, metrics: Mapping) -> str:
 
 
 def as_json(runs: Sequence[MeasuredRun]) -> dict:
-    """What metrics.json holds: per workdir every value with its definition and the samples it was read from."""
+    """What metrics.json holds: of every run or model each value with its definition and the samples it was read from."""
     return {
-        "comparable": [[run.workdir for run in group] for group in groups(runs)],
+        "comparable": [[_key(run, runs) for run in group] for group in groups(runs)],
         "note": not_comparable(runs),
         "intervals": bootstrap.DESCRIPTION,
         "paired": _paired(runs),
-        "runs": {run.workdir: _run_as_json(run) for run in runs},
+        "runs": {_key(run, runs): _run_as_json(run) for run in runs},
     }
+
+
+def _key(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> str:
+    """A run is called by its workdir; the forms of one model by their labels."""
+    return run.workdir if sum(other.workdir == run.workdir for other in runs) == 1 else run.label
 
 
 def _paired(runs: Sequence[MeasuredRun]) -> list[dict]:
@@ -210,7 +190,7 @@ def _paired(runs: Sequence[MeasuredRun]) -> list[dict]:
             }
         except UserError as error:
             pair = {"refused": str(error)}
-        found.append({"first": one.workdir, "second": other.workdir, **_finite(pair)})
+        found.append({"first": _key(one, runs), "second": _key(other, runs), **_finite(pair)})
     return found
 
 
@@ -222,6 +202,8 @@ def _run_as_json(run: MeasuredRun) -> dict:
         metrics[name] = {"value": run.metrics[name], **interval, **reason, **definition, "samples": run.samples}
     return {
         "label": run.label,
+        "source": run.workdir,
+        "notes": list(run.notes),
         "step": run.step,
         "preset": run.config.model.preset,
         "corpus": run.corpus,

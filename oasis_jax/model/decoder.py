@@ -89,10 +89,12 @@ def forward(
     """The whole model; see `final_stream` for arguments and errors.
 
     Returns:
-      float32 logits [B, T, padded vocabulary] or vectors [B, T, vector_dim], and the Statistics of the pass.
+      float32 logits [B, T, vocab_size] or vectors [B, T, vector_dim], and the Statistics of the pass.
     """
     final, run = final_stream(params, config, inputs, context)
     outputs = unembed(params, config, final, context)
+    if config.inputs == "tokens":
+        outputs = outputs[..., : config.vocab_size]
     kinds = ("attention_norm", "attention_output", "mlp_norm", "mlp_output", "layer_output")
     taps = {kind: [getattr(layer, kind) for layer in run.layers] for kind in kinds} | {"final_norm": [final]}
     return outputs, Statistics([layer.attention for layer in run.layers], run.routers, taps)

@@ -18,6 +18,8 @@ Inputs = Int[Array, "B T"] | Float[Array, "B T I"]
 Outputs = Float[Array, "B T O"]
 Params = Mapping[str, Any]
 
+PADDING_LOGIT = -1e30  # its exponential is 0, and unlike -inf it may be multiplied with that
+
 
 def padded_vocab(vocab_size: int) -> int:
     """The rows of the embedding: vocab_size rounded up to a multiple of 8, so that it can be split over devices."""
@@ -89,7 +91,7 @@ def head_kernel(params: Params) -> Float[Array, "D O"]:
 
 
 def unembed(params: Params, config: ModelConfig, x: Float[Array, "B T D"], context: Context) -> Outputs:
-    """Logits over the padded vocabulary, or output vectors; float32 or better."""
+    """Logits over the padded vocabulary, those of the padding `PADDING_LOGIT`, or output vectors; float32 or better."""
     x = context.constrain(x, "batch", "length", None)
     outputs = project_outputs(head_kernel(params), config, x, context)
     return context.constrain(outputs, "batch", "length", "vocab" if config.inputs == "tokens" else None)
@@ -98,10 +100,14 @@ def unembed(params: Params, config: ModelConfig, x: Float[Array, "B T D"], conte
 def project_outputs(
     kernel: Float[Array, "D O"], config: ModelConfig, x: Float[Array, "B T D"], context: Context
 ) -> Outputs:
-    """x times the output projection, summed in float32 or better."""
+    """x times the output projection, summed in float32 or better; no probability is left to the vocabulary's padding."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     outputs = context.numerics.einsum("head", "BTD,DO->BTO", x, kernel.astype(x.dtype), preferred_element_type=wide)
-    return outputs * config.logits_multiplier if config.logits_multiplier != 1.0 else outputs
+    if config.logits_multiplier != 1.0:
+        outputs = outputs * config.logits_multiplier
+    if config.inputs == "tokens" and outputs.shape[-1] != config.vocab_size:
+        outputs = jnp.where(jnp.arange(outputs.shape[-1]) < config.vocab_size, outputs, PADDING_LOGIT)
+    return outputs
 
 
 def num_pieces(config: ModelConfig, length: int) -> int:
@@ -176,7 +182,7 @@ def token_losses(outputs: Outputs, targets: Array) -> Float[Array, "B T"]:
     """The loss of every position, in float32 or better.
 
     Args:
-      outputs: logits over the padded vocabulary (the padding is never a target, training lowers it), or vectors.
+      outputs: logits over the padded vocabulary, or vectors.
       targets: token ids [B, T], or vectors [B, T, O].
 
     Returns:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -19,6 +21,22 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+def hadamard(size: int) -> Float[np.ndarray, "S S"]:
+    """The orthogonal, symmetric Hadamard matrix of a power of two (Sylvester)."""
+    found = np.ones((1, 1))
+    while len(found) < size:
+        found = np.block([[found, found], [found, -found]]) * 0.5**0.5
+    return found
+
+
+def rotate_blocks(x: Float[Array, "*batch F"], size: int) -> Float[Array, "*batch F"]:
+    """Blocks of `size` channels times a Hadamard matrix, summed in float32 or better; x's type."""
+    blocks = x.reshape(*x.shape[:-1], -1, size)
+    matrix = jnp.asarray(hadamard(size), x.dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("...F,FG->...G", blocks, matrix, preferred_element_type=wide).astype(x.dtype).reshape(x.shape)
 
 
 def mlp_parameters(config: MLPConfig) -> dict[str, ParameterSpec]:
@@ -58,6 +76,8 @@ def mlp(
         hidden = activation(project("gate", "BTD,DF->BTF", x)) * project("up", "BTD,DF->BTF", x)
     else:
         hidden = activation(project("up", "BTD,DF->BTF", x))
+    if config.mlp_rotation:
+        hidden = rotate_blocks(hidden, config.mlp_rotation)
     hidden = context.constrain(hidden, "batch", "length", "mlp")
     return context.constrain(project("down", "BTF,FD->BTD", hidden), "batch", "length", None)
 

@@ -20,13 +20,13 @@ DEFINITIONS = {
         "source": "cross entropy; mean squared error",
     },
     "perplexity": {
-        "tensor": "logits, the padding of the vocabulary included, against the next token",
+        "tensor": "logits against the next token",
         "average": "exp of the weighted mean over all target tokens of the cross entropy in nats",
         "source": "exp(cross entropy)",
         "applies_to": "models of tokens",
     },
     "bits_per_byte": {
-        "tensor": "logits, the padding of the vocabulary included, against the next token",
+        "tensor": "logits against the next token",
         "average": "cross entropy in bits, summed over all target tokens, per byte of the text they stand for",
         "source": "cross entropy / (ln 2 * bytes)",
         "applies_to": "byte tokenizers",

@@ -125,6 +125,7 @@ def losses(
     return {"loss": rows["nats" if config.inputs == "tokens" else "squared_error"], "weight": rows["weight"]}
 
 
+DESTROYED = 10.0  # times float's perplexity: a model that is no model any more
 ALWAYS_FLOAT = (
     "norms and gatednorm's gate",
     "rotary positions",
@@ -189,8 +190,9 @@ def quantization(
     Returns:
       Name -> {"value": perplexity, or the squared error of vectors; "float": the same in float; "relative_change":
       value / float - 1;
-      "interval": of the relative change, as `bootstrap.DESCRIPTION` says, paired by sequence;
-      "samples"; "tensors": as `rounded_tensors`}.
+      "interval": of the relative change, as `bootstrap.DESCRIPTION` says, paired by sequence; of token models "nats",
+      what it adds to the loss, "nats_interval", and "destroyed", whether the perplexity is above ten times float's:
+      such a model is not to be interpreted; "samples"; "tensors": as `rounded_tensors`}.
     """
     model, batches = (params, config, placement), list(batches)
     base, found = losses(*model, batches), {}
@@ -209,14 +211,21 @@ def beside_float(rows: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray],
         with np.errstate(over="ignore"):
             return np.expm1(means[..., 0] - means[..., 1]) if perplexity else means[..., 0] / means[..., 1] - 1
 
-    pair = Estimate(np.stack([rows["loss"], base["loss"]], 1), rows["weight"][:, None], relative)
-    interval = intervals({"": pair})[""]
+    sums = np.stack([rows["loss"], base["loss"]], 1), rows["weight"][:, None]
+    pair, difference = Estimate(*sums, relative), Estimate(*sums, lambda means: means[..., 0] - means[..., 1])
+    found = intervals({"relative": pair, "nats": difference})
     with np.errstate(over="ignore"):
         value, plain = (float(np.exp(x)) if perplexity else x for x in (loss, before))
+    nats = {
+        "nats": difference.value,
+        "nats_interval": found["nats"] and list(found["nats"]),
+        "destroyed": not value <= DESTROYED * plain,
+    }
     return {
         "value": value,
         "float": plain,
         "relative_change": pair.value,
-        "interval": interval and list(interval),
+        "interval": found["relative"] and list(found["relative"]),
+        **(nats if perplexity else {}),
         "samples": {"sequences": len(rows["loss"])},
     }

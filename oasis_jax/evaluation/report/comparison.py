@@ -32,6 +32,7 @@ class MeasuredRun(NamedTuple):
     quantization: Mapping[str, dict] = MappingProxyType(
         {}
     )  # by scheme, as `oasis_jax.evaluation.quantization.inference` says
+    notes: Sequence[str] = ()  # what was done to a pretrained model, and how its texts begin
 
 
 class Row(NamedTuple):
@@ -135,6 +136,11 @@ def change_text(change: float | None) -> str:
     return f"{100 * change:+.{digits}f}\N{NO-BREAK SPACE}%"
 
 
+def nats_text(value: float) -> str:
+    """A difference of losses: "+0.411"."""
+    return f"{value:+.3f}"
+
+
 def best(row: Row, runs: Sequence[MeasuredRun]) -> set[str]:
     """Labels of the runs with the best value as shown; empty where no direction is better or nothing is to
     choose from.
@@ -167,7 +173,8 @@ def _data_parts(run: MeasuredRun) -> dict[str, object]:
         "corpus": run.corpus,
         "tokenizer": run.tokenizer,
         "sequence length": run.config.data.sequence_length,
-        "begin token": run.config.data.begin_token,
+        # A pretrained model's begin token is not scored: with or without, the same tokens are.
+        "begin token": run.config.data.begin_token and not run.notes,
         "number of held-out sequences": run.samples["sequences"],
     }
 

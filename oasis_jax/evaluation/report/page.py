@@ -146,7 +146,8 @@ def _definitions() -> str:
 
 def _origins(runs: Sequence[MeasuredRun]) -> str:
     entries = "".join(
-        f"<dt>{_text(run.label)}</dt><dd>{_text(run.workdir)}, step {run.step}; preset "
+        f"<dt>{_text(run.label)}</dt><dd>{_text(run.workdir)}, "
+        f"{_text('; '.join(run.notes)) if run.notes else f'step {run.step}'}; preset "
         f"{_text(method(run.config))}, {run.config.model.num_layers} layers, "
         f"width {run.config.model.width}; corpus {_text(run.corpus['name'])}, sha256 "
         f"{_text(run.corpus['sha256'][:12])}; "

@@ -4,13 +4,13 @@ interventions.
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.colors import to_hex
 
 from oasis_jax.evaluation.interventions import INTERVENTIONS, Effect
 from oasis_jax.evaluation.quantization import ALWAYS_FLOAT
-from oasis_jax.evaluation.report.comparison import ABSENT, MeasuredRun, change_text, interval_text, show
+from oasis_jax.evaluation.report.comparison import ABSENT, MeasuredRun, change_text, interval_text, nats_text, show
 from oasis_jax.evaluation.report.figures import HEAT, color
 from oasis_jax.evaluation.report.pictures import TOKEN_VIEWS, schemes, token_scale
 
@@ -100,11 +100,17 @@ def quantized(runs: Runs) -> str:
                 _text(name),
                 show(q["value"]),
                 _with_interval(change_text(q["relative_change"]), interval_text(q["interval"], change_text)),
+                _nats(q),
             )
             for name, q in run.quantization.items()
         ]
         tables += _heading(runs, run) + _table(
-            ("scheme", f"{kind}, {show(next(iter(run.quantization.values()))['float'])} in float", "change"),
+            (
+                "scheme",
+                f"{kind}, {show(next(iter(run.quantization.values()))['float'])} in float",
+                "change",
+                "nats over float",
+            ),
             lines,
             left=1,
         )
@@ -117,6 +123,14 @@ def quantized(runs: Runs) -> str:
         f"{tables}<details><summary>What each scheme rounds, tensor by "
         f"tensor</summary>{floats}<dl>{lists}</dl></details></section>\n"
     )
+
+
+def _nats(quantized: Mapping) -> str:
+    """What a scheme adds to the loss; a model that it destroyed says so."""
+    if quantized.get("nats") is None:
+        return ABSENT
+    text = _with_interval(nats_text(quantized["nats"]), interval_text(quantized["nats_interval"], nats_text))
+    return f"{text} DESTROYED" if quantized["destroyed"] else text
 
 
 def _rounded(name: str, runs: Runs) -> str:

@@ -16,6 +16,7 @@ from oasis_jax.evaluation.report.comparison import (
     groups,
     interval_text,
     method,
+    nats_text,
     not_comparable,
     rows,
     show,
@@ -67,11 +68,16 @@ def quantization_table(run: MeasuredRun) -> Table:
     name = "squared error" if run.tokenizer is None else "perplexity"
     found = Table(title=f"quantization of {run.label}", title_justify="left", title_style="bold")
     found.add_column("scheme")
-    for heading in (name, "in float", "change", "95 % interval"):
+    for heading in (name, "in float", "change", "nats over float", "95 % interval"):
         found.add_column(heading, justify="right")
     for scheme, value in run.quantization.items():
         change, interval = change_text(value["relative_change"]), interval_text(value["interval"], change_text)
-        found.add_row(scheme, show(value["value"]), show(value["float"]), change, interval)
+        nats = ABSENT
+        if value.get("nats") is not None:
+            nats, interval = nats_text(value["nats"]), interval_text(value["nats_interval"], nats_text)
+        if value.get("destroyed"):
+            change = "DESTROYED"
+        found.add_row(scheme, show(value["value"]), show(value["float"]), change, nats, interval)
     return found
 
 
