@@ -36,10 +36,22 @@ class MLPConfig:
     )
     mlp_gated: bool = field(True, "the activation of a second projection multiplies the first")
     mlp_bias: bool = field(False, "biases on the MLP's projections")
+    mlp_rotation: int = field(
+        0, "hidden activations pass a Hadamard transform of blocks of this size before the down projection; 0: none"
+    )
 
     def __post_init__(self):
         check_fields(self, "mlp")
-        check_minimum(self, "mlp", width=1, mlp_dim=0)
+        self.check_mlp("mlp")
+
+    def check_mlp(self, section: str) -> None:
+        """Raises UserError where the numbers do not fit together."""
+        check_minimum(self, section, width=1, mlp_dim=0, mlp_rotation=0)
+        size = self.mlp_rotation
+        if size and (size & (size - 1) or self.mlp_size % size):
+            raise UserError(
+                f"{section}.mlp_rotation: must be a power of two that divides the hidden size {self.mlp_size}, got {size}"
+            )
 
     @property
     def mlp_size(self) -> int:
@@ -57,6 +69,7 @@ class RopeScaling:
       low_frequency_factor, high_frequency_factor: llama3: turns within the original length below and above which a
         channel is divided by factor, or stays.
       beta_fast, beta_slow: yarn: the same two bounds.
+      truncate: yarn: the channels at the bounds are rounded to whole numbers.
       short_factors, long_factors: longrope: what each frequency is divided by, up to the original length and beyond it.
       attention_factor: of cosine and sine; 0: as the kind defines it from factor and original_length.
     """
@@ -68,6 +81,7 @@ class RopeScaling:
     high_frequency_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 0.0
@@ -121,6 +135,9 @@ class AttentionConfig:
         "softmax", "softmax1", "learned_sink", "null_key", "null_key_value", "token_null", "clipped", "entmax15",
         "sparsemax", "softpick",
     ] = field("softmax1", "what turns attention scores into probabilities")  # fmt: skip
+    null_keys: int = field(
+        1, "null_key, null_key_value: how many null keys (and values) P, the length of a constant prefix"
+    )
     clip_gamma: float = field(0.0, "clipped softmax: lower stretch gamma (<= 0); 0: -clip_alpha / number of keys")
     clip_zeta: float = field(1.0, "clipped softmax: upper stretch zeta (>= 1)")
     clip_alpha: float = field(4.0, "clipped softmax: alpha, used where clip_gamma is 0")
@@ -149,7 +166,7 @@ class AttentionConfig:
         """Raises UserError where the numbers do not fit together."""
         check_minimum(
             self, section, width=1, num_heads=1, num_kv_heads=0, head_dim=0, window=0, logit_softcap=0.0,
-            rope_theta=0.0, clip_zeta=1.0, attention_scale=0.0, norm_epsilon=0.0,
+            rope_theta=0.0, clip_zeta=1.0, attention_scale=0.0, norm_epsilon=0.0, null_keys=1,
         )  # fmt: skip
         if self.num_heads % self.key_heads:
             raise UserError(f"{section}.num_kv_heads: {self.key_heads} does not divide num_heads={self.num_heads}")
@@ -265,8 +282,9 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
     def check(self, section: str = "model") -> None:
         """Raises UserError where the numbers do not fit together."""
         AttentionConfig.check(self, section)
+        self.check_mlp(section)
         check_minimum(
-            self, section, num_layers=1, mlp_dim=0, residual_clip=0.0, blocks=0, vocab_size=0, vector_dim=0,
+            self, section, num_layers=1, residual_clip=0.0, blocks=0, vocab_size=0, vector_dim=0,
             learned_positions=0, position_offset=0, context_length=0,
         )  # fmt: skip
         if (self.wiring == "residual") != (self.router == "none"):
