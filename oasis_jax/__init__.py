@@ -3,28 +3,54 @@
 Modules (Flax NNX; native Linen twins in `oasis_jax.linen`): Attention, Router, Norm, MLP, Decoder.
 Configs: AttentionConfig, RouterConfig, NormConfig, MLPConfig, ModelConfig, PRESETS.
 What a forward pass needs beside activations: Context, with a Placement where arrays are sharded.
+Models that were trained elsewhere: load_pretrained, and more in `oasis_jax.pretrained`.
 The pure functions behind the modules: `oasis_jax.model`; the operators under those: `pallas_kernels`.
 """
 
-from oasis_jax.config import (
-    PRESETS,
-    AttentionConfig,
-    LayerPattern,
-    MLPConfig,
-    ModelConfig,
-    NormConfig,
-    RopeScaling,
-    RouterConfig,
-)
-from oasis_jax.errors import UserError
-from oasis_jax.model.attention import Attention
-from oasis_jax.model.context import Context
-from oasis_jax.model.decoder import Decoder
-from oasis_jax.model.mlp import MLP
-from oasis_jax.model.norms import Norm
-from oasis_jax.model.router import Router
-from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics, Statistics
-from oasis_jax.placement import UNSHARDED, Placement
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oasis_jax import linen
+    from oasis_jax.config import (
+        PRESETS,
+        AttentionConfig,
+        LayerPattern,
+        MLPConfig,
+        ModelConfig,
+        NormConfig,
+        RopeScaling,
+        RouterConfig,
+    )
+    from oasis_jax.errors import UserError
+    from oasis_jax.model.attention import Attention
+    from oasis_jax.model.context import Context
+    from oasis_jax.model.decoder import Decoder
+    from oasis_jax.model.mlp import MLP
+    from oasis_jax.model.norms import Norm
+    from oasis_jax.model.router import Router
+    from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics, Statistics
+    from oasis_jax.placement import UNSHARDED, Placement
+    from oasis_jax.pretrained import Pretrained, load_pretrained
+
+# Loaded when asked for: a command's --help, or a script that wants the configs, does not wait for JAX.
+_HOMES = {
+    "oasis_jax.config": (
+        "PRESETS", "AttentionConfig", "LayerPattern", "MLPConfig", "ModelConfig", "NormConfig", "RopeScaling",
+        "RouterConfig",
+    ),
+    "oasis_jax.errors": ("UserError",),
+    "oasis_jax.model.attention": ("Attention",),
+    "oasis_jax.model.context": ("Context",),
+    "oasis_jax.model.decoder": ("Decoder",),
+    "oasis_jax.model.mlp": ("MLP",),
+    "oasis_jax.model.norms": ("Norm",),
+    "oasis_jax.model.router": ("Router",),
+    "oasis_jax.model.statistics": ("AttentionStatistics", "RouterStatistics", "Statistics"),
+    "oasis_jax.placement": ("UNSHARDED", "Placement"),
+    "oasis_jax.pretrained": ("Pretrained", "load_pretrained"),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "MLP",
@@ -41,10 +67,28 @@ __all__ = [
     "Norm",
     "NormConfig",
     "Placement",
+    "Pretrained",
     "RopeScaling",
     "Router",
     "RouterConfig",
     "RouterStatistics",
     "Statistics",
     "UserError",
+    "linen",
+    "load_pretrained",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        found = getattr(importlib.import_module(_HOME_OF[name]), name)
+    elif name in ("linen", "model", "config", "evaluation", "pretrained", "training", "data", "placement", "errors"):
+        return importlib.import_module(f"oasis_jax.{name}")
+    else:
+        raise AttributeError(f"module 'oasis_jax' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

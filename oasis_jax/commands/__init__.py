@@ -7,6 +7,7 @@ JAX it imports inside, so that --help and mistakes in flags do not wait.
 # Command -> what it does, as `python -m oasis_jax --help` says it.
 COMMANDS = {
     "train": "trains the model of a config, or plans whether that fits on some hardware",
-    "eval": "measures trained runs and writes a report",
+    "eval": "measures trained runs and pretrained models and writes a report",
+    "export": "writes a model as safetensors, for this library and, where its family is known, for others",
     "show": "prints a model's parameters and what each of its sublayers reads",
 }

@@ -1,7 +1,8 @@
 """A run: where its examples come from, how it is optimized, split over devices and written down."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from oasis_jax.config.model import LayerPattern, ModelConfig, RopeScaling
 from oasis_jax.config.schema import build, check_fields, check_minimum, field, field_type
@@ -196,17 +197,29 @@ def from_dict(values: dict, written_by: str = "") -> Config:
     Raises:
       UserError: a field this version does not know.
     """
-    suffix = f"; the config was written by oasis_jax {written_by}" if written_by else ""
+    suffix = _written_by(written_by)
     found = {}
     for section, cls in sections().items():
         given = dict(values[section])
         if "rules" in given:
             given["rules"] = tuple((name, tuple(axes)) for name, axes in given["rules"])
-        if given.get("layer_pattern"):
-            given["layer_pattern"] = tuple(
-                build(LayerPattern, entry, "model.layer_pattern", suffix) for entry in given["layer_pattern"]
-            )
-        if given.get("rope_scaling"):
-            given["rope_scaling"] = build(RopeScaling, given["rope_scaling"], "model.rope_scaling", suffix)
-        found[section] = build(cls, given, section, suffix)
+        found[section] = (
+            model_from_dict(given, written_by) if section == "model" else build(cls, given, section, suffix)
+        )
     return Config(**found)
+
+
+def model_from_dict(values: Mapping[str, Any], written_by: str = "") -> ModelConfig:
+    """The ModelConfig of nested dicts as `dataclasses.asdict` makes them; see `from_dict`."""
+    suffix, given = _written_by(written_by), dict(values)
+    if given.get("layer_pattern"):
+        given["layer_pattern"] = tuple(
+            build(LayerPattern, entry, "model.layer_pattern", suffix) for entry in given["layer_pattern"]
+        )
+    if given.get("rope_scaling"):
+        given["rope_scaling"] = build(RopeScaling, given["rope_scaling"], "model.rope_scaling", suffix)
+    return build(ModelConfig, given, "model", suffix)
+
+
+def _written_by(version: str) -> str:
+    return f"; the config was written by oasis_jax {version}" if version else ""

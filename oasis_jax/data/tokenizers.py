@@ -114,6 +114,11 @@ class LibraryTokenizer(Tokenizer):
         ids = self._library.get_vocab(with_added_tokens=True).values()
         super().__init__(max(ids, default=-1) + 1, begin_id, separator_id)
 
+    @property
+    def library_json(self) -> str:
+        """The library's own JSON, the content of a tokenizer.json."""
+        return self._model
+
     def encode_all(self, documents):
         for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
             try:

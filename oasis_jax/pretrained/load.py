@@ -12,16 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from oasis_jax.config.run import model_from_dict
 from oasis_jax.data import Tokenizer
 from oasis_jax.data.tokenizers import LibraryTokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import Decoder, check_model, parameter_specs, with_parameters
-from oasis_jax.model.layout import unstack_layers
+from oasis_jax.model.layout import STACKS, unstack_layers
 from oasis_jax.model.parameters import ParameterSpec
+from oasis_jax.model.wiring import schedule
 from oasis_jax.placement import UNSHARDED, Placement, make_mesh, place
 from oasis_jax.pretrained.families import family_of, read_model_config
 from oasis_jax.pretrained.mapping import Tensor, file_shape, file_specs, fit_vocabulary, spec_of, split
 from oasis_jax.pretrained.source import Source, open_source
+
+MODEL_TYPE = "oasis"  # of config.json, for models that no other library computes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Pretrained:
       tokenizer: None where the source has none.
       begin_token: the id that comes before every text; None: this model's texts begin without one.
       card: where it came from and what has been done to it, for reports.
-      source_config: its config.json, which an export writes again; {} for models that have none.
+      source_config: its config.json, which `save_pretrained` writes again; {} for models that have none.
     """
 
     config: ModelConfig
@@ -76,6 +80,8 @@ def load_pretrained(source: str | os.PathLike, *, dtype: str = "float32", mesh: 
     if isinstance(source, os.PathLike | str) and (pathlib.Path(source) / "checkpoints").is_dir():
         return _from_workdir(source, mesh)
     files = open_source(source)
+    if files.config.get("model_type") == MODEL_TYPE:
+        return _own_format(files, source, dtype, mesh)
     kind, _ = family_of(files.config, files.where)
     config = dataclasses.replace(read_model_config(files.config, files.where), dtype=dtype)
     check_model(config)
@@ -88,6 +94,30 @@ def load_pretrained(source: str | os.PathLike, *, dtype: str = "float32", mesh: 
         "name": files.config.get("_name_or_path") or pathlib.Path(source).name,
     }
     return Pretrained(config, params, placement, tokenizer, begin, card, files.config)
+
+
+def _own_format(files: Source, source: str | os.PathLike, dtype: str, mesh: MeshConfig | None) -> Pretrained:
+    """What `save_pretrained` writes of models that no other library computes."""
+    own = files.config.get("oasis")
+    if not isinstance(own, dict) or not isinstance(own.get("model"), dict):
+        raise UserError(f"{files.where}: model_type={MODEL_TYPE}, but there is no 'oasis' section with a 'model'")
+    config = dataclasses.replace(model_from_dict(own["model"], str(own.get("version", ""))), dtype=dtype)
+    check_model(config)
+    placement = UNSHARDED if mesh is None else _placement(config, mesh)
+    builder, specs = _Builder(config, parameter_specs(config), placement), parameter_specs(config)
+    paths = {".".join(path): path for path in _leaves(specs)}
+    names = _present(files, paths, lambda name: name, config)
+    for name, path in paths.items():
+        builder.put_stacked("/".join(path), files, names[name])
+    fields = files.tokenizer()
+    tokenizer = LibraryTokenizer(**fields) if fields else _trained_tokenizer(pathlib.Path(source))
+    card = {"source": str(source), "family": MODEL_TYPE, "name": pathlib.Path(source).resolve().name}
+    return Pretrained(config, builder.finish(), placement, tokenizer, own.get("begin_token"), card, files.config)
+
+
+def _trained_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
+    file = folder / "oasis_tokenizer.json"
+    return Tokenizer.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def _from_workdir(workdir: str | os.PathLike, mesh: MeshConfig | None) -> Pretrained:
@@ -202,6 +232,22 @@ class _Builder:
             shape, dtype = (self._config.num_layers, *spec.shape), self._config.dtype
             self._found[parameter] = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
         self._found[parameter] = _write(self._found[parameter], own, layer)
+
+    def put_stacked(self, parameter: str, files: Source, name: str) -> None:
+        """A parameter that lies in the files as it does here, those of layers and routers in one array of all."""
+        spec, group = spec_of(self._specs, parameter), parameter.split("/")[0]
+        if group in STACKS:
+            counts = {"layers": self._config.num_layers, "routers": len(schedule(self._config).routers)}
+            spec = spec._replace(shape=(counts[group], *spec.shape), axes=(None, *spec.axes))
+        if files.shapes[name] != spec.shape:
+            raise UserError(
+                f"{files.where}: tensor {name!r} has shape {files.shapes[name]}, its config says {spec.shape}"
+            )
+        array = files.read(name)
+        if not _finite(array):
+            raise UserError(f"{files.where}: tensor {name!r} has values that are not finite")
+        own = _to_device(array, self._config.dtype, parameter, spec, spec.axes, self._placement)
+        self._found[parameter] = own
 
     def finish(self) -> dict[str, Any]:
         """The nested dicts."""
