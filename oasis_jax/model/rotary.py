@@ -38,8 +38,10 @@ def _yarn(frequency: Frequencies, scaling: RopeScaling, theta: float, longest: A
     def channel(turns: float) -> float:
         return size * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(channel(scaling.beta_fast)), 0)
-    high = min(math.ceil(channel(scaling.beta_slow)), size - 1)
+    low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
     ramp = jnp.clip((jnp.arange(size // 2) - low) / max(high - low, 1e-3), 0.0, 1.0).astype(frequency.dtype)
     return ramp * frequency / scaling.factor + (1 - ramp) * frequency
 

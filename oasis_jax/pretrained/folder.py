@@ -8,6 +8,7 @@ import numpy as np
 import safetensors
 
 from oasis_jax.errors import UserError
+from oasis_jax.pretrained.keys import shortened
 from oasis_jax.pretrained.source import Source, pickle_refused, read_json
 
 _TYPES = {
@@ -28,15 +29,12 @@ class Folder(Source):
         self._open = {
             file: self._opened(path / file) for file in sorted(set(files.values()) if files else self._single())
         }
-        found = {}
-        for file, handle in self._open.items():
-            for name in handle.keys():  # noqa: SIM118, no mapping
-                found[name] = file
-        missing = sorted(set(files) - set(found))
-        if missing:
-            raise UserError(f"{path}: the index names tensor {missing[0]!r}, which {files[missing[0]]} does not hold")
-        self._file_of = found
-        self.shapes = {name: tuple(self._slice(name).get_shape()) for name in found}
+        held = {file: set(handle.keys()) for file, handle in self._open.items()}
+        for name, file in files.items():
+            if name not in held[file]:
+                raise UserError(f"{path}: the index names tensor {name!r}, which {file} does not hold")
+        self._file_of = {name: file for file in held for name in sorted(held[file])} | files
+        self.shapes = {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
 
     def _files(self) -> dict[str, str]:
         """Tensor name -> file, as the index says; empty where there is no index."""
@@ -46,15 +44,18 @@ class Folder(Source):
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not files:
             raise UserError(f"{index}: has no 'weight_map'")
-        for file in sorted(set(files.values())):
+        for file in files.values():
             if not isinstance(file, str) or pathlib.PurePath(file).name != file or file in ("", ".."):
-                raise UserError(f"{index}: names the file {file!r}, which does not lie in its own folder")
+                raise UserError(f"{index}: names the file {shortened(file)}, which does not lie in its own folder")
+        for file in sorted(set(files.values())):
             if not (self.path / file).exists():
                 raise UserError(f"{self.path}: shard {file} is missing; the index names it")
         return files
 
     def _single(self) -> list[str]:
         files = sorted(file.name for file in self.path.glob("*.safetensors"))
+        if "model.safetensors" in files:  # another one beside it is the same model in another layout
+            return ["model.safetensors"]
         if len(files) == 1:
             return files
         if files:

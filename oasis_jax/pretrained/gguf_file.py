@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.pretrained.keys import Keys
 from oasis_jax.pretrained.source import Source
 
 # Key in the file, behind "llama." and the like -> key of config.json.
@@ -64,6 +65,8 @@ class GGUFFile(Source):
         if self._kind not in _ARCHITECTURES:
             raise unknown_name(f"{path}: architecture", str(self._kind), _ARCHITECTURES)
         self._tensors = {_name_of(tensor.name): tensor for tensor in reader.tensors}
+        if "model.embed_tokens.weight" not in self._tensors:
+            raise UserError(f"{path}: tensor 'token_embd.weight' is missing")
         self.config = self._read_config()
         self.shapes = {
             name: tuple(int(x) for x in reversed(tensor.shape))
@@ -87,10 +90,11 @@ class GGUFFile(Source):
         if found.get("sliding_window") and self._kind != "llama":
             found["use_sliding_window"] = True
         self._head_sizes(found)
-        size = found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]
-        turning = self._fields.get(f"{self._kind}.rope.dimension_count", size)
+        keys = Keys(found, self.where)
+        size = keys.whole("head_dim", 0) or keys.whole("hidden_size") // max(keys.whole("num_attention_heads"), 1)
+        turning = Keys(self._fields, self.where).whole(f"{self._kind}.rope.dimension_count", size)
         if turning != size:
-            found["partial_rotary_factor"] = turning / size
+            found["partial_rotary_factor"] = turning / max(size, 1)
         found["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
         found["vocab_size"] = int(self._tensors["model.embed_tokens.weight"].shape[1])
         if "model.layers.0.self_attn.q_proj.bias" in self._tensors and self._kind == "llama":

@@ -173,6 +173,7 @@ def load_params(files: Source, config: ModelConfig, placement: Placement) -> dic
             raise UserError(f"{files.where}: tensor {name!r} has values that are not finite")
         for parameter, piece in zip(entry.parameters, split(array, entry, own)):
             builder.put(parameter, piece, layer)
+        del array, piece  # before the next one is read
     return builder.finish()
 
 

@@ -29,10 +29,11 @@ def from_folder(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, An
         raise UserError(f"{file}: cannot be read: {error}") from None
     empty = library.encode("", add_special_tokens=True).ids
     end = config.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
     return {
         "model": text,
         "begin_id": empty[0] if empty else None,
-        "separator_id": end[0] if isinstance(end, list) else end,
+        "separator_id": end if isinstance(end, int) else None,
     }
 
 
@@ -73,11 +74,18 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     makers = {"gpt2": _byte_pairs, "llama": _sentencepiece}
     if kind not in makers:
         raise unknown_name(f"{where}: tokenizer.ggml.model", kind, makers)
-    tokens = fields["tokenizer.ggml.tokens"]
-    library = makers[kind](fields, tokens, where)
-    types = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    named = [tokenizers.AddedToken(t, special=True) for t, k in zip(tokens, types) if k in (_CONTROL, _USER_DEFINED)]
-    library.add_special_tokens(named)
+    try:
+        tokens = list(fields["tokenizer.ggml.tokens"])
+        library = makers[kind](fields, tokens, where)
+        types = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
+        kinds = (_CONTROL, _USER_DEFINED)
+        library.add_special_tokens(
+            [tokenizers.AddedToken(t, special=True) for t, k in zip(tokens, types) if k in kinds]
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{where}: its tokenizer cannot be made: {type(error).__name__}: {error}") from None
     pre = fields.get("tokenizer.ggml.pre")
     if pre in _BEGIN and _BEGIN[pre] in tokens:
         begin = tokens.index(_BEGIN[pre])

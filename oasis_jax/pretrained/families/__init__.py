@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError, unknown_name
-from oasis_jax.pretrained.families import llama
-from oasis_jax.pretrained.keys import Keys
+from oasis_jax.pretrained.families import gpt2, granite_swa, llama, opt, phi3
+from oasis_jax.pretrained.keys import Keys, shortened
 from oasis_jax.pretrained.mapping import Tensor
 
 
@@ -24,12 +24,18 @@ class Family(NamedTuple):
     normalize: Callable[[str], str | None] = lambda name: None if name.endswith("rotary_emb.inv_freq") else name
 
 
+_MOST_LAYERS = 10_000
+
 # By config.json's model_type.
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama.read_config, llama.tensors),
     "mistral": Family(llama.read_mistral_config, llama.tensors),
     "qwen2": Family(llama.read_qwen2_config, llama.tensors),
     "qwen3": Family(llama.read_qwen3_config, llama.tensors),
+    "phi3": Family(phi3.read_config, phi3.tensors),
+    "granite_swa": Family(granite_swa.read_config, granite_swa.tensors),
+    "opt": Family(opt.read_config, opt.tensors, opt.normalize),
+    "gpt2": Family(gpt2.read_config, gpt2.tensors, gpt2.normalize),
 }
 
 
@@ -55,16 +61,14 @@ def read_model_config(config: dict[str, Any], where: str) -> ModelConfig:
     """
     _, family = family_of(config, where)
     keys = Keys(config, where)
-    common = {
-        "preset": "residual",
-        "num_layers": int(keys.take("num_hidden_layers", None) or keys.take("n_layer")),
-        "vocab_size": int(keys.take("vocab_size")),
-    }
     try:
-        fields = common | family.read_config(keys)
+        layers = keys.whole("n_layer" if "n_layer" in keys else "num_hidden_layers")
+        if layers > _MOST_LAYERS:  # what every layer needs is listed before anything is compared with the files
+            raise UserError(f"{shortened(layers)} layers; at most {_MOST_LAYERS}")
+        fields = {"preset": "residual", "num_layers": layers, "vocab_size": keys.whole("vocab_size")}
+        fields |= family.read_config(keys)
         keys.finish()
         return ModelConfig(**fields)
-    except (TypeError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{where}: a value has the wrong type: {error}") from None
+    except UserError as error:  # a check of ModelConfig does not know the file
+        message = str(error)
+        raise error if message.startswith(where) else UserError(f"{where}: {message}") from None

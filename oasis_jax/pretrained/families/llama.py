@@ -9,75 +9,111 @@ from oasis_jax.pretrained.mapping import LINEAR, LINEAR_FROM_HEADS, TABLE, VECTO
 from oasis_jax.pretrained.rope import rope_fields
 
 
-def common_fields(keys: Keys, *, theta: float = 10_000.0, tied: bool = False) -> dict[str, Any]:
-    """What the families of this file, and those like them, say in the same words."""
+def common_fields(
+    keys: Keys, *, epsilon: float = 1e-6, max_length: int = 2048, kv_heads: int = 0, **rope: Any
+) -> dict[str, Any]:
+    """What the families of this file, and those like them, say in the same words.
+
+    Args:
+      keys: of config.json.
+      epsilon, max_length, kv_heads: the family's defaults; 0: as many as num_attention_heads.
+      rope: for `rope_fields`.
+    """
     keys.expect("hidden_act", "silu")
-    max_length = int(keys.take("max_position_embeddings", 2048))
-    heads = int(keys.take("num_attention_heads"))
+    length = keys.whole("max_position_embeddings", max_length)
+    heads = keys.whole("num_attention_heads")
     return {
-        "width": int(keys.take("hidden_size")),
-        "mlp_dim": int(keys.take("intermediate_size")),
+        "width": keys.whole("hidden_size"),
+        "mlp_dim": keys.whole("intermediate_size"),
         "num_heads": heads,
-        "num_kv_heads": int(keys.take("num_key_value_heads", heads)),
-        "head_dim": int(keys.take("head_dim", 0)),
-        "norm_epsilon": float(keys.take("rms_norm_eps", 1e-6)),
-        "tied_head": bool(keys.take("tie_word_embeddings", tied)),
-        "context_length": max_length,
-        **rope_fields(keys, default_theta=theta, max_length=max_length),
+        "num_kv_heads": keys.whole("num_key_value_heads", heads if "num_key_value_heads" in keys else kv_heads),
+        "head_dim": keys.whole("head_dim", 0),
+        "norm_epsilon": keys.number("rms_norm_eps", epsilon),
+        "tied_head": keys.flag("tie_word_embeddings", False),
+        "context_length": length,
+        **rope_fields(keys, max_length=length, **rope),
     }
 
 
 def read_config(keys: Keys) -> dict[str, Any]:
     """Llama: `attention_bias` covers queries, keys, values and the output."""
-    bias = bool(keys.take("attention_bias", False))
+    bias = keys.flag("attention_bias", False)
     keys.take("rope_interleaved", False)  # SmolLM2's files carry it; transformers does not read it
     keys.take("is_llama_config", True)
     return common_fields(keys) | {
         "qkv_bias": bias,
         "output_bias": bias,
-        "mlp_bias": bool(keys.take("mlp_bias", False)),
+        "mlp_bias": keys.flag("mlp_bias", False),
     }
 
 
 def read_mistral_config(keys: Keys) -> dict[str, Any]:
-    """Mistral: a window in every layer where it is given."""
-    return common_fields(keys) | {"window": int(keys.take("sliding_window", 0))}
+    """Mistral: a window in every layer, unless it is null."""
+    fields = common_fields(keys, max_length=131072, kv_heads=8)
+    return fields | {"window": window_of(keys, 4096)}
 
 
 def read_qwen2_config(keys: Keys) -> dict[str, Any]:
     """Qwen2: biases on queries, keys and values."""
-    fields = common_fields(keys) | {"qkv_bias": True}
+    keys.expect("use_mrope", False)
+    fields = common_fields(keys, max_length=32768, kv_heads=32) | {"qkv_bias": True}
     return _with_windows(keys, fields)
 
 
 def read_qwen3_config(keys: Keys) -> dict[str, Any]:
     """Qwen3: queries and keys are normed per head; the head size is a key of its own."""
-    bias = bool(keys.take("attention_bias", False))
-    fields = common_fields(keys) | {"qk_norm": True, "qkv_bias": bias, "output_bias": bias}
+    bias = keys.flag("attention_bias", False)
+    fields = common_fields(keys, max_length=32768, kv_heads=32)
+    fields |= {"qk_norm": True, "qkv_bias": bias, "output_bias": bias}
     fields["head_dim"] = fields["head_dim"] or 128
     return _with_windows(keys, fields)
 
 
+def window_of(keys: Keys, default: int) -> int:
+    """sliding_window: the family's default where it is absent, 0 where it is null."""
+    return keys.whole("sliding_window", 0 if "sliding_window" in keys else default)
+
+
 def _with_windows(keys: Keys, fields: dict[str, Any]) -> dict[str, Any]:
     """Qwen's sliding_window counts only with use_sliding_window, and from layer max_window_layers on."""
-    window, used = int(keys.take("sliding_window", 0)), bool(keys.take("use_sliding_window", False))
-    first, layers = int(keys.take("max_window_layers", 28)), int(keys.take("num_hidden_layers"))
-    kinds = keys.take("layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if used and window and i >= first else "full_attention" for i in range(layers)]
-    return fields | layer_kinds(keys, kinds, window, fields["rope_theta"])
+    window, used = window_of(keys, 4096), keys.flag("use_sliding_window", False)
+    first, layers = keys.whole("max_window_layers", 28), keys.whole("num_hidden_layers")
+    window = window if used else 0
+    kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    kinds = keys.texts("layer_types", kinds)
+    return fields | layer_kinds(keys, kinds, window, [fields["rope_theta"]] * layers)
 
 
-def layer_kinds(keys: Keys, kinds: list[str], window: int, theta: float) -> dict[str, Any]:
-    """window, or a layer_pattern, from `layer_types`: full_attention or sliding_attention for every layer."""
-    known = ("full_attention", "sliding_attention")
+def layer_kinds(keys: Keys, kinds: list[str], window: int, thetas: list[float]) -> dict[str, Any]:
+    """window and rope_theta, or a layer_pattern.
+
+    Args:
+      keys: of config.json.
+      kinds: `layer_types`: full_attention or sliding_attention for every layer.
+      window: of the latter.
+      thetas: the base of rotary positions of every layer; 0: none.
+
+    Raises:
+      UserError: another kind, another number of layers, or a sliding_attention without a window.
+    """
+    known, layers = ("full_attention", "sliding_attention"), keys.whole("num_hidden_layers")
     for kind in kinds:
         if kind not in known:
             raise UserError(f"{keys.where}: layer_types has {kind!r}; allowed: {', '.join(known)}")
-    windows = [window if kind == "sliding_attention" else 0 for kind in kinds]
-    if len(set(windows)) == 1:
-        return {"window": windows[0]}
-    return {"layer_pattern": repeating([LayerPattern(window=w, rope_theta=theta) for w in windows])}
+    if not len(kinds) == len(thetas) == layers:
+        count = len(kinds) if len(kinds) != layers else len(thetas)
+        raise UserError(f"{keys.where}: {count} entries for num_hidden_layers={layers}, in a list of layers")
+    if "sliding_attention" in kinds and not window:
+        raise UserError(f"{keys.where}: layer_types has 'sliding_attention', but no sliding_window is in use")
+    pattern = repeating(
+        [
+            LayerPattern(window=window if kind == "sliding_attention" else 0, rope_theta=theta)
+            for kind, theta in zip(kinds, thetas)
+        ]
+    )
+    if len(pattern) == 1:
+        return {"window": pattern[0].window, "rope_theta": pattern[0].rope_theta}
+    return {"layer_pattern": pattern}
 
 
 def repeating(layers: list[LayerPattern]) -> tuple[LayerPattern, ...]:

@@ -1,0 +1,266 @@
+"""GGUF files against folders of the same weights: names, order of rows, types, rotary factors, tokenizer."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from pretrained import tiny
+
+from oasis_jax.errors import UserError
+from oasis_jax.model.rotary import rotary_angles
+from oasis_jax.pretrained import load_pretrained
+
+# Sizes that blocks of 32 divide.
+SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if not stem.startswith("model.layers."):
+        return f"{NAMES[stem]}.{kind}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{NAMES[part]}.{kind}"
+
+
+def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The rows of a head as llama.cpp orders them: channel i of the first half, then channel i of the second."""
+    size = len(rows) // heads
+    order = [head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]
+    return rows[order]
+
+
+def write_gguf(
+    path: pathlib.Path,
+    config: dict[str, Any],
+    values: dict[str, np.ndarray],
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    more=lambda writer: None,
+) -> pathlib.Path:
+    """A GGUF file of these tensors; matrices in the type `kind`. `more` adds to it, or takes its place in metadata."""
+    writer = gguf.GGUFWriter(path, config["model_type"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config.get("rope_theta", 10_000.0))
+    more(writer)
+    for name, value in values.items():
+        for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if part in name and config["model_type"] == "llama":
+                value = in_pairs(value, config[heads])
+        if value.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(gguf_name(name), value)
+        else:
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(value, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def check_equal(one, other) -> None:
+    leaves, others = (jax.tree_util.tree_leaves_with_path(x.params) for x in (one, other))
+    assert [path for path, _ in leaves] == [path for path, _ in others]
+    for (path, a), (_, b) in zip(leaves, others):
+        assert np.array_equal(a, b), path
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_file_is_the_folder_of_the_same_weights(tmp_path, family, tied):
+    config = tiny.CONFIG | {"model_type": family, "tie_word_embeddings": tied, "rope_theta": 12345.0}
+    values = tiny.tensors(config)
+    found = load_pretrained(write_gguf(tmp_path / "model.gguf", config, values))
+    folder = load_pretrained(tiny.write(tmp_path / "folder", config, values))
+    assert found.config == folder.config
+    assert found.card["family"] == family
+    check_equal(found, folder)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_types_of_tensors(tmp_path, kind):
+    kind = gguf.GGMLQuantizationType[kind]
+    config = tiny.CONFIG | SIZES
+    values = tiny.tensors(config)
+    read = {
+        name: gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind).astype(np.float32) if x.ndim > 1 else x
+        for name, x in values.items()
+    }
+    assert not np.array_equal(read["lm_head.weight"], values["lm_head.weight"])
+    found = load_pretrained(write_gguf(tmp_path / "model.gguf", config, values, kind))
+    check_equal(found, load_pretrained(tiny.write(tmp_path / "folder", config, read)))
+
+
+def test_rotary_factors_of_a_file_are_llama_3s_scaling(tmp_path):
+    config = tiny.CONFIG | {"head_dim": 32, "rope_theta": 1e4}
+    old, factor, low, high = 200, 8.0, 1.0, 4.0
+    inverse = 1e4 ** (-np.arange(16) / 16)
+    wave, factors = 2 * math.pi / inverse, []
+    for length in wave:
+        smooth = (old / length - low) / (high - low)
+        factors.append(factor if length > old / low else 1.0 if length < old / high else factor_of(smooth, factor))
+    assert 1.0 in factors and factor in factors and len(set(factors)) > 2
+
+    def more(writer):
+        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+
+    values = tiny.tensors(config)
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    scaling["original_max_position_embeddings"] = old
+    found = load_pretrained(write_gguf(tmp_path / "model.gguf", config, values, more=more))
+    folder = load_pretrained(tiny.write(tmp_path / "folder", config, values, rope_scaling=scaling))
+    check_equal(found, folder)
+    positions = jnp.arange(3, 900, 71)[None]
+    expected = np.array(positions)[0][:, None] * (inverse / factors)
+    for model in (found, folder):
+        cos, sin = rotary_angles(model.config, positions, jnp.float32)
+        np.testing.assert_allclose(cos[0, :, 0], np.cos(expected), atol=1e-4)
+        np.testing.assert_allclose(sin[0, :, 0], np.sin(expected), atol=1e-4)
+
+
+def factor_of(smooth: float, factor: float) -> float:
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def test_scalings_by_name(tmp_path):
+    config = tiny.CONFIG | {"model_type": "qwen3"}
+
+    def more(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(32)
+
+    values = tiny.tensors(config)
+    found = load_pretrained(write_gguf(tmp_path / "model.gguf", config, values, more=more))
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    folder = load_pretrained(tiny.write(tmp_path / "folder", config, values, rope_scaling=scaling))
+    assert found.config == folder.config and found.config.rope_scaling.original_length == 32
+
+
+def refused(path: pathlib.Path, *parts: str) -> None:
+    with pytest.raises(UserError) as found:
+        load_pretrained(path)
+    message = str(found.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+def test_files_that_are_damaged(tmp_path):
+    config = tiny.CONFIG
+    whole = write_gguf(tmp_path / "whole.gguf", config, tiny.tensors()).read_bytes()
+    path = tmp_path / "model.gguf"
+    for kept in (0, 3, 20, 200, 1500, len(whole) // 2, len(whole) - 500):
+        path.write_bytes(whole[:kept])
+        refused(path, "model.gguf")
+    path.write_bytes(b"GGML" + whole[4:])
+    refused(path, "model.gguf", "GGUF")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    path, values = tmp_path / "model.gguf", tiny.tensors()
+    name = "model.layers.1.mlp.up_proj.weight"
+    write_gguf(path, tiny.CONFIG, values | {name: np.ones((40, 24), np.int8)})
+    refused(path, name, "I8")
+    write_gguf(path, tiny.CONFIG | {"model_type": "gemma3"}, values)
+    refused(path, "gemma3", "llama", "qwen3")
+    write_gguf(path, tiny.CONFIG, {k: v for k, v in values.items() if k != "model.embed_tokens.weight"})
+    refused(path, "token_embd.weight", "missing")
+    write_gguf(path, tiny.CONFIG, values, more=lambda writer: writer.add_logit_scale(0.5))
+    refused(path, "llama.logit_scale=0.5")
+    write_gguf(path, tiny.CONFIG | {"hidden_size": 48}, values)
+    refused(path, "embed_tokens", "(211, 24)", "(211, 48)")
+    bad = values | {name: np.full((40, 24), np.nan, np.float32)}
+    refused(write_gguf(path, tiny.CONFIG, bad), name, "not finite")
+    more = values | {"model.layers.2.mlp.up_proj.weight": np.ones((40, 24), np.float32)}
+    refused(write_gguf(path, tiny.CONFIG, more), "model.layers.2.mlp.up_proj.weight")
+
+
+def test_a_file_without_a_size(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_tensor("token_embd.weight", np.ones((211, 24), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(tmp_path / "model.gguf", "hidden_size")
+
+
+TEXT = "Über 1234 words, isn't it?\n\n  def f(x):\n\treturn x ** 2  # 日本語 🙂"
+
+
+@pytest.fixture(scope="module")
+def byte_pairs() -> tokenizers.Tokenizer:
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|end|>"])
+    library.train_from_iterator([TEXT * 5], trainer)
+    return library
+
+
+def tokenizer_fields(library: tokenizers.Tokenizer, **leave_out):
+    vocabulary = library.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    merges = json.loads(library.to_str())["model"]["merges"]
+
+    def more(writer):
+        writer.add_tokenizer_model(leave_out.get("model", "gpt2"))
+        writer.add_tokenizer_pre(leave_out.get("pre", "gpt-2"))
+        writer.add_token_list(tokens)
+        writer.add_token_types([3] + [1] * (len(tokens) - 1))
+        if "merges" not in leave_out:
+            writer.add_token_merges([" ".join(pair) for pair in merges])
+        writer.add_eos_token_id(0)
+
+    return more
+
+
+def test_the_tokenizer_of_a_file(tmp_path, byte_pairs):
+    config = tiny.CONFIG | {"vocab_size": byte_pairs.get_vocab_size()}
+    path = write_gguf(tmp_path / "model.gguf", config, tiny.tensors(config), more=tokenizer_fields(byte_pairs))
+    found = load_pretrained(path)
+    assert found.tokenizer.encode(TEXT).tolist() == byte_pairs.encode(TEXT).ids
+    assert found.tokenizer.decode(found.tokenizer.encode(TEXT)).decode() == TEXT
+    assert found.tokenizer.separator_id == 0 and found.begin_token is None
+
+
+@pytest.mark.parametrize("changes", [dict(model="wordpiece"), dict(pre="tekken"), dict(merges=None)], ids=str)
+def test_a_tokenizer_that_cannot_be_made(tmp_path, byte_pairs, changes):
+    config = tiny.CONFIG | {"vocab_size": byte_pairs.get_vocab_size()}
+    more = tokenizer_fields(byte_pairs, **changes)
+    refused(write_gguf(tmp_path / "model.gguf", config, tiny.tensors(config), more=more), "tokenizer")
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, byte_pairs):
+    path = write_gguf(tmp_path / "model.gguf", tiny.CONFIG, tiny.tensors(), more=tokenizer_fields(byte_pairs))
+    refused(path, "300", "211")
