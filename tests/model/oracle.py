@@ -238,7 +238,7 @@ def attention(params, config, layer, x, positions, segments) -> tuple:
         p, omega = probabilities(scores, null_logit(params, config, query[b, t, n], x[b, t], n, k), config, length)
         out[b, t, n] = p @ value[b, seen, k]
         if config.normalizer == "null_key_value":
-            out[b, t, n] += omega * params["null_value"][k]
+            out[b, t, n] += omega * null_shares(params, config, query[b, t, n], k) @ params["null_value"][:, k]
         null_mass[b, n, t] = omega
         first_token_mass[b, n, t] = p[seen.index(document[0])] if document[0] in seen else 0.0
 
@@ -257,15 +257,21 @@ def scaled(products, config, size) -> np.ndarray:
 
 
 def null_logit(params, config, query, x, n, k) -> float:
-    """b of one query [H] of head n, whose layer reads x [D]; a null key is neither turned nor normed."""
+    """b of one query [H] of head n, whose layer reads x [D]; null keys are neither turned nor normed."""
     kind = config.normalizer
     if kind in ("null_key", "null_key_value"):
-        return scaled(params["null_key"][k] @ query, config, len(query))
+        return np.log(np.exp(scaled(params["null_key"][:, k] @ query, config, len(query))).sum())
     if kind == "token_null":
         return x @ params["null_projection"][:, n]
     if kind == "learned_sink":
         return params["null_logit"][n]
     return 0.0 if kind == "softmax1" else -math.inf
+
+
+def null_shares(params, config, query, k) -> np.ndarray:
+    """How much of the null of one query [H] belongs to each null key [P]."""
+    e = np.exp(scaled(params["null_key"][:, k] @ query, config, len(query)))
+    return e / e.sum()
 
 
 def probabilities(scores, null_logit, config, num_keys) -> tuple:

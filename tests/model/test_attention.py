@@ -55,7 +55,7 @@ def scaled(products, config):
 def null_logit(p, config, query, x, n):
     """b of one query [H] of head n, whose layer reads x [D]."""
     if config.normalizer in ("null_key", "null_key_value"):
-        return scaled(query @ p["null_key"][n // (N // K)], config)
+        return np.log(np.exp(scaled(p["null_key"][:, n // (N // K)] @ query, config)).sum())
     if config.normalizer == "token_null":
         return x @ p["null_projection"][:, n]
     return {"softmax": -np.inf, "softmax1": 0.0, "learned_sink": p.get("null_logit", np.zeros(N))[n]}[config.normalizer]
@@ -79,7 +79,10 @@ def oracle(p, x, config, segments=None):
             null, e = np.exp(logits[b, n, i]), np.where(allowed, np.exp(s), 0)
             row, omega = e / (null + e.sum()), null / (null + e.sum())
         probabilities[b, n, i], null_mass[b, n, i] = row, omega
-        heads[b, i, n] = row @ v[b, :, kn] + (omega * p["null_value"][kn] if "null_value" in p else 0.0)
+        heads[b, i, n] = row @ v[b, :, kn]
+        if "null_value" in p:
+            shares = np.exp(scaled(p["null_key"][:, kn] @ q[b, i, n], config))
+            heads[b, i, n] += omega * (shares / shares.sum()) @ p["null_value"][:, kn]
     gate = {
         "none": lambda: np.inf,
         "elementwise": lambda: np.einsum("btd,dnh->btnh", x, p["gate"]),
@@ -95,7 +98,7 @@ def oracle(p, x, config, segments=None):
     [
         dict(qkv_bias=True, output_bias=True),
         dict(qk_norm=True, gate="elementwise"),
-        dict(window=4, logit_softcap=2.5, gate="per_head", rope_theta=0.0),
+        dict(window=4, logit_softcap=2.5, gate="per_head", rope_theta=0.0, null_keys=3),
     ],
     ids=["biases", "qk_norm_gate", "window_softcap"],
 )
@@ -187,8 +190,15 @@ def test_an_unknown_backend_lists_what_there_is():
         module(jnp.zeros((1, 3, D)))
 
 
-def test_a_backend_that_was_named_is_not_replaced_by_another():
-    for normalizer in ("null_key", "null_key_value", "token_null"):
-        module, _ = layer(attention_implementation="xla", normalizer=normalizer)
-        with pytest.raises(UserError, match=f"normalizer={normalizer} is computed by auto or reference only, got xla"):
-            module(jnp.zeros((1, 3, D)))
+@pytest.mark.parametrize("normalizer", ["null_key", "null_key_value", "token_null"])
+def test_every_null_runs_on_the_backend_that_was_named(normalizer):
+    x = jax.random.normal(jax.random.key(0), (B, T, D))
+    found = {}
+    for name in ("xla", "reference", "cudnn"):
+        module, _ = layer(attention_implementation=name, normalizer=normalizer, null_keys=2)
+        if name == "cudnn":
+            with pytest.raises(ValueError, match="cudnn: runs on NVIDIA GPUs only"):
+                module(x)
+        else:
+            found[name] = module(x)[0]
+    np.testing.assert_allclose(found["xla"], found["reference"], atol=1e-5)

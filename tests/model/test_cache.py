@@ -38,7 +38,13 @@ CASES = [
 
 
 NAMES = ["-".join(str(v) for v in options.values() if not isinstance(v, tuple)) for options in CASES]
-PACKED = [pytest.param(options, True, id=f"{name}-packed") for name, options in zip(NAMES, CASES)]
+NOW = ("oasis", "oasis_blocks-3", "entmax15", "token_null", "null_key_value", "oasis-3-2.0-True")
+PACKED = [
+    pytest.param(
+        options, True, id=f"{name}-packed", marks=() if name in NOW or number >= len(PRESETS) else pytest.mark.slow
+    )
+    for number, (name, options) in enumerate(zip(NAMES, CASES))
+]
 ALONE = [pytest.param(options, False, id=name) for name, options in zip(NAMES, CASES) if name in ("oasis", "null_key")]
 
 

@@ -14,9 +14,9 @@ from oasis_jax.model.layout import is_stacked, part, stack_layers, unstack_layer
 @pytest.mark.parametrize(
     "options",
     [
-        dict(preset="residual", norm="none"),
+        pytest.param(dict(preset="residual", norm="none"), marks=pytest.mark.slow),
         dict(preset="oasis"),
-        dict(preset="attnres", tied_head=False),
+        pytest.param(dict(preset="attnres", tied_head=False), marks=pytest.mark.slow),
         dict(preset="residual", norm="layernorm", qkv_bias=True, mlp_gated=False, mlp_bias=True, learned_positions=5),
     ],
 )

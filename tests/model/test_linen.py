@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from sampling import sampled
 
 from oasis_jax import PRESETS, AttentionConfig, Context, Decoder, ModelConfig, NormConfig, RouterConfig, linen
 from oasis_jax.config import LayerPattern
@@ -19,8 +20,8 @@ INPUTS = jax.random.randint(jax.random.key(0), (2, 9), 0, 29)
         dict(preset="residual", tied_head=False),
         dict(preset="oasis", qk_norm=True, num_kv_heads=1, remat="layer"),
         dict(preset="oasis_blocks", blocks=3, norm="gatednorm"),
-        dict(preset="learned_sink", norm="none", gate="per_head"),
-        dict(preset="clipped", norm="dyt"),
+        pytest.param(dict(preset="learned_sink", norm="none", gate="per_head"), marks=pytest.mark.slow),
+        pytest.param(dict(preset="clipped", norm="dyt"), marks=pytest.mark.slow),
         dict(
             preset="null_key_value", norm="layernorm", qkv_bias=True, output_bias=True, mlp_bias=True, mlp_gated=False,
             mlp_activation="gelu", learned_positions=9, rope_fraction=0.5, layer_pattern=(LayerPattern(window=2),) * 2,
@@ -59,12 +60,7 @@ def test_parameters_survive_the_round_trip():
 
 @pytest.mark.parametrize(
     "preset",
-    [
-        preset
-        if preset in ("residual", "oasis", "oasis_blocks", "null_key")
-        else pytest.param(preset, marks=pytest.mark.slow)
-        for preset in PRESETS
-    ],
+    sampled(PRESETS, ("oasis", "null_key")),
 )
 def test_a_context_is_honoured_alike(preset):
     config = ModelConfig(preset=preset, **(SMALL | dict(num_layers=4)))

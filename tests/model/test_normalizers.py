@@ -102,9 +102,9 @@ def test_null_softmax_is_the_definition_also_of_empty_rows(null):
     scores, mask = np.stack([scores, scores[::-1]])[None], np.stack([mask, mask[::-1]])[None]
     logits = {"by head": np.array([0.7, -1.2]), "by query": np.linspace(-3, 3, heads * ROWS).reshape(1, heads, ROWS)}
     b = logits.get(null, null)
+    b = np.broadcast_to(b[:, None] if null == "by head" else b, (1, heads, ROWS))
     with jax.enable_x64(True):
         got = [np.array(x) for x in null_softmax(jnp.asarray(scores), jnp.asarray(mask), jnp.asarray(b))]
-    b = np.broadcast_to(b[:, None] if null == "by head" else b, (1, heads, ROWS))
     e = np.where(mask, np.exp(scores), 0.0)
     total = e.sum(-1) + np.exp(b)
     with np.errstate(divide="ignore", invalid="ignore"):

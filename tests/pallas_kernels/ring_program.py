@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from pallas_kernels import OperatorSharding, depth_route, merge_partials, null_attention, unzigzag, zigzag
 
 BATCH, LENGTH, HEADS, KEY_HEADS, SIZE = 2, 48, 6, 2, 5
+MORE = ("null_key", "null_value", "bias")
 # mesh sizes of (data, tensor, sequence), layout, arguments
 CASES = {
     "causal zigzag": ((1, 1, 8), "zigzag", dict(logit_softcap=3.0)),
@@ -24,6 +25,9 @@ CASES = {
     "window over everything": ((1, 1, 4), "contiguous", dict(window=100, is_causal=False)),
     "no null": ((1, 1, 4), "zigzag", dict(segments="alone", null=-np.inf)),
     "fewer key heads than devices": ((1, 6, 1), "contiguous", {}),
+    "null keys zigzag": ((1, 2, 4), "zigzag", dict(null="prefix", segments=True)),
+    "null keys and fewer key heads than devices": ((1, 6, 1), "contiguous", dict(null="prefix", window=9)),
+    "masks": ((2, 2, 1), "contiguous", dict(null="prefix", masks=True)),
 }
 
 
@@ -32,7 +36,8 @@ def mesh_of(sizes):
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[: int(np.prod(sizes))])
 
 
-def make(segments=None, null=None, **options):
+def make(segments=None, null=None, masks=False, **options):
+    """Query, key, value, null logit and, with null="prefix", null keys and values and a bias where there are masks."""
     random = np.random.default_rng(0)
     normal = lambda *shape: random.normal(size=shape)
     q, k, v = (
@@ -40,12 +45,17 @@ def make(segments=None, null=None, **options):
         normal(BATCH, LENGTH, KEY_HEADS, SIZE),
         normal(BATCH, LENGTH, KEY_HEADS, SIZE),
     )
-    b = normal(HEADS) if null is None else np.full(HEADS, null)
+    prefix = null == "prefix"
+    b = normal(BATCH, LENGTH, HEADS) if prefix else normal(HEADS) if null is None else np.full(HEADS, null)
+    more = (normal(3, KEY_HEADS, SIZE), normal(3, KEY_HEADS, SIZE)) if prefix else ()
     ids = np.sort(random.integers(0, 3, (BATCH, LENGTH)), axis=1)
     if segments == "alone":  # the first rows see no key at all
         ids = ids, np.where(np.arange(LENGTH) < 7, 9, ids)
     cotangents = normal(BATCH, LENGTH, HEADS, SIZE), normal(BATCH, HEADS, LENGTH), normal(BATCH, HEADS, LENGTH)
-    return (q, k, v, b), ids if segments else None, options, cotangents
+    if masks:
+        more += (normal(1, HEADS, 1, LENGTH),)
+        options |= dict(mask=random.random((BATCH, 1, LENGTH, LENGTH)) < 0.7, kv_lengths=np.array([LENGTH, 29]))
+    return (q, k, v, b, *more), ids if segments else None, options, cotangents
 
 
 def everything(function, arrays, cotangents):
@@ -74,12 +84,14 @@ def attention(implementation):
         sharding = OperatorSharding(mesh_of(sizes), "data", "tensor", "sequence", layout)
         order, back = orders(shards) if layout == "zigzag" else (lambda x: x, lambda x, axis=1: x)
 
-        def one(q, k, v, b, ids=ids, options=options):
+        def one(q, k, v, b, *more, ids=ids, options=options):
+            options = options | dict(zip(MORE, more))
             return null_attention(q, k, v, null_logit=b, segment_ids=ids, implementation="reference", **options)
 
-        def many(q, k, v, b, ids=ids, options=options, sharding=sharding, order=order, back=back):
+        def many(q, k, v, b, *more, ids=ids, options=options, sharding=sharding, order=order, back=back):
             ids = None if ids is None else jax.tree.map(lambda x: order(jnp.asarray(x)), ids)
             q, k, v = (order(x) for x in (q, k, v))
+            b, options = order(b) if b.ndim == 3 else b, options | dict(zip(MORE, more))
             result = null_attention(
                 q, k, v, null_logit=b, segment_ids=ids, sharding=sharding, implementation=implementation, **options
             )
@@ -169,6 +181,10 @@ def inside_the_callers_shard_map():
             sum(jnp.vdot(x, y) for x, y in zip(c, null_attention(q, k, v, null_logit=b, implementation="xla"))), "data"
         )
 
+    def attend_masked(q, k, v, null_key, bias, c):
+        result = null_attention(q, k, v, null_key=null_key, null_value=null_key, bias=bias, implementation="xla")
+        return jax.lax.psum(sum(jnp.vdot(x, y) for x, y in zip(c, result)), "data")
+
     def route(sources, query, gain, c):
         return jax.lax.psum(
             jnp.vdot(c, depth_route(sources, query, key_norm_scale=gain, implementation="xla").output), "data"
@@ -176,6 +192,11 @@ def inside_the_callers_shard_map():
 
     for function, arrays, specs in (
         (attend, (q, k, v, b, cotangents), (rows, rows, rows, PartitionSpec(), rows)),
+        (
+            attend_masked,
+            (q, k, v, k[0, :2], q[:1, :, 0, :1, None].swapaxes(1, 3), cotangents),
+            (rows, rows, rows, PartitionSpec(), PartitionSpec(), rows),
+        ),
         (
             route,
             ((q[:, :, 0], q[:, :, 1]), b[:SIZE], b[1 : SIZE + 1], cotangents[0][:, :, 0]),

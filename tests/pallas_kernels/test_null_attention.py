@@ -365,7 +365,7 @@ def test_the_program_does_not_grow_with_the_length():
     "argument, change",
     [
         ("query", dict(query=np.ones((2, 9, 30), np.float32))),
-        ("query", dict(query=np.ones((2, 0, 6, 5), np.float32))),
+        ("query", dict(query=np.ones((2, 9, 0, 5), np.float32))),
         ("query", dict(query=np.ones((2, 9, 6, 5), np.int32))),
         ("key", dict(key=np.ones((2, 9, 3, 5), np.float16))),
         ("key", dict(key=np.ones((2, 9, 3, 7), np.float32), value=np.ones((2, 9, 3, 7), np.float32))),

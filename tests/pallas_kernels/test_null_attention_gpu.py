@@ -20,9 +20,16 @@ from pallas_kernels.dispatch import Device
 from pallas_kernels.null_attention import cudnn
 
 HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("plain_null_attention", HERE / "test_null_attention.py")
-suite = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(suite)
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"{name}_of_gpus", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+suite, options_suite = load("test_null_attention"), load("plain_attention")
 
 H100 = Device("gpu", "NVIDIA H100 80GB HBM3")
 OLD_JAX = jax.__version_info__ < (0, 11, 2)
@@ -135,6 +142,25 @@ def test_cudnn_with_our_lse_and_delta_is_attention_with_a_null(monkeypatch, h100
     for actual, want in zip(gradients, wanted_gradients):
         error = np.abs(np.asarray(actual, np.float64) - np.asarray(want)).max()
         assert error <= 2 * TOLERANCE[dtype] * (float(np.abs(want).max()) or largest), error
+
+
+def test_cudnn_with_null_keys_and_values_outside(monkeypatch, h100):
+    monkeypatch.setattr(cudnn, "softmax_attention", emulated_forward)
+    monkeypatch.setattr(cudnn, "softmax_attention_backward", emulated_backward)
+    arrays, _, cotangents = options_suite.make((2, 37, 37, 6, 2, 8), null="per_query", null_keys=3, null_values=3)
+    halves = {name: x if name == "null_logit" else jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()}
+    cotangents = (jnp.asarray(cotangents[0], jnp.bfloat16), *cotangents[1:])
+    function = lambda a: null_attention(
+        *(a[name] for name in ("query", "key", "value")), implementation="cudnn",
+        **{name: a[name] for name in ("null_logit", "null_key", "null_value")},
+    )  # fmt: skip
+    values, gradients = options_suite.results_and_gradients(function, halves, cotangents)
+    wanted, wanted_gradients = options_suite.expected(halves, {}, cotangents)
+    suite.assert_close(values[0], wanted[0], 2 * TOLERANCE["bfloat16"])
+    for actual, want in zip(values[1:], wanted[1:]):
+        suite.assert_close(actual, want, 2e-6)
+    for name in gradients:
+        suite.assert_close(gradients[name], wanted_gradients[name], 3 * TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

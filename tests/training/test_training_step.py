@@ -166,7 +166,7 @@ def test_what_has_no_weight_has_no_effect(batch):
         assert line == expected
 
 
-@pytest.mark.parametrize("stack", ["unroll", "scan"])
+@pytest.mark.parametrize("stack", [pytest.param("unroll", marks=pytest.mark.slow), "scan"])
 def test_documents_are_passed_on(batch, stack):
     segment_ids = np.tile(np.arange(LENGTH) // 5, (BATCH, 1)).astype(np.int32)
     positions = np.tile(np.arange(LENGTH) % 5 * 3, (BATCH, 1)).astype(np.int32)
