@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-aot | test-faults | bench | lint | clean. Each makes .venv first and installs what it needs; only make and a Python 3.11 to 3.13 are assumed.
+# make demo | test | test-slow | test-parity | test-aot | test-faults | bench | lint | clean. Each makes .venv first and installs what it needs; only make and a Python 3.11 to 3.13 are assumed.
 # Another interpreter: make PYTHON=python3.13 test
 
 VENV := .venv
@@ -11,7 +11,7 @@ ifeq ($(origin PYTHON), undefined)
 PYTHON := $(shell for p in $(RUN) python3 python3.13 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 endif
 
-.PHONY: demo test test-slow test-aot test-faults bench lint clean venv
+.PHONY: demo test test-slow test-parity test-aot test-faults bench lint clean venv
 .DELETE_ON_ERROR:
 
 # The same commands work by hand; a run that is already there is resumed, so a second `make demo` only evaluates.
@@ -28,11 +28,22 @@ demo: venv
 # Two workers. Without LLVM's optimizations, which are nearly half of the time; XLA's own stay.
 TESTS := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} JAX_DISABLE_MOST_OPTIMIZATIONS=$${JAX_DISABLE_MOST_OPTIMIZATIONS:-1} $(RUN)
 test: venv
-	$(TESTS) -m pytest -n 2 -m "not slow and not faults"
+	$(TESTS) -m pytest -n 2 -m "not slow and not faults and not parity"
 
 # What takes longer than about 20 seconds a test.
 test-slow: venv
-	$(TESTS) -m pytest -n 2 -m "slow and not faults"
+	$(TESTS) -m pytest -n 2 -m "slow and not faults and not parity"
+
+# Pretrained models against transformers and torch, a gigabyte that nothing else needs. Fetches SmolLM2-135M once, 100 MB.
+PARITY := $(VENV)/.installed-parity
+test-parity: venv
+	@$(MAKE) --silent --no-print-directory $(PARITY)
+	$(TESTS) -m pytest -n 2 -m parity tests/pretrained
+
+$(PARITY): setup.cfg pyproject.toml constraints.txt
+	@echo "installing transformers and torch into $(VENV)"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,parity]"
+	@touch $@
 
 # Kills and damages real runs and prints its counts; about a quarter of an hour. Mounting small disks needs root: skipped with the reason otherwise.
 test-faults: venv

@@ -62,14 +62,13 @@ def test_logits_and_perplexity_of_real_text(file, model, text):
 
 
 def test_the_tokenizer_gives_the_ids_of_transformers(model, text, their_tokenizer):
-    """But for the names of special tokens, which a text cannot turn into here, and for numerals that are no digits:
-    transformers leaves out what the file says of them (pre = smollm), that each is a piece of its own.
+    """But for the names of special tokens, which a text cannot turn into here, and beside numerals: transformers leaves
+    out what the file says of them (pre = smollm), that each is a piece of its own.
     """
-    text = text.replace("<|im_end|>", "")
-    as_they_are = "".join(x for x in text if x.isascii() or not x.isnumeric())
-    assert len(as_they_are) > len(text) - 60
+    text = text.replace("<|", "")
+    without = "".join(x for x in text if not x.isnumeric())
     pieces = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    for case, pre_tokenizer in ((as_they_are, None), (text, pre_tokenizers.Sequence(pieces))):
+    for case, pre_tokenizer in ((without, None), (text, pre_tokenizers.Sequence(pieces))):
         if pre_tokenizer is not None:
             their_tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
         expected = their_tokenizer(case, add_special_tokens=False)["input_ids"]
