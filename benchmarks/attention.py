@@ -1,6 +1,7 @@
-"""null_attention against jax.nn's softmax attention and against Softmax1 written out, on whatever device JAX finds.
+"""null_attention on whatever device JAX finds: against jax.nn's softmax attention and against Softmax1 written out; a
+null per query against a null per head; a query against a long cache, beside a plain read of the same bytes.
 
-python benchmarks/attention.py [--repetitions 15]
+python benchmarks/attention.py [--repetitions 15] [--part peers] [--part nulls] [--part cache]
 """
 
 import argparse
@@ -81,32 +82,96 @@ def functions() -> dict:
     return peers
 
 
+def against_peers(shape, dtype, peak, repetitions: int, left_out: dict) -> dict:
+    """All backends and their peers at one shape."""
+    (batch, length, heads, _, size), arrays, comparisons = shape, random_arrays(shape, dtype), {}
+    # two matmuls over half of the square; backward five more of the same size
+    flop = 2 * batch * heads * length * length * size
+    for what, wrap, factor in (
+        ("forward", lambda f: lambda *x: f(*x)[0], 1.0),
+        ("forward and backward", with_gradients, 3.5),
+    ):
+        title = title_of(what, shape, dtype)
+        good, left_out[title] = harness.runnable({name: wrap(f) for name, f in functions().items()}, arrays)
+        results = harness.measure(good, arrays, repetitions=repetitions)
+        harness.add_shares(results, peak, flop=factor * flop)
+        harness.show(title, results, "jax.nn softmax" if "jax.nn softmax" in results else next(iter(results)))
+        comparisons[title] = results
+    return comparisons
+
+
+def nulls(shape, dtype, repetitions: int) -> dict:
+    """What a null per query, null keys and null values cost beside a null per head, gradients included."""
+    (batch, length, heads, key_heads, size), arrays, comparisons = shape, random_arrays(shape, dtype), {}
+    per_head, per_query = jnp.zeros(heads), jnp.zeros((batch, length, heads))
+    constants = jax.random.normal(jax.random.key(1), (4, key_heads, size), dtype)
+    options = {
+        "null per head": dict(null_logit=per_head),
+        "null per query": dict(null_logit=per_query),
+        "null key": dict(null_key=constants[0]),
+        "4 null keys and values": dict(null_key=constants, null_value=constants),
+    }
+
+    def attend(null, *arrays):
+        return null_attention(*arrays, **null)[:2]
+
+    def gradients(null, *arrays):
+        loss = lambda null, *arrays: sum((x**2).sum() for x in attend(null, *arrays))
+        return jax.grad(loss, (0, 1, 2, 3))(null, *arrays)
+
+    for what, function in (("forward", attend), ("forward and backward", gradients)):
+        runs = {name: lambda *x, null=null, f=function: f(null, *x) for name, null in options.items()}
+        title = title_of(f"nulls, {what}", shape, dtype)
+        comparisons[title] = harness.measure(runs, arrays, repetitions=repetitions)
+        harness.show(title, comparisons[title], "null per head")
+    return comparisons
+
+
+def cache(dtype, repetitions: int) -> dict:
+    """One query against a preallocated cache, wholly live and half live, beside a plain read of all its bytes."""
+    (query, *_), (_, key, value) = (random_arrays((1, n, heads, 8, 128), dtype) for n, heads in ((1, 32), (2**15, 8)))
+    runs = {"plain read": lambda query, key, value: (key.sum(), value.sum())}
+    for live in (2**15, 2**14):
+        runs[f"{live} live keys"] = lambda query, key, value, live=live: null_attention(
+            query, key, value, kv_lengths=jnp.full(1, live)
+        )
+    title = f"one query against a cache of {2**15} keys, heads 32/8 of 128, {dtype}"
+    results = harness.measure(runs, (query, key, value), repetitions=repetitions)
+    harness.show(title, results, "plain read")
+    return {title: results}
+
+
+def random_arrays(shape, dtype) -> tuple:
+    batch, length, heads, key_heads, size = shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(
+        jax.random.normal(k, (batch, length, n, size), dtype) for k, n in zip(keys, (heads, key_heads, key_heads))
+    )
+
+
+def title_of(what: str, shape, dtype) -> str:
+    batch, length, heads, key_heads, size = shape
+    return f"{what}, causal, batch {batch}, length {length}, heads {heads}/{key_heads} of {size}, {dtype}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=15)
-    repetitions = parser.parse_args().repetitions
+    parser.add_argument("--part", choices=("peers", "nulls", "cache"), action="append")
+    arguments = parser.parse_args()
+    parts, repetitions = arguments.part or ["peers", "nulls", "cache"], arguments.repetitions
     peak = harness.peaks(repetitions=repetitions)
     cpu = jax.default_backend() == "cpu"
     dtype, comparisons, left_out = ("float32" if cpu else "bfloat16"), {}, {}
-    for batch, length, heads, key_heads, size in CPU_SHAPES if cpu else ACCELERATOR_SHAPES:
-        keys = jax.random.split(jax.random.key(0), 3)
-        arrays = tuple(
-            jax.random.normal(k, (batch, length, n, size), dtype) for k, n in zip(keys, (heads, key_heads, key_heads))
-        )
-        flop = (
-            2 * batch * heads * length * length * size
-        )  # two matmuls over half of the square; backward five more of the same size
-        for what, wrap, factor in (
-            ("forward", lambda f: lambda *x: f(*x)[0], 1.0),
-            ("forward and backward", with_gradients, 3.5),
-        ):
-            title = f"{what}, causal, batch {batch}, length {length}, heads {heads}/{key_heads} of {size}, {dtype}"
-            good, left_out[title] = harness.runnable({name: wrap(f) for name, f in functions().items()}, arrays)
-            results = harness.measure(good, arrays, repetitions=repetitions)
-            harness.add_shares(results, peak, flop=factor * flop)
-            harness.show(title, results, "jax.nn softmax" if "jax.nn softmax" in results else next(iter(results)))
-            comparisons[title] = results
-    harness.save("attention", comparisons, peaks=peak, left_out=left_out)
+    if "peers" in parts:
+        for shape in CPU_SHAPES if cpu else ACCELERATOR_SHAPES:
+            comparisons |= against_peers(shape, dtype, peak, repetitions, left_out)
+    if "nulls" in parts:
+        comparisons |= nulls((1, 2048, 8, 4, 64) if cpu else (8, 2048, 32, 8, 128), dtype, repetitions)
+    if "cache" in parts:
+        comparisons |= cache(dtype, repetitions)
+    name = "attention" if len(parts) == 3 else "attention-" + "-".join(parts)
+    harness.save(name, comparisons, peaks=peak, left_out=left_out)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def explain(operator: str, *args, **kwargs) -> Explanation:
 
     Args:
       operator: "null_attention" or "depth_route".
-      *args, **kwargs: those of the call, without `implementation`; positional arrays may be `jax.ShapeDtypeStruct`s.
+      *args, **kwargs: those of the call, without `implementation`; arrays may be `jax.ShapeDtypeStruct`s.
 
     Returns:
       An Explanation; printed, one line a backend.

@@ -3,10 +3,13 @@
 import contextlib
 import contextvars
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+
+from pallas_kernels.sharding import mesh_of
 
 
 class Unavailable(Exception):
@@ -103,6 +106,13 @@ def dispatch(operator: str, table: Mapping[str, Callable], implementation: str |
                 return table[name](*args, **kwargs)
             except Unavailable as reason:
                 reasons[name] = str(reason)
+            except TypeError as error:
+                if "forward-mode" not in str(error):
+                    raise
+                raise TypeError(
+                    f"implementation: {operator} by {name} has derivatives for reverse mode (jax.grad, jax.vjp) only; "
+                    'forward mode (jax.jvp, jax.jacfwd) needs implementation="reference"'
+                ) from error
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise CannotServe(
             f"implementation: {operator} cannot be served by {why}; there are: {', '.join(table)}", reasons
@@ -138,10 +148,16 @@ def explain_call(function: Callable, table: Mapping[str, Callable], args: tuple,
     Raises:
       ValueError: the arguments are wrong for every backend.
     """
-    reasons = {}
+    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    shapes = {name: x for name, x in kwargs.items() if any(map(is_shape, jax.tree.leaves(x)))}
+    known, reasons = {name: x for name, x in kwargs.items() if name not in shapes}, {}
+
+    def call(implementation, args, shapes):
+        return function(*args, **known, **shapes, implementation=implementation)
+
     for name in table:
         try:
-            jax.eval_shape(lambda *args, name=name: function(*args, **kwargs, implementation=name), *args)
+            jax.eval_shape(functools.partial(call, name), args, shapes)
             reasons[name] = ""
         except CannotServe as error:
             reasons[name] = error.reasons[name]
@@ -149,5 +165,6 @@ def explain_call(function: Callable, table: Mapping[str, Callable], args: tuple,
     if chosen is None:
         raise CannotServe("; ".join(f"{name}: {reason}" for name, reason in reasons.items()), reasons)
     sharding = kwargs.get("sharding")
-    with target_mesh(sharding.mesh) if sharding is not None else contextlib.nullcontext():
+    mesh = mesh_of(args, shapes) if sharding is None else sharding.mesh
+    with contextlib.nullcontext() if mesh is None else target_mesh(mesh):
         return Explanation(chosen, reasons, target_device())

@@ -103,18 +103,28 @@ class OperatorSharding:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def unmapped_axes(sharding: OperatorSharding | None) -> list[str]:
-    """The mesh axes over which XLA would have to partition a kernel: those around the call, where no sharding
-    maps the kernel over them.
+def mesh_of(*arrays) -> AbstractMesh | None:
+    """The mesh on which arrays lie, traced ones included; None where each is on one device."""
+    aval = lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    meshes = (getattr(getattr(aval(x), "sharding", None), "mesh", None) for x in jax.tree.leaves(arrays))
+    return next((mesh for mesh in meshes if mesh is not None and not mesh.empty), None)
+
+
+def unmapped_axes(sharding: OperatorSharding | None, *arrays) -> list[str]:
+    """The mesh axes over which XLA would have to partition a kernel: those around the call or of its arrays, where no
+    sharding maps the kernel over them.
     """
     if sharding is not None:
         return []
-    mesh = jax.sharding.get_abstract_mesh()
-    return [
+    meshes = [jax.sharding.get_abstract_mesh(), mesh_of(*arrays)]
+    axes = [
         axis
+        for mesh in meshes
+        if mesh is not None
         for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
         if size > 1 and kind != AxisType.Manual
     ]
+    return list(dict.fromkeys(axes))
 
 
 def _chunk_order(shards: int) -> list[int]:

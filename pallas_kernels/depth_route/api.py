@@ -3,17 +3,19 @@
 import contextlib
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.checks import known_number
 from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, Sources
 from pallas_kernels.depth_route.mosaic_gpu import depth_route_mosaic_gpu
 from pallas_kernels.depth_route.mosaic_tpu import depth_route_mosaic_tpu
 from pallas_kernels.depth_route.reference import depth_route_reference
 from pallas_kernels.depth_route.xla import depth_route_xla
 from pallas_kernels.dispatch import dispatch, target_mesh
-from pallas_kernels.sharding import OperatorSharding
+from pallas_kernels.sharding import OperatorSharding, mesh_of
 
 # Fastest first. A backend takes RouteInputs and raises Unavailable where it cannot serve.
 IMPLEMENTATIONS = {
@@ -51,13 +53,14 @@ def depth_route(
       sources: an array [L, B, T, D], or a sequence of L arrays [B, T, D], which is never stacked.
       query: u, one for all tokens [D] or one per token [B, T, D].
       key_norm_scale: gain of the RMSNorm of the keys (epsilon 1e-6); None scores the sources themselves.
-      score_scale: a Python number.
+      score_scale: a number that is known when the call is traced.
       bias: added to the scores, [L] or [B, T, L].
       null_evidence: psi, [L, B, T] or a sequence of L arrays [B, T].
       coupling: beta, a scalar; only with null_evidence.
       null_logit: b, a scalar; -inf leaves the null out.
       num_sources: only the first so many sources are live: the others have weight 0 and gradient 0, whatever they hold,
-        and the mean of psi is over the live ones. A Python number leaves dead sources unread; a traced one is a mask.
+        and the mean of psi is over the live ones. A Python number leaves dead sources unread; an
+        array is a mask, and outside 1..L it makes every result NaN. Forward-mode autodiff needs implementation="reference".
       sharding: which mesh axes split batch and length; kernels then run inside `jax.shard_map`, each on its own tokens.
       implementation: a name of `pallas_kernels.implementations("depth_route")`; None takes the fastest that can serve.
 
@@ -80,7 +83,8 @@ def depth_route(
         sharding=sharding,
     )
     serve = dispatch("depth_route", IMPLEMENTATIONS, implementation)
-    with target_mesh(sharding.mesh) if sharding is not None else contextlib.nullcontext():
+    mesh = mesh_of(inputs.sources) if sharding is None else sharding.mesh
+    with contextlib.nullcontext() if mesh is None else target_mesh(mesh):
         result = serve(inputs)
     dead = len(inputs.sources) - result.weights.shape[-1]
     return result._replace(weights=jnp.pad(result.weights, [(0, 0), (0, 0), (0, dead)])) if dead else result
@@ -106,10 +110,13 @@ def route_inputs(
         count, shape, query=query, key_norm_scale=key_norm_scale, bias=bias, coupling=coupling, null_logit=null_logit
     )
     evidence = _check_evidence(null_evidence, coupling, (count, *shape[:2]))
-    if not isinstance(score_scale, int | float):
-        raise ValueError(f"score_scale: must be a Python number, got {score_scale!r}")
+    score_scale = known_number("score_scale", score_scale)
     num_sources = _check_num_sources(num_sources, count)
     wide = jnp.promote_types(sources[0].dtype, jnp.float32)
+    null_logit = jnp.asarray(null_logit, wide)
+    if isinstance(num_sources, jax.Array):  # a number of sources that there are not makes every result NaN
+        null_logit = jnp.where((num_sources >= 1) & (num_sources <= count), null_logit, jnp.nan)
+        num_sources = jnp.clip(num_sources, 1, count)
     query, key_norm_scale, bias = (None if x is None else jnp.asarray(x) for x in (query, key_norm_scale, bias))
     if sharding is not None:
         _check_sharding(sharding, shape)
@@ -120,9 +127,9 @@ def route_inputs(
         bias,
         evidence,
         jnp.asarray(coupling, wide),
-        jnp.asarray(null_logit, wide),
+        null_logit,
         num_sources,
-        float(score_scale),
+        score_scale,
         sharding,
     )
 

@@ -82,6 +82,11 @@ class RouteInputs(NamedTuple):
         )
 
 
+def lifted(x: Array, like: Array) -> Array:
+    """x with leading dimensions of 1, as many as `like` has: JAX may be told to refuse to add them by itself."""
+    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
+
+
 def score_shift(inputs: RouteInputs) -> Float[Array, "#L #B #T"]:
     """What is added to the scores before they are clamped: bias - beta * (psi - mean of psi over the live sources)."""
     wide = inputs.wide
@@ -93,9 +98,9 @@ def score_shift(inputs: RouteInputs) -> Float[Array, "#L #B #T"]:
     if inputs.evidence is not None:
         evidence = inputs.evidence.astype(wide)
         if live is None:
-            centred = evidence - evidence.mean(0)
+            centred = evidence - evidence.mean(0, keepdims=True)
         else:
             evidence = jnp.where(live, evidence, 0.0)
-            centred = evidence - evidence.sum(0) / jnp.maximum(live.sum(), 1)
+            centred = evidence - evidence.sum(0, keepdims=True) / jnp.maximum(live.sum(), 1)
         shift = shift - inputs.coupling.astype(wide) * centred
     return shift if live is None else jnp.where(live, shift, 0.0)

@@ -8,7 +8,7 @@ compilers then store products as large as all sources.
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE
+from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, lifted
 from pallas_kernels.depth_route.vjp import RouteOptions, differentiable
 from pallas_kernels.sharding import varying_alike
 
@@ -28,7 +28,7 @@ def _put(x, i, new):
 
 def _score(options: RouteOptions, value, query, shift):
     """u.v and r (1 without key norm) of one source, and its score before it is clamped."""
-    dot = jnp.sum(value * query, axis=-1)
+    dot = jnp.sum(value * lifted(query, value), axis=-1)
     inverse_rms = (
         lax.rsqrt(jnp.mean(value * value, axis=-1) + KEY_NORM_EPSILON) if options.normalize else jnp.ones((), dot.dtype)
     )
@@ -51,7 +51,7 @@ def forward(options: RouteOptions, sources, query, shift, null_logit, num_source
     null = jnp.exp(null_logit - top)
     normalizer = exponentials.sum(0) + null
     normalizer = jnp.where(normalizer == 0.0, 1.0, normalizer)  # neither a live source nor a null
-    return (total / normalizer[..., None]).astype(sources.dtype), exponentials / normalizer, null / normalizer
+    return (total / normalizer[..., None]).astype(sources.dtype), exponentials / normalizer[None], null / normalizer
 
 
 def backward(options: RouteOptions, sources, query, shift, num_sources, weights, delta, d_output, d_weights, into=None):
@@ -65,7 +65,7 @@ def backward(options: RouteOptions, sources, query, shift, num_sources, weights,
         d_score = weight * (jnp.sum(value * d_output, axis=-1) + _at(d_weights, i) - delta)
         d_score = jnp.where(jnp.abs(raw) < MAX_SCORE, d_score, 0.0)
         along = d_score * options.score_scale * inverse_rms
-        d_value = weight[..., None] * d_output + along[..., None] * query
+        d_value = weight[..., None] * d_output + along[..., None] * lifted(query, value)
         if options.normalize:
             d_value -= (along * dot * inverse_rms**2 / value.shape[-1])[..., None] * value
         part = along[..., None] * value

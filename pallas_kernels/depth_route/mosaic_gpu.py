@@ -33,7 +33,7 @@ def check_mosaic_gpu(inputs: RouteInputs) -> None:
             raise Unavailable(
                 f"runs on Hopper GPUs only ({', '.join(_HOPPER)}), the call is compiled for {device.kind}"
             )
-    axes = unmapped_axes(inputs.sharding)
+    axes = unmapped_axes(inputs.sharding, inputs.sources, inputs.query)
     if axes:
         raise Unavailable(
             f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them"

@@ -351,7 +351,7 @@ def _backward(options, sources, query, shift, num_sources, weights, delta, d_out
         live,
         *flat,
         flat_query,
-        *(_lanes_last(plan, x) for x in (shift, weights, d_weights - delta)),
+        *(_lanes_last(plan, x) for x in (shift, weights, d_weights - delta[None])),
         d_output.reshape(plan.batch, plan.length, plan.width),
         *(into for into, _ in added),
     )
@@ -389,7 +389,7 @@ def _check(inputs: RouteInputs) -> None:
     device = target_device()
     if device.platform != "tpu" and not interpreting():
         raise Unavailable(f"runs on TPUs only, the call is compiled for {device.platform}")
-    axes = unmapped_axes(inputs.sharding)
+    axes = unmapped_axes(inputs.sharding, inputs.sources, inputs.query)
     if axes:
         raise Unavailable(
             f"XLA cannot partition it over the mesh axes {', '.join(axes)}; call it inside jax.shard_map over them"

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, score_shift
+from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, lifted, score_shift
 
 
 def depth_route_reference(inputs: RouteInputs) -> DepthRoute:
@@ -27,17 +27,17 @@ def depth_route_reference(inputs: RouteInputs) -> DepthRoute:
     keys = sources
     if inputs.key_norm_scale is not None:
         mean_square = jnp.mean(sources * sources, axis=-1, keepdims=True)
-        keys = sources * lax.rsqrt(mean_square + KEY_NORM_EPSILON) * inputs.key_norm_scale.astype(wide)
+        keys = sources * lax.rsqrt(mean_square + KEY_NORM_EPSILON) * lifted(inputs.key_norm_scale.astype(wide), sources)
     query = jnp.broadcast_to(inputs.query.astype(wide), sources.shape[1:])
     scores = jnp.einsum("BTD,LBTD->LBT", query, keys, precision=lax.Precision.HIGHEST) * inputs.score_scale
     scores = lax.clamp(jnp.asarray(-MAX_SCORE, wide), scores + score_shift(inputs), jnp.asarray(MAX_SCORE, wide))
 
     b = inputs.null_logit.astype(wide)
     top = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=0, initial=-MAX_SCORE, where=live), b))
-    e = jnp.where(live, jnp.exp(jnp.where(live, scores - top, 0.0)), 0.0)
+    e = jnp.where(live, jnp.exp(jnp.where(live, scores - top[None], 0.0)), 0.0)
     null = jnp.exp(b - top)
     total = e.sum(0) + null
-    weights = e / jnp.where(total == 0.0, 1.0, total)
+    weights = e / jnp.where(total == 0.0, 1.0, total)[None]
     output = jnp.einsum("LBT,LBTD->BTD", weights, sources, precision=lax.Precision.HIGHEST)
     null_mass = null / jnp.where(total == 0.0, 1.0, total)
     return DepthRoute(output.astype(inputs.dtype), jnp.moveaxis(weights, 0, -1), null_mass)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, score_shift
+from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, lifted, score_shift
 from pallas_kernels.sharding import OperatorSharding, varying_alike
 
 
@@ -92,7 +92,7 @@ def query_and_shift(inputs: RouteInputs) -> tuple[Array, Array]:
     """The query with the keys' gain in it and what is added to the scores [L, B, T], as kernels take them."""
     query = inputs.query.astype(inputs.wide)
     if inputs.key_norm_scale is not None:
-        query = query * inputs.key_norm_scale.astype(inputs.wide)
+        query = query * lifted(inputs.key_norm_scale.astype(inputs.wide), query)
     return query, jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
 
 

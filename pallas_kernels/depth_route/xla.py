@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, score_shift
+from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, lifted, score_shift
 from pallas_kernels.depth_route.buffer import route_buffer
 from pallas_kernels.fusion import written_once
 from pallas_kernels.sharding import varying_alike
@@ -34,7 +34,7 @@ def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
         return route_buffer(inputs._replace(sharding=None))  # XLA partitions it by itself
     query, normalize = inputs.query, inputs.key_norm_scale is not None
     if normalize:
-        query = query.astype(inputs.wide) * inputs.key_norm_scale.astype(inputs.wide)
+        query = query.astype(inputs.wide) * lifted(inputs.key_norm_scale.astype(inputs.wide), query)
     shift = jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
     arrays = inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), inputs.live
     return _route(normalize, inputs.score_scale, *varying_alike(arrays, arrays))
@@ -71,10 +71,10 @@ def _forward(normalize, score_scale, sources, query, shift, null_logit, live):
         scores = jnp.where(live[:, None, None], scores, -jnp.inf)
     top = jnp.maximum(scores.max(0), null_logit)
     top = jnp.where(top == -jnp.inf, 0.0, top)  # neither a live source nor a null
-    e, null = jnp.exp(scores - top), jnp.exp(null_logit - top)
+    e, null = jnp.exp(scores - top[None]), jnp.exp(null_logit - top)
     total = e.sum(0) + null
     total = jnp.where(total == 0.0, 1.0, total)
-    weights = e / total
+    weights = e / total[None]
     output = _weighted_sum(weights, values).astype(sources[0].dtype)
     return (output, weights, null / total), (dots, inverse_rms, jnp.abs(raw) < MAX_SCORE)
 
@@ -102,7 +102,7 @@ def _route_backward(normalize, score_scale, saved, cotangents):
     attended = jnp.sum(weights * d_alpha, axis=0)
     # omega * (1 - omega) with 1 - omega as the sum of weights, which stays exact when omega is nearly 1
     d_null_logit = jnp.sum(null_mass * (weights.sum(0) * d_null_mass - attended))
-    d_scores = jnp.where(unclamped, weights * (d_alpha - attended - null_mass * d_null_mass), 0.0)
+    d_scores = jnp.where(unclamped, weights * (d_alpha - attended[None] - (null_mass * d_null_mass)[None]), 0.0)
 
     along_query = d_scores * score_scale * (inverse_rms if normalize else 1.0)
     if query.ndim == 1:
@@ -112,7 +112,9 @@ def _route_backward(normalize, score_scale, saved, cotangents):
         d_query = functools.reduce(jnp.add, parts)
     else:
         d_query = _weighted_sum(along_query, values)
-    d_sources = [weights[i][..., None] * d_output + along_query[i][..., None] * u for i in range(len(values))]
+    d_sources = [
+        weights[i][..., None] * d_output + along_query[i][..., None] * lifted(u, d_output) for i in range(len(values))
+    ]
     if normalize:
         along_source = along_query * dots * inverse_rms**2 / u.shape[-1]
         d_sources = [

@@ -1,11 +1,14 @@
-"""What the backends of null_attention share: the result, the static options, and which keys a query may see."""
+"""What the backends of null_attention share: arguments and results, what a kernel cannot serve, and which keys a query
+may see.
+"""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.sharding import OperatorSharding
+from pallas_kernels.dispatch import Unavailable
+from pallas_kernels.sharding import OperatorSharding, unmapped_axes
 
 Segments = tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
@@ -35,6 +38,60 @@ class Options(NamedTuple):
     sharding: OperatorSharding | None = None
 
 
+class Masks(NamedTuple):
+    """What beside Options says which keys a query sees, and what is added to its scores; None where not given.
+
+    segments: ids of the queries and of the keys; a query sees keys of its own id.
+    mask, bias: four dimensions, each 1 or full against [B, N, T, S]; the bias in float32 or better.
+    query_offset: the place of the first query among the keys; without it the last query sits on the last live key.
+    kv_lengths: how many keys of a row are live.
+    """
+
+    segments: Segments | None = None
+    mask: Bool[Array, "#B #N #T #S"] | None = None
+    bias: Float[Array, "#B #N #T #S"] | None = None
+    query_offset: Int[Array, " B"] | None = None
+    kv_lengths: Int[Array, " B"] | None = None
+
+    def first_place(self, length: int, keys: int) -> Int[Array, " #B"]:
+        """The place of the first of `length` queries among the keys, for all rows or for each."""
+        if self.query_offset is not None:
+            return self.query_offset
+        return jnp.full((1,), keys - length, jnp.int32) if self.kv_lengths is None else self.kv_lengths - length
+
+    @property
+    def beyond_segments(self) -> list[str]:
+        """The names of those that are given, segments left out."""
+        return [name for name in self._fields[1:] if getattr(self, name) is not None]
+
+
+class AttentionInputs(NamedTuple):
+    """The checked arguments of null_attention, as every backend takes them; a null per query, null keys and null
+    values are added outside of the backends (outside.py).
+    """
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+    null_logit: Float[Array, " N"]
+    masks: Masks
+    options: Options
+
+
+def check_kernel(inputs: AttentionInputs) -> None:
+    """Raises Unavailable for what no Pallas or cuDNN kernel serves, whatever the device."""
+    if inputs.masks.beyond_segments:
+        raise Unavailable(f"has no {' or '.join(inputs.masks.beyond_segments)}")
+    if 0 in inputs.query.shape:
+        raise Unavailable("there are no queries")
+    axes = unmapped_axes(inputs.options.sharding, inputs.query, inputs.key, inputs.value)
+    if axes:
+        raise Unavailable(
+            f"XLA cannot partition it over the mesh axes {', '.join(axes)}; give sharding=, or call it inside "
+            "jax.shard_map over them"
+        )
+
+
 def wide_dtype(dtype) -> jnp.dtype:
     """The dtype of statistics and accumulators: float32 or better."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -60,15 +117,29 @@ def allowed_keys(
     """
     allowed = None
     if causal or window is not None:
-        distance = rows[..., :, None] - columns[..., None, :]
+        rows, columns = (x if x.ndim == 2 else x[None] for x in (rows, columns))
+        distance = rows[:, :, None] - columns[:, None, :]
         allowed = distance >= 0
         if window is not None:
             allowed &= distance < window
-        allowed = allowed if allowed.ndim == 3 else allowed[None]
     if segments is not None:
         same = segments[0][:, :, None] == segments[1][:, None, :]
         allowed = same if allowed is None else allowed & same
     return allowed
+
+
+def grouped(x: Array, heads: int, key_heads: int) -> Array:
+    """[B or 1, N or 1, T or 1, S or 1] -> the same by key head and query head of its group."""
+    by_key_head = (key_heads, heads // key_heads) if x.shape[1] > 1 else (1, 1)
+    return x.reshape(x.shape[0], *by_key_head, *x.shape[2:])
+
+
+def visible_only(x: Float[Array, "B s K H"], allowed: Bool[Array, "#B #K #G t s"]) -> Float[Array, "B s K H"]:
+    """Keys or values, zero where none of these queries may see them: 0 * NaN is NaN, so a probability of zero does not
+    hide what a masked entry holds.
+    """
+    seen = allowed.any(axis=(2, 3)).swapaxes(1, 2)[..., None]
+    return jnp.where(seen, x, jnp.zeros((), x.dtype))
 
 
 def attention_scores(

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Unavailable, target_device
-from pallas_kernels.null_attention.base import NullAttention, Options
+from pallas_kernels.null_attention.base import AttentionInputs, Masks, NullAttention, Options, check_kernel
 from pallas_kernels.null_attention.vjp import differentiable
 
 _FORWARD = (
@@ -48,7 +48,8 @@ _TOO_OLD = re.compile(r"\b(P100|P40|P4|V100|T4)\b")
 _SHARE = {jnp.dtype(jnp.bfloat16): 2.0**-24, jnp.dtype(jnp.float16): 2.0**-14}
 
 
-def _check_available(query, key, segments, options: Options) -> None:
+def _check_available(inputs: AttentionInputs) -> None:
+    query, key, options = inputs.query, inputs.key, inputs.options
     device = target_device()
     if device.platform != "gpu":
         raise Unavailable(f"runs on NVIDIA GPUs only, the call is compiled for {device.platform}")
@@ -60,7 +61,8 @@ def _check_available(query, key, segments, options: Options) -> None:
         raise Unavailable(f"computes in bfloat16 and float16, the inputs are {query.dtype}")
     if query.shape[3] > 128 or query.shape[3] % 8:
         raise Unavailable(f"the head size must be a multiple of 8 up to 128, it is {query.shape[3]}")
-    if segments is not None:
+    check_kernel(inputs)
+    if inputs.masks.segments is not None:
         raise Unavailable("has no segment ids")
     if options.softcap is not None:
         raise Unavailable("has no soft cap of the logits")
@@ -131,7 +133,9 @@ def softmax_attention_backward(options: Options, query, key, value, lse, output,
     )
 
 
-def _forward(options: Options, query, key, value, null_logit, segments) -> tuple[NullAttention, Float[Array, "B N T"]]:
+def _forward(
+    options: Options, query, key, value, null_logit, masks: Masks
+) -> tuple[NullAttention, Float[Array, "B N T"]]:
     softmax_output, attended = softmax_attention(options, query, key, value)
     b = null_logit.astype(jnp.float32)[None, :, None]
     lse, mass = jnp.logaddexp(attended, b), jax.nn.sigmoid(attended - b)
@@ -163,7 +167,7 @@ def inject_delta(d_output: Float[Array, "B T N H"], delta: Float[Array, "B N T"]
     return tuple(jnp.where(vanished, new, old).astype(dtype) for new, old in ((stand_in, output), (d_stand_in, d_out)))
 
 
-def _backward(options: Options, query, key, value, segments, lse, delta, d_output):
+def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_output):
     output, d_output = inject_delta(d_output, delta)
     return softmax_attention_backward(options, query, key, value, lse, output, d_output)
 
@@ -171,9 +175,9 @@ def _backward(options: Options, query, key, value, segments, lse, delta, d_outpu
 _serve = differentiable(_forward, _backward)
 
 
-def null_attention_cudnn(query, key, value, null_logit, segments, options):
+def null_attention_cudnn(inputs: AttentionInputs) -> NullAttention:
     """The contract of `null_attention` through cuDNN: bfloat16 or float16, causal, windowed or neither, no
     segments and no soft cap.
     """
-    _check_available(query, key, segments, options)
-    return _serve(query, key, value, null_logit, segments, options)
+    _check_available(inputs)
+    return _serve(inputs)

@@ -31,15 +31,15 @@ def merge_partials(
     """
     wide = wide_dtype(outputs[0].dtype)
     lse = jnp.stack(lses).astype(wide)
-    b = jnp.reshape(jnp.asarray(null_logit, wide), (-1, 1))
+    b = jnp.reshape(jnp.asarray(null_logit, wide), (1, -1, 1))
     top = jnp.maximum(lse.max(0), b)
     top = lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     seen = lse > -jnp.inf
-    masses = jnp.where(seen, jnp.exp(jnp.where(seen, lse - top, 0.0)), 0.0)
+    masses = jnp.where(seen, jnp.exp(jnp.where(seen, lse - top[None], 0.0)), 0.0)
     attended, null = masses.sum(0), jnp.exp(b - top)
     empty = attended + null == 0.0
     total = jnp.where(empty, 1.0, attended + null)
-    shares = jnp.swapaxes(masses / total, -1, -2)[..., None]
+    shares = jnp.swapaxes(masses / total[None], -1, -2)[..., None]
     output = sum(share * output.astype(wide) for share, output in zip(shares, outputs))
     merged = top + jnp.log1p(jnp.where(empty, 0.0, attended + jnp.expm1(b - top)))
     return NullAttention(output.astype(outputs[0].dtype), null / total, jnp.where(empty, -jnp.inf, merged))

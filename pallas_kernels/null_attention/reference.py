@@ -2,26 +2,20 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool
 
 from pallas_kernels.null_attention.base import (
+    AttentionInputs,
     NullAttention,
-    Options,
-    Segments,
     allowed_keys,
     attention_scores,
+    grouped,
+    visible_only,
     wide_dtype,
 )
 
 
-def null_attention_reference(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    null_logit: Float[Array, " N"],
-    segments: Segments | None,
-    options: Options,
-) -> NullAttention:
+def null_attention_reference(inputs: AttentionInputs) -> NullAttention:
     """Attention with a null in float32 or better, all T x S scores at once. In plain JAX, for N = K and every key
     allowed:
 
@@ -31,21 +25,25 @@ def null_attention_reference(
         null_mass = jnp.exp(null_logit)[:, None] / total
         lse = jnp.log(total)
 
-    The code below subtracts the maximum first and spares rows without a key the division by zero.
+    The code below subtracts the maximum first, spares rows without a key the division by zero and keeps what no query
+    may see out of every product.
     """
+    query, options = inputs.query, inputs.options
     dtype, wide = query.dtype, wide_dtype(query.dtype)
     batch, length, heads, size = query.shape
-    keys, key_heads = key.shape[1:3]
-    q, k, v = (x.astype(wide) for x in (query, key, value))
-    q = q.reshape(batch, length, key_heads, -1, size).transpose(0, 2, 3, 1, 4)
+    key_heads = inputs.key.shape[2]
+    allowed = _allowed(inputs)
+    q, k, v = (x.astype(wide) for x in (query, inputs.key, inputs.value))
+    k, v = visible_only(k, allowed), visible_only(v, allowed)
+    q = q.reshape(batch, length, key_heads, heads // key_heads, size).transpose(0, 2, 3, 1, 4)
     scores = attention_scores(
         q, k.swapaxes(1, 2), scale=options.scale, softcap=options.softcap, precision=lax.Precision.HIGHEST
     )
-    rows, columns = jnp.arange(length) + keys - length, jnp.arange(keys)
-    allowed = allowed_keys(rows, columns, segments, causal=options.causal, window=options.window)
-    allowed = jnp.broadcast_to(True if allowed is None else allowed[:, None, None], scores.shape)
+    if inputs.masks.bias is not None:
+        scores = scores + grouped(inputs.masks.bias, heads, key_heads)
+    allowed = jnp.broadcast_to(allowed, scores.shape)
 
-    b = null_logit.reshape(key_heads, -1, 1)
+    b = inputs.null_logit.reshape(1, key_heads, -1, 1)
     top = jnp.maximum(jnp.max(scores, axis=-1, initial=-jnp.inf, where=allowed), b)
     top = lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))  # -inf: no key and no null
     e = jnp.where(allowed, jnp.exp(jnp.where(allowed, scores - top[..., None], 0.0)), 0.0)
@@ -60,3 +58,16 @@ def null_attention_reference(
     lse = jnp.where(empty, -jnp.inf, lse)
     rows = (batch, heads, length)
     return NullAttention(output.reshape(query.shape).astype(dtype), (null / total).reshape(rows), lse.reshape(rows))
+
+
+def _allowed(inputs: AttentionInputs) -> Bool[Array, "#B #K #G T S"]:
+    """Which keys every query may see."""
+    (length, heads), (keys, key_heads) = inputs.query.shape[1:3], inputs.key.shape[1:3]
+    masks, options = inputs.masks, inputs.options
+    rows, columns = masks.first_place(length, keys)[:, None] + jnp.arange(length)[None], jnp.arange(keys)
+    allowed = allowed_keys(rows, columns, masks.segments, causal=options.causal, window=options.window)
+    allowed = jnp.ones((1, length, keys), bool) if allowed is None else allowed
+    if masks.kv_lengths is not None:
+        allowed &= (columns[None] < masks.kv_lengths[:, None])[:, None]
+    allowed = allowed[:, None, None]
+    return allowed if masks.mask is None else allowed & grouped(masks.mask, heads, key_heads)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.null_attention.base import Options, wide_dtype
+from pallas_kernels.null_attention.base import Masks, Options, wide_dtype
 from pallas_kernels.null_attention.merge import merge_partials
 from pallas_kernels.sharding import OperatorSharding
 
@@ -74,26 +74,26 @@ def _visible(sharding: OperatorSharding, options: Options, length: int, origin, 
     )
 
 
-def _ids(segments, rows=_ALL):
+def _ids(masks: Masks):
     """The segment ids of the queries, and those of the keys, which travel."""
-    return (None, None) if segments is None else (segments[0][:, rows], segments[1])
+    return (None, None) if masks.segments is None else masks.segments
 
 
-def _pair(rows_ids, columns_ids, columns=_ALL):
-    return None if rows_ids is None else (rows_ids, columns_ids[:, columns])
+def _pair(rows_ids, columns_ids, columns=_ALL) -> Masks:
+    return Masks() if rows_ids is None else Masks(segments=(rows_ids, columns_ids[:, columns]))
 
 
 def ring_forward(forward: Callable, sharding: OperatorSharding) -> Callable:
     """A forward kernel, as `differentiable` takes it, over one device's part of a split sequence."""
 
-    def run(options: Options, query, key, value, null_logit, segments):
+    def run(options: Options, query, key, value, null_logit, masks: Masks):
         wide, length = wide_dtype(query.dtype), query.shape[1]
         no_null = jnp.full_like(null_logit, -jnp.inf)
-        rows_ids, columns_ids = _ids(segments)
+        rows_ids, columns_ids = _ids(masks)
 
         def partial(options, rows, columns, fixed):
             key, value, columns_ids = fixed
-            pair = None if rows_ids is None else _pair(rows_ids[:, rows], columns_ids, columns)
+            pair = _pair(None if rows_ids is None else rows_ids[:, rows], columns_ids, columns)
             result, _ = forward(options, query[:, rows], key[:, columns], value[:, columns], no_null, pair)
             return result.output.astype(wide), result.lse
 
@@ -117,13 +117,13 @@ def ring_forward(forward: Callable, sharding: OperatorSharding) -> Callable:
 def ring_backward(backward: Callable, sharding: OperatorSharding) -> Callable:
     """A backward kernel, as `differentiable` takes it, over one device's part of a split sequence."""
 
-    def run(options: Options, query, key, value, segments, lse, delta, d_output):
+    def run(options: Options, query, key, value, masks: Masks, lse, delta, d_output):
         wide, length = wide_dtype(query.dtype), query.shape[1]
-        rows_ids, columns_ids = _ids(segments)
+        rows_ids, columns_ids = _ids(masks)
 
         def gradients(options, rows, columns, fixed):
             key, value, columns_ids = fixed
-            pair = None if rows_ids is None else _pair(rows_ids[:, rows], columns_ids, columns)
+            pair = _pair(None if rows_ids is None else rows_ids[:, rows], columns_ids, columns)
             parts = backward(
                 options,
                 query[:, rows],
@@ -173,21 +173,22 @@ def _with_earlier(sharding: OperatorSharding, reach: list[tuple[int, int]], x):
     )
 
 
-def _window_segments(sharding: OperatorSharding, reach: list[tuple[int, int]], query, segments):
+def _window_masks(sharding: OperatorSharding, reach: list[tuple[int, int]], query, masks: Masks) -> Masks:
     """Segment ids that also hide the zeros which stand where there is no earlier device."""
-    rows_ids, columns_ids = (jnp.zeros(query.shape[:2], jnp.int32),) * 2 if segments is None else segments
+    rows_ids, columns_ids = (jnp.zeros(query.shape[:2], jnp.int32),) * 2 if masks.segments is None else masks.segments
     columns_ids = _with_earlier(sharding, reach, columns_ids)
     me, length = lax.axis_index(sharding.sequence), query.shape[1]
     position = jnp.arange(columns_ids.shape[1]) - (columns_ids.shape[1] - length) + me * length
-    return rows_ids, jnp.where(position < 0, (rows_ids.min() - 1).astype(columns_ids.dtype), columns_ids)
+    nobody = (rows_ids.min() - 1).astype(columns_ids.dtype)
+    return Masks(segments=(rows_ids, jnp.where(position[None] < 0, nobody, columns_ids)))
 
 
 def window_forward(forward: Callable, sharding: OperatorSharding) -> Callable:
     """As `ring_forward`, for a window: keys of the devices that it reaches, and one call."""
 
-    def run(options: Options, query, key, value, null_logit, segments):
+    def run(options: Options, query, key, value, null_logit, masks: Masks):
         reach = _reach(sharding, options.window, query.shape[1])
-        pair = _window_segments(sharding, reach, query, segments)
+        pair = _window_masks(sharding, reach, query, masks)
         key, value = (_with_earlier(sharding, reach, x) for x in (key, value))
         return forward(options, query, key, value, null_logit, pair)
 
@@ -197,10 +198,10 @@ def window_forward(forward: Callable, sharding: OperatorSharding) -> Callable:
 def window_backward(backward: Callable, sharding: OperatorSharding) -> Callable:
     """As `ring_backward`, for a window: the gradients of fetched keys are sent back and added."""
 
-    def run(options: Options, query, key, value, segments, lse, delta, d_output):
+    def run(options: Options, query, key, value, masks: Masks, lse, delta, d_output):
         axis, shards, length = sharding.sequence, sharding.ways("sequence"), query.shape[1]
         reach = _reach(sharding, options.window, length)
-        pair = _window_segments(sharding, reach, query, segments)
+        pair = _window_masks(sharding, reach, query, masks)
         keys, values = (_with_earlier(sharding, reach, x) for x in (key, value))
         d_query, *gradients = backward(options, query, keys, values, pair, lse, delta, d_output)
 

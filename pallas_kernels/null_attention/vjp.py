@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.null_attention.base import NullAttention, Options, Segments, wide_dtype
+from pallas_kernels.null_attention.base import AttentionInputs, Masks, NullAttention, wide_dtype
 from pallas_kernels.null_attention.sharded import sharded_backward, sharded_forward
 from pallas_kernels.sharding import varying_alike
 
@@ -22,43 +22,37 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
     """Joins two kernels into a differentiable backend.
 
     Args:
-      forward: forward(options, query, key, value, null_logit [N], segments) -> (NullAttention, attention mass [B, N,
-        T]). The attention mass is sum_j p_j, which 1 - null_mass would lose where the null takes nearly everything;
-        null mass and lse follow the contract of `null_attention` for rows without a key.
-      backward: backward(options, query, key, value, segments, lse [B, N, T], delta [B, N, T], d_output [B, T, N, H]) ->
-        gradients of query, key and value in their dtypes. lse is finite: rows without key and null carry 0, and all
-        their scores are masked.
+      forward: forward(options, query, key, value, null_logit [N], masks) -> (NullAttention, attention mass [B, N, T]).
+        The attention mass is sum_j p_j, which 1 - null_mass would lose where the null takes nearly everything; null
+        mass and lse follow the contract of `null_attention` for rows without a key.
+      backward: backward(options, query, key, value, masks, lse [B, N, T], delta [B, N, T], d_output [B, T, N, H]) ->
+        gradients of query, key and value in their dtypes and, where there is a bias, of the bias. lse is finite: rows
+        without key and null carry 0, and all their scores are masked.
 
     Returns:
-      serve(query, key, value, null_logit, segments, options) -> NullAttention.
+      serve(AttentionInputs) -> NullAttention.
     """
     forward, backward = sharded_forward(forward), sharded_backward(backward)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def attention(options, query, key, value, null_logit, segments):
-        return forward(options, query, key, value, null_logit, segments)[0]
+    def attention(options, query, key, value, null_logit, masks):
+        return forward(options, query, key, value, null_logit, masks)[0]
 
-    def attention_forward(options, query, key, value, null_logit, segments):
-        result, mass = forward(options, query, key, value, null_logit, segments)
-        return result, (query, key, value, segments, result, mass)
+    def attention_forward(options, query, key, value, null_logit, masks):
+        result, mass = forward(options, query, key, value, null_logit, masks)
+        return result, (query, key, value, masks, result, mass)
 
     def attention_backward(options, saved, cotangents):
-        query, key, value, segments, result, mass = saved
+        query, key, value, masks, result, mass = saved
         lse, delta, d_null_logit = _rows(result, mass, cotangents)
-        return *backward(options, query, key, value, segments, lse, delta, cotangents.output), d_null_logit, None
+        d_query, d_key, d_value, *d_bias = backward(options, query, key, value, masks, lse, delta, cotangents.output)
+        return d_query, d_key, d_value, d_null_logit, Masks(bias=d_bias[0] if d_bias else None)
 
     attention.defvjp(attention_forward, attention_backward)
 
-    def serve(
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
-        null_logit: Float[Array, " N"],
-        segments: Segments | None,
-        options: Options,
-    ) -> NullAttention:
-        arrays = query, key, value, null_logit, segments
-        return attention(options, *varying_alike(arrays, arrays))
+    def serve(inputs: AttentionInputs) -> NullAttention:
+        arrays = inputs[:-1]
+        return attention(inputs.options, *varying_alike(arrays, arrays))
 
     return serve
 

@@ -13,7 +13,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from pallas_kernels import OperatorSharding, depth_route, explain, implementations, merge_partials, null_attention
 from pallas_kernels.dispatch import interpret_kernels
 
-RUN_HERE = ("mosaic_tpu", "xla", "reference")
 PLAIN_JAX = ("xla", "reference")
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
@@ -102,12 +101,10 @@ def attend_with_everything(implementation):
         finite = jnp.where(jnp.isfinite(result.lse), result.lse, 0.0)
         return (result.output**2).sum() + (result.null_mass + finite).sum()
 
-    for i, mask in enumerate(masks):
-        null = nulls[i % len(nulls)] if implementation == "mosaic_tpu" else nulls
-        for chosen in null if isinstance(null, list) else [null]:
-            differentiate = jax.grad(lambda q, k, v, n, mask=mask: loss(q, k, v, n, mask), (0, 1, 2, 3))
-            for x in jax.tree.leaves(jax.jit(differentiate)(q, k, v, chosen)):
-                assert np.isfinite(x).all() and x.dtype in (np.float32, np.float64)
+    for mask, null in zip(masks, nulls[-len(masks) :]):
+        differentiate = jax.grad(lambda q, k, v, n, mask=mask: loss(q, k, v, n, mask), (0, 1, 2, 3))
+        for x in jax.tree.leaves(jax.jit(differentiate)(q, k, v, null)):
+            assert np.isfinite(x).all() and x.dtype in (np.float32, np.float64)
     merged = merge_partials([q, q], [normal(2, 4, 9)] * 2, null_logit=nulls[0]["null_logit"])
     assert merged.output.dtype == np.float32
 
@@ -124,13 +121,12 @@ def route_with_everything(implementation):
         )  # fmt: skip
         return (result.output**2).sum() + (result.weights**2).sum() + result.null_mass.sum()
 
-    for query in (normal(8), normal(2, 16, 8)):
-        for given in (sources, list(sources)):
-            for x in jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(given, query, np.int32(2))):
-                assert np.isfinite(x).all() and x.dtype == np.float32
+    for query, given in ((normal(8), sources), (normal(2, 16, 8), list(sources))):
+        for x in jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1)))(given, query, np.int32(2))):
+            assert np.isfinite(x).all() and x.dtype == np.float32
 
 
-@pytest.mark.parametrize("implementation", RUN_HERE)
+@pytest.mark.parametrize("implementation", [pytest.param("mosaic_tpu", marks=pytest.mark.slow), *PLAIN_JAX])
 @pytest.mark.parametrize("mode", ["rank_promotion", "debug_nans", "x64"])
 @pytest.mark.parametrize("operator", [attend_with_everything, route_with_everything])
 def test_jaxs_stricter_modes(operator, mode, implementation):
@@ -141,27 +137,28 @@ def test_jaxs_stricter_modes(operator, mode, implementation):
 
 @pytest.mark.parametrize("operator", ["null_attention", "depth_route"])
 def test_forward_mode_names_the_implementation_that_has_it(operator):
-    x = jnp.linspace(-1.0, 1.0, 2 * 5 * 2 * 3).reshape(2, 5, 2, 3)
+    x = jnp.linspace(-1.0, 1.0, 24).reshape(1, 4, 2, 3)
     calls = dict(
         null_attention=lambda x, **how: null_attention(x, x, x, **how).output.sum(),
         depth_route=lambda x, **how: depth_route(x, jnp.ones(3), **how).output.sum(),
     )
     call = calls[operator]
-    for forward in (lambda f: jax.jvp(f, (x,), (x,)), lambda f: jax.jacfwd(f)(x), lambda f: jax.hessian(f)(x)):
+    for forward in (lambda f: jax.jvp(f, (x,), (x,)), lambda f: jax.jacfwd(f)(x)):
         with pytest.raises(TypeError, match='implementation="reference"'):
             forward(lambda x: call(x, implementation="xla"))
-    _, tangent = jax.jvp(lambda x: call(x, implementation="reference"), (x,), (x,))
-    np.testing.assert_allclose(tangent, jnp.vdot(jax.grad(lambda x: call(x, implementation="xla"))(x), x), rtol=1e-4)
+    tangent = jax.jit(lambda x: jax.jvp(lambda x: call(x, implementation="reference"), (x,), (x,))[1])(x)
+    gradient = jax.jit(jax.grad(lambda x: call(x, implementation="xla")))(x)
+    np.testing.assert_allclose(tangent, jnp.vdot(gradient, x), rtol=1e-4)
 
 
 @pytest.mark.parametrize("as_list", [False, True], ids=["array", "list"])
 @pytest.mark.parametrize("implementation", PLAIN_JAX)
-@pytest.mark.parametrize("live", [0, 4, -1, 2**31 - 1])
-def test_a_traced_number_of_sources_that_there_are_not_gives_nan(implementation, as_list, live):
+def test_a_traced_number_of_sources_that_there_are_not_gives_nan(implementation, as_list):
     sources, query = np.ones((3, 2, 5, 7), np.float32), np.ones(7, np.float32)
     given = list(sources) if as_list else sources
     route = jax.jit(lambda live: depth_route(given, query, num_sources=live, implementation=implementation))
-    assert all(np.isnan(x).all() for x in route(live))
+    for live in (0, 4, -1, 2**31 - 1):
+        assert all(np.isnan(x).all() for x in route(live))
     assert all(np.isfinite(x).all() for x in route(2))
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Unavailable, interpreting, target_device
-from pallas_kernels.null_attention.base import NullAttention, Options
+from pallas_kernels.null_attention.base import AttentionInputs, Masks, NullAttention, Options, check_kernel
 from pallas_kernels.null_attention.merge import merge_partials
 from pallas_kernels.null_attention.vjp import differentiable
 
@@ -30,10 +30,9 @@ _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 _PROCESSORS = 132  # multiprocessors of an H100 or H200: how many programs run side by side
 
 
-def check_available(query, key) -> None:
-    """Raises Unavailable where the kernels cannot serve such arrays, or not on the device that the call is compiled
-    for.
-    """
+def check_available(inputs: AttentionInputs) -> None:
+    """Raises Unavailable where the kernels cannot serve a call, or not on the device that it is compiled for."""
+    query, key = inputs.query, inputs.key
     if jax.__version_info__ < _OLDEST_JAX:
         raise Unavailable(f"needs jax {'.'.join(map(str, _OLDEST_JAX))} or newer, this is jax {jax.__version__}")
     if not interpreting():
@@ -46,6 +45,7 @@ def check_available(query, key) -> None:
             raise Unavailable(
                 "the assembler of CUDA 12.8.0 to 12.9.0 miscompiles causal masks; install 12.9.1 or newer"
             )
+    check_kernel(inputs)
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unavailable(f"computes in bfloat16 and float16, the inputs are {query.dtype}")
     if query.shape[3] not in HEAD_SIZES:
@@ -77,10 +77,12 @@ def _ids(segments, repeats: int = 1):
     )
 
 
-def _forward(options: Options, query, key, value, null_logit, segments) -> tuple[NullAttention, Float[Array, "B N T"]]:
+def _forward(
+    options: Options, query, key, value, null_logit, masks: Masks
+) -> tuple[NullAttention, Float[Array, "B N T"]]:
     from pallas_kernels.null_attention.mosaic_gpu.forward import forward_kernel
 
-    (batch, length, heads, _), keys = query.shape, key.shape[1]
+    (batch, length, heads, _), keys, segments = query.shape, key.shape[1], masks.segments
     group = heads // key.shape[2]
     if length * group <= 64:
         return _decode(options, query, key, value, null_logit, segments)
@@ -134,20 +136,20 @@ def _decode(options: Options, query, key, value, null_logit, segments):
     )
 
 
-def _backward(options: Options, query, key, value, segments, lse, delta, d_output):
+def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_output):
     from pallas_kernels.null_attention.mosaic_gpu.backward import backward_kernels
 
-    problem = _problem(options, query.shape[1], key.shape[1], segments)
-    return backward_kernels(problem, query, key, value, _ids(segments), lse, delta, d_output)
+    problem = _problem(options, query.shape[1], key.shape[1], masks.segments)
+    return backward_kernels(problem, query, key, value, _ids(masks.segments), lse, delta, d_output)
 
 
 _serve = differentiable(_forward, _backward)
 
 
 @functools.wraps(_serve)
-def null_attention_mosaic_gpu(query, key, value, null_logit, segments, options):
-    check_available(query, key)
-    return _serve(query, key, value, null_logit, segments, options)
+def null_attention_mosaic_gpu(inputs):
+    check_available(inputs)
+    return _serve(inputs)
 
 
 null_attention_mosaic_gpu.__doc__ = "The contract of `null_attention` on Hopper GPUs, in bfloat16 or float16."

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import Unavailable, interpreting, target_device
-from pallas_kernels.null_attention.base import NullAttention, Options
+from pallas_kernels.null_attention.base import AttentionInputs, Masks, NullAttention, Options, check_kernel
 from pallas_kernels.null_attention.mosaic_tpu.kernels import forward_kernel, key_kernel, query_kernel
 from pallas_kernels.null_attention.mosaic_tpu.layout import (
     from_rows,
@@ -49,10 +49,12 @@ from pallas_kernels.null_attention.vjp import differentiable
 _LARGEST_HEAD = 256
 
 
-def _check(query) -> None:
-    device = target_device()
+def check_available(inputs: AttentionInputs) -> None:
+    """Raises Unavailable where the kernels cannot serve a call, or not on the device that it is compiled for."""
+    device, query = target_device(), inputs.query
     if not interpreting() and device.platform != "tpu":
         raise Unavailable(f"runs on TPUs, the call is compiled for {device.kind} ({device.platform})")
+    check_kernel(inputs)
     if query.dtype == jnp.float64:
         raise Unavailable("TPUs have no float64; use float32 or bfloat16")
     if query.shape[3] > _LARGEST_HEAD:
@@ -97,15 +99,14 @@ def _computed(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
-def _forward(options: Options, query, key, value, null_logit, segments):
+def _forward(options: Options, query, key, value, null_logit, masks: Masks):
     """See `vjp.differentiable`."""
-    _check(query)
     shape, key_heads, dtype = Shape.of(query, key), key.shape[2], query.dtype
     (batch, length, heads, _), size = query.shape, padded_size(query.shape[3])
     kernel_heads = key_heads if shape.folded else heads
     q, k = to_rows(_computed(query), shape, key_heads), to_keys(_computed(key), shape)
     v = to_keys(_computed(value), shape).swapaxes(2, 3)
-    b = pad(jnp.repeat(null_logit[:, None], length, 1).reshape(kernel_heads, 1, -1), axis2=shape.rows)
+    null = pad(jnp.repeat(null_logit[:, None], length, 1).reshape(kernel_heads, 1, -1), axis2=shape.rows)
 
     blocks = by_rows(options, shape, size)
     steps = longest_run(functools.partial(key_range, options, shape), shape.row_tiles)
@@ -114,7 +115,7 @@ def _forward(options: Options, query, key, value, null_logit, segments):
         functools.partial(forward_kernel, options, shape),
         "null_attention_forward",
         (batch, kernel_heads, shape.row_tiles, steps),
-        {"query": q, "key": k, "value": v, "null_logit": b} | segment_inputs(segments, shape),
+        {"query": q, "key": k, "value": v, "null_logit": null} | segment_inputs(masks.segments, shape),
         {"query": blocks.rows(), "key": blocks.keys(), "value": blocks.keys_transposed(), "null_logit": blocks.null()}
         | blocks.segments(),
         {
@@ -131,17 +132,16 @@ def _forward(options: Options, query, key, value, null_logit, segments):
     )
     rows = length * heads // kernel_heads
     top, total = (x[..., :rows].reshape(batch, heads, length) for x in (top, total))
-    null = jnp.exp(null_logit[:, None] - top)
+    b = null_logit[None, :, None]
+    null = jnp.exp(b - top)
     empty = total + null == 0.0
     z = jnp.where(empty, 1.0, total + null)
     # log(z) without losing a small total when the null is the largest term and exp(b - top) = 1
-    lse = jnp.where(
-        empty, -jnp.inf, top + jnp.log1p(jnp.where(empty, 0.0, total + jnp.expm1(null_logit[:, None] - top)))
-    )
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log1p(jnp.where(empty, 0.0, total + jnp.expm1(b - top))))
     return NullAttention(from_rows(output, query, shape, key_heads).astype(dtype), null / z, lse), total / z
 
 
-def _backward(options: Options, query, key, value, segments, lse, delta, d_output):
+def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_output):
     """See `vjp.differentiable`."""
     shape, key_heads = Shape.of(query, key), key.shape[2]
     (batch, _, heads, _), size = query.shape, padded_size(query.shape[3])
@@ -150,7 +150,7 @@ def _backward(options: Options, query, key, value, segments, lse, delta, d_outpu
     k, v = (to_keys(_computed(x), shape) for x in (key, value))
     inputs = {"query": q, "key": k, "value": v, "d_output": d_o}
     inputs |= {"lse": statistic(lse, shape, key_heads), "delta": statistic(delta, shape, key_heads)} | segment_inputs(
-        segments, shape
+        masks.segments, shape
     )
 
     def specs(blocks: Blocks) -> dict[str, pl.BlockSpec]:
@@ -197,5 +197,10 @@ def _backward(options: Options, query, key, value, segments, lse, delta, d_outpu
     return tuple(x.astype(query.dtype) for x in (from_rows(d_query, query, shape, key_heads), d_key, d_value))
 
 
-null_attention_mosaic_tpu = differentiable(_forward, _backward)
-null_attention_mosaic_tpu.__doc__ = "The contract of `null_attention` on TPUs."
+_serve = differentiable(_forward, _backward)
+
+
+def null_attention_mosaic_tpu(inputs: AttentionInputs) -> NullAttention:
+    """The contract of `null_attention` on TPUs."""
+    check_available(inputs)
+    return _serve(inputs)
