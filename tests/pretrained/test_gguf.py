@@ -1,5 +1,6 @@
 """GGUF files against folders of the same weights: names, order of rows, types, rotary factors, tokenizer."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -264,3 +265,42 @@ def test_a_tokenizer_that_cannot_be_made(tmp_path, byte_pairs, changes):
 def test_a_tokenizer_larger_than_the_vocabulary(tmp_path, byte_pairs):
     path = write_gguf(tmp_path / "model.gguf", tiny.CONFIG, tiny.tensors(), more=tokenizer_fields(byte_pairs))
     refused(path, "300", "211")
+
+
+def best_merges(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's algorithm: of all neighbours whose union is a token, the best-scored one is joined, first the
+    leftmost; what no token covers is spelled in bytes.
+    """
+    parts = list("▁" + text.replace(" ", "▁"))
+    while True:
+        unions = [(scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores]
+        if not unions:
+            break
+        index = -max(unions)[1]
+        parts[index : index + 2] = ["".join(parts[index : index + 2])]
+    return [x for part in parts for x in ([part] if part in scores else [f"<0x{b:02X}>" for b in part.encode()])]
+
+
+def test_a_tokenizer_of_scores(tmp_path):
+    random = np.random.default_rng(0)
+    words = ["the", "then", "he", "hen", "▁the", "▁hen", "en", "th", "▁t", "▁h", "▁", "in", "ing", "thing", "▁▁"]
+    letters = sorted(set("".join(words)) - {"▁"})
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *dict.fromkeys([*letters, *words])]
+    scores = [0.0] * 259 + random.permutation(-np.arange(len(tokens) - 259.0)).tolist()
+
+    def more(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores(scores)
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259))
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+
+    config = tiny.CONFIG | {"vocab_size": len(tokens)}
+    model = load_pretrained(write_gguf(tmp_path / "model.gguf", config, tiny.tensors(config), more=more))
+    assert model.begin_token == 1 and model.tokenizer.separator_id == 2
+    known = dict(zip(tokens[259:], scores[259:]))
+    for _ in range(200):
+        text = "".join(random.choice([*letters, " ", "é", "\n"], size=random.integers(1, 30)))
+        ids = model.tokenizer.encode(text)
+        assert [tokens[i] for i in ids] == best_merges(text, known), text
