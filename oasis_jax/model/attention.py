@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from oasis_jax.config import AttentionConfig
-from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.errors import unknown_name
 from oasis_jax.model.context import Context
 from oasis_jax.model.masks import context_mask, first_in_document, first_key_scores, scores
 from oasis_jax.model.normalizers import DENSE_NORMALIZERS, NULL_LOGITS, null_softmax
@@ -16,7 +16,8 @@ from oasis_jax.model.norms import rms_norm
 from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
 from oasis_jax.model.rotary import rotary_angles, rotate
 from oasis_jax.model.statistics import AttentionStatistics, Static
-from pallas_kernels import implementations, null_attention
+from pallas_kernels import NullAttention, implementations, null_attention
+from pallas_kernels.null_attention import add_null_value, null_scores
 
 _NO_CONTEXT = Context()
 # Parameters that are no part of a product in the compute type: the null's, whose scores are float32 or better, and
@@ -35,16 +36,11 @@ def backend(operator: str, name: str) -> str | None:
 
 
 class Null(NamedTuple):
-    """The null option of a layer: its logit, for all heads, per head [N] or per query [B, N, T], and its
-    value [N, H] or zero.
-    """
+    """The null option of a layer, as `pallas_kernels.null_attention` takes it."""
 
-    logit: float | Float[Array, "..."]
-    value: Float[Array, "N H"] | None = None
-
-    @property
-    def per_query(self) -> bool:
-        return jnp.ndim(self.logit) > 1
+    logit: float | Float[Array, " N"] | Float[Array, "B T N"]
+    key: Float[Array, "P K H"] | None = None
+    value: Float[Array, "P K H"] | None = None
 
 
 def attention_parameters(config: AttentionConfig) -> dict[str, ParameterSpec]:
@@ -66,19 +62,27 @@ def attention_parameters(config: AttentionConfig) -> dict[str, ParameterSpec]:
         specs |= {"query_norm": constant((size,), 1.0, "norm"), "key_norm": constant((size,), 1.0, "norm")}
     null = {
         "null_logit": constant((heads,), 0.0, "null", ("heads",)),
-        "null_key": constant((key_heads, size), 0.0, "null", ("kv_heads", None)),
+        "null_key": null_rows(config),
         "null_projection": constant((width, heads), 0.0, "null", ("embed", "heads")),
     }
     made_of = NULL_LOGITS.get(config.normalizer)
     if made_of in null:
         specs[made_of] = null[made_of]
     if config.normalizer == "null_key_value":
-        specs["null_value"] = constant((key_heads, size), 0.0, "null", ("kv_heads", None))
+        specs["null_value"] = constant((config.null_keys, key_heads, size), 0.0, "null", (None, "kv_heads", None))
     if config.gate == "elementwise":
         specs["gate"] = matrix((width, heads, size), ("embed", "heads", None), width)
     elif config.gate == "per_head":
         specs["gate"] = matrix((width, heads), ("embed", "heads"), width)
     return specs
+
+
+def null_rows(config: AttentionConfig) -> ParameterSpec:
+    """Null keys [P, K, H]. One starts at zero; several would stay alike for ever and are drawn."""
+    shape, axes = (config.null_keys, config.key_heads, config.head_size), (None, "kv_heads", None)
+    if config.null_keys == 1:
+        return constant(shape, 0.0, "null", axes)
+    return matrix(shape, axes, config.head_size, "null")
 
 
 def attention(
@@ -103,11 +107,8 @@ def attention(
     p = {name: value if name in _WIDE else value.astype(x.dtype) for name, value in parameters.items()}
     query, key, value = project(p, config, x, context)
     key, value = context.with_cached(key, value)
-    null = null_option(p, config, x, query)
+    null = null_option(p, config, x)
     if config.normalizer in DENSE_NORMALIZERS or context.numerics.materializes_attention:
-        statistics = _dense(query, key, value, null, config, context)
-    elif null.per_query or null.value is not None:
-        _check_dense_null(config)
         statistics = _dense(query, key, value, null, config, context)
     else:
         statistics = _fused(query, key, value, null, config, context)
@@ -133,30 +134,15 @@ def project(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], co
     return query, key, value
 
 
-def null_option(
-    p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], query: Float[Array, "B T N H"]
-) -> Null:
-    """What the null of this layer is; a null key is neither normed nor turned, and scored as every key."""
+def null_option(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"]) -> Null:
+    """What the null of this layer is; null keys are neither normed nor turned, and scored as every key."""
     made_of = NULL_LOGITS.get(config.normalizer, 0.0)
     if made_of == "null_key":
-        key = p["null_key"].astype(query.dtype)[None, None]
-        logit = scores(query, jnp.broadcast_to(key, (query.shape[0], *key.shape[1:])), config)[..., 0]
-        value = p["null_value"] if config.normalizer == "null_key_value" else None
-        return Null(logit, None if value is None else jnp.repeat(value, config.num_heads // config.key_heads, axis=0))
+        return Null(0.0, p["null_key"], p.get("null_value"))
     if made_of == "null_projection":
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logit = jnp.einsum("BTD,DN->BTN", x, p["null_projection"], preferred_element_type=wide)
-        return Null(logit.swapaxes(1, 2))  # the other order is a product that CPUs do not have in bfloat16
+        return Null(jnp.einsum("BTD,DN->BTN", x, p["null_projection"], preferred_element_type=wide))
     return Null(p["null_logit"] if made_of == "null_logit" else made_of)
-
-
-def _check_dense_null(config: AttentionConfig) -> None:
-    """A backend that was named is not replaced in silence by another algorithm."""
-    if config.attention_implementation not in ("auto", "reference"):
-        raise UserError(
-            f"attention_implementation: normalizer={config.normalizer} is computed by auto or reference only, "
-            f"got {config.attention_implementation}"
-        )
 
 
 def _fused(query, key, value, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
@@ -165,6 +151,8 @@ def _fused(query, key, value, null: Null, config: AttentionConfig, context: Cont
         key,
         value,
         null_logit=null.logit,
+        null_key=null.key,
+        null_value=null.value,
         is_causal=True,
         window=config.window or None,
         segment_ids=None if context.segment_ids is None else (context.segment_ids, context.key_segments),
@@ -181,18 +169,21 @@ def _fused(query, key, value, null: Null, config: AttentionConfig, context: Cont
 def _dense(query, key, value, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
     """Attention through materialized probabilities."""
     allowed = context_mask(context, config, query.shape[1])
-    logits = context.numerics.tap("scores", scores(query, key, config))
+    logits, lse, shares = context.numerics.tap("scores", scores(query, key, config)), None, None
     if config.normalizer in DENSE_NORMALIZERS:
-        p, lse = DENSE_NORMALIZERS[config.normalizer](logits, allowed, config), None
+        p = DENSE_NORMALIZERS[config.normalizer](logits, allowed, config)
         null_mass = jax.nn.relu(1.0 - p.sum(-1))
     else:
-        p, null_mass, lse = null_softmax(logits, allowed, null.logit)
+        null_logit, shares = null_scores(
+            query, null.logit, null.key, scale=config.score_scale, softcap=config.logit_softcap or None
+        )
+        p, null_mass, lse = null_softmax(logits, allowed, null_logit)
     p = context.numerics.tap("probabilities", p)
     batch, _, length, keys = p.shape
     grouped = p.reshape(batch, key.shape[2], -1, length, keys).astype(value.dtype)
     output = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, value).reshape(query.shape)
     if null.value is not None:
-        output += jnp.einsum("BNT,NH->BTNH", null_mass, null.value).astype(output.dtype)
+        output = add_null_value(NullAttention(output, null_mass, lse), null.value, shares).output
     return AttentionStatistics(query, key, value, output, null_mass, _first_mass(p, context), lse, Static(config))
 
 

@@ -1,6 +1,6 @@
 """What turns attention scores into probabilities.
 
-Softmax, Softmax1 and the learned sink are one operator, `pallas_kernels.null_attention`, with another null logit.
+Softmax and all normalizers with a null are one operator, `pallas_kernels.null_attention`, with another null.
 The other normalizers are the baselines of the literature; they materialize the T x S probabilities.
 """
 
@@ -27,15 +27,10 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     return weights / jnp.where(total > 0, total, 1.0)
 
 
-def null_softmax(
-    scores: Scores, mask: Mask, null_logit: float | Float[Array, " N"] | Float[Array, "B N T"]
-) -> tuple[Scores, Array, Array]:
-    """Probabilities [B, N, T, S], null mass and lse [B, N, T] of `pallas_kernels.null_attention`,
-    materialized; of the same definition.
+def null_softmax(scores: Scores, mask: Mask, null_logit: Float[Array, "B N T"]) -> tuple[Scores, Array, Array]:
+    """Probabilities [B, N, T, S], null mass and lse [B, N, T] of `pallas_kernels.null_attention`, materialized; of the
+    same definition.
     """
-    null_logit = jnp.asarray(null_logit, scores.dtype)
-    if null_logit.ndim < 3:
-        null_logit = jnp.broadcast_to(null_logit, scores.shape[1:2])[:, None]
     lse = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1, where=mask), null_logit)
     some = jnp.where(jnp.isfinite(lse), lse, 0.0)  # no allowed key and no null: all masses are 0
     p = jnp.exp(jnp.where(mask, scores - some[..., None], -jnp.inf))
@@ -115,7 +110,7 @@ def _entmax15_jvp(primals, tangents):
 
 
 # Normalizers of attention with a null, by what the null logit is made of: a constant, or the name of a parameter.
-#   null_logit: [N], learned. null_key: the logit is the query's score of a learned key. null_projection: linear in the
+#   null_logit: [N], learned. null_key: the logit is the query's score of learned keys. null_projection: linear in the
 #     layer's input.
 NULL_LOGITS: dict[str, float | str] = {
     "softmax": -jnp.inf,
