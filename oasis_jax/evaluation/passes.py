@@ -74,6 +74,7 @@ class DecoderPass:
             context,
             on_layer=lambda _, statistics: show.layer(statistics),
             on_router=lambda _, statistics: show.router(statistics),
+            loop=True,
         )
 
         def of_logits(function, arrays):

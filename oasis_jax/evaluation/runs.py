@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -114,13 +115,19 @@ def measure_subject(
     schemes: Mapping[str, Scheme] = MappingProxyType({}),
 ) -> MeasuredRun:
     """Runs evaluators, interventions and quantization schemes on what a subject reads."""
+    if is_first():
+        print(f"measuring {subject.label} ...", file=sys.stderr, flush=True)
     batches, model = subject.batches, (subject.params, subject.config.model, subject.placement)
     measurements = evaluate_decoder(*model, batches, evaluators)
     effects = []
     if interventions:
         effects = intervene(*model, batches, interventions=interventions, begin_token=subject.begin_token)
     metrics, sequences = measurements.values, measurements.identity["sequences"]
-    quantized = quantization(*model, batches, subject.calibration(), schemes) if schemes else {}
+    quantized = {}
+    if schemes:
+        loss = measurements.estimates.get("loss")
+        base = loss and {"loss": loss.totals[:, 0], "weight": loss.counts[:, 0]}
+        quantized = quantization(*model, batches, subject.calibration(), schemes, base)
     return MeasuredRun(
         label=subject.label,
         workdir=subject.source,

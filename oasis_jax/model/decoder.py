@@ -59,7 +59,7 @@ def final_stream(
     config: ModelConfig,
     inputs: Inputs,
     context: Context = _NO_CONTEXT,
-    **observers: Callable,
+    **options: Any,
 ) -> tuple[Float[Array, "B T D"], Unrolled]:
     """What the head reads, and what was seen on the way.
 
@@ -68,7 +68,7 @@ def final_stream(
       config: of the model.
       inputs: token ids [B, T], or vectors [B, T, vector_dim], as `config.inputs` says.
       context: see Context.
-      observers: on_layer, on_router; see `run_unrolled`.
+      options: on_layer, on_router, loop; see `run_unrolled`.
 
     Returns:
       The output of the final norm [B, T, D], and what `run_unrolled` gives.
@@ -79,7 +79,7 @@ def final_stream(
     check_inputs(config, inputs)
     context.check(*inputs.shape[:2])
     embedding = embed(params, config, inputs, context)
-    run = run_unrolled(params, config, embedding, with_offset(config, context, inputs.shape[1]), **observers)
+    run = run_unrolled(params, config, embedding, with_offset(config, context, inputs.shape[1]), **options)
     return norm(params.get("final_norm", {}), config, run.stream), run
 
 

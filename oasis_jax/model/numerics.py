@@ -5,6 +5,7 @@ needs (`oasis_jax.evaluation.quantization.inference`) are subclasses, so that th
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,6 +18,8 @@ class Numerics:
 
     # Whether the scores and probabilities of attention have to exist as arrays, for `tap` to see them.
     materializes_attention = False
+    # Whether it can be shown layers in a loop, by the three methods below.
+    loops = False
 
     def within(self, scope: str) -> "Numerics":
         """The numerics of a part of the model, whose names start with `scope`."""
@@ -49,5 +52,37 @@ class Numerics:
         """A depth router, `run(sources, evidence)`; an intervention changes what goes in or comes out."""
         return run(sources, evidence)
 
+    def layer_arrays(self, scopes: Sequence[str]) -> Any:
+        """What it needs to know of the layers with these scopes: a pytree of arrays [L, ...], one entry a layer."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be shown layers in a loop")
 
-FLOAT = Numerics()
+    def in_layer(self, arrays: Any) -> "Numerics":
+        """The numerics of one layer, from its entry of `layer_arrays`; names are relative to the layer."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be shown layers in a loop")
+
+    def keep(self, scopes: Sequence[str], seen: Any) -> None:
+        """Takes over what `in_layer(...).seen` was in every layer: a pytree of arrays [L, ...]."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be shown layers in a loop")
+
+    @property
+    def seen(self) -> Any:
+        """What was recorded in one layer: a pytree of arrays."""
+        return ()
+
+
+class Float(Numerics):
+    """Plain arithmetic."""
+
+    loops = True
+
+    def layer_arrays(self, scopes):
+        return ()
+
+    def in_layer(self, arrays):
+        return self
+
+    def keep(self, scopes, seen):
+        pass
+
+
+FLOAT = Float()

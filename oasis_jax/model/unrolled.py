@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from oasis_jax.config import ModelConfig
 from oasis_jax.model.context import Context
 from oasis_jax.model.layer import SUBLAYERS, Stream, Sublayer, new_source, null_evidence
-from oasis_jax.model.layout import part
+from oasis_jax.model.layout import is_stacked, part
 from oasis_jax.model.numerics import FLOAT
 from oasis_jax.model.remat import rematerialized
 from oasis_jax.model.router import route
 from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics
-from oasis_jax.model.wiring import Step, schedule
+from oasis_jax.model.wiring import KINDS, Step, schedule
 
 
 class LayerStatistics(NamedTuple):
@@ -52,8 +52,9 @@ def run_unrolled(
     embedding: Stream,
     context: Context,
     *,
-    on_layer: Callable[[int, LayerStatistics], Any] = _whole,
+    on_layer: Callable[[int | None, LayerStatistics], Any] = _whole,
     on_router: Callable[[str, RouterStatistics], Any] = _whole,
+    loop: bool = False,
 ) -> Unrolled:
     """Runs all layers.
 
@@ -65,7 +66,11 @@ def run_unrolled(
       on_layer: (index, statistics) -> what is wanted of them. It is called as soon as a layer is done, and what it does
         not return is not held any longer.
       on_router: (name, statistics) -> likewise.
+      loop: layers between which no router lies may run as a loop, which compiles one of them for all; on_layer then
+        returns arrays, and its index is None.
     """
+    if loop and _loops(params, config, context):
+        return _run_alike(params, config, embedding, context, on_layer)
     sources, evidence = [embedding], [jnp.zeros(embedding.shape[:2], jnp.float32)]
     stream, psi, made = embedding, evidence[0], []
     layers, routers = [], {}
@@ -94,6 +99,44 @@ def run_unrolled(
         if step.stream_slot is not None:
             sources, evidence = [*sources[: step.stream_slot], stream], [*evidence[: step.stream_slot], psi]
     return Unrolled(stream, layers, routers)
+
+
+def _loops(params: Mapping[str, Any], config: ModelConfig, context: Context) -> bool:
+    alike = config.num_layers > config.period and not schedule(config).routers
+    return alike and is_stacked(params) and context.cache is None and context.numerics.loops
+
+
+def _run_alike(params, config: ModelConfig, stream: Stream, context: Context, on_layer: Callable) -> Unrolled:
+    """The layers of a model without routers as a loop over groups of `config.period` layers.
+
+    One by one, a program of 30 layers takes its compiler 30 times as long (benchmarks/evaluation_compile.py).
+    """
+    period, count = config.period, config.num_layers // config.period
+    scopes = [[f"layer{i}" for i in range(place, config.num_layers, period)] for place in range(period)]
+    arrays = [context.numerics.layer_arrays(names) for names in scopes]
+    groups = jax.tree.map(lambda x: x.reshape(count, period, *x.shape[1:]), dict(params["layers"]))
+
+    def group(stream, of_group):
+        layers, known = of_group
+        found, seen = [], []
+        for place in range(period):
+            layer, own = config.layer(place), context.replace(numerics=context.numerics.in_layer(known[place]))
+            made = []
+            for kind in KINDS:
+                scoped = own.within(kind)
+                sublayer = SUBLAYERS[kind](jax.tree.map(lambda x, i=place: x[i], layers), layer, stream, scoped)
+                tap = partial(scoped.numerics.tap, "residual_sum")
+                stream, _ = new_source(config, stream, sublayer.output, None, None, tap)
+                made.append(sublayer)
+            found.append(on_layer(None, _layer_statistics(*made, stream)))
+            seen.append(own.numerics.seen)
+        return stream, (found, seen)
+
+    stream, (found, seen) = jax.lax.scan(group, stream, (groups, arrays))
+    for names, of_place in zip(scopes, seen):
+        context.numerics.keep(names, of_place)
+    layers = [jax.tree.map(lambda x, i=i: x[i // period], found[i % period]) for i in range(config.num_layers)]
+    return Unrolled(stream, layers, {})
 
 
 def _sublayer(params, config: ModelConfig, step: Step, stream: Stream, context: Context) -> Sublayer:

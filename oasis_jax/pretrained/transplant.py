@@ -101,7 +101,12 @@ def prefix_keys(model: Pretrained, prefix: Sequence[int]) -> tuple[Array, Array]
     def run(params, ids):
         context = Context(placement=model.placement)
         _, seen = final_stream(
-            params, config, ids, context, on_layer=lambda _, layer: (layer.attention.key, layer.attention.value)
+            params,
+            config,
+            ids,
+            context,
+            on_layer=lambda _, layer: (layer.attention.key, layer.attention.value),
+            loop=True,
         )
         return tuple(jnp.stack([layer[i][0] for layer in seen.layers]) for i in (0, 1))
 
@@ -145,7 +150,7 @@ def _massive_tokens(model: Pretrained, rows: Int[Array, "B T"]) -> np.ndarray:
 
     @jax.jit
     def run(params, ids):
-        _, seen = final_stream(params, config, ids, Context(placement=model.placement), on_layer=massive)
+        _, seen = final_stream(params, config, ids, Context(placement=model.placement), on_layer=massive, loop=True)
         return jnp.stack(seen.layers).any(0)
 
     return np.concatenate([np.asarray(run(model.params, row[None])) for row in rows])

@@ -10,11 +10,12 @@ from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation.evaluator import Batch
-from oasis_jax.evaluation.numerics import Named
+from oasis_jax.evaluation.numerics import Named, stack_layers, unstack_layers
 from oasis_jax.evaluation.passes import DecoderPass, placed_batches
 from oasis_jax.evaluation.quantization.quantizers import as_matrices
 from oasis_jax.evaluation.quantization.schemes import Scheme
-from oasis_jax.model.decoder import forward
+from oasis_jax.model.decoder import final_stream
+from oasis_jax.model.head import unembed
 from oasis_jax.placement import Placement
 
 MOMENTUM = 0.9  # of running ranges over calibration batches
@@ -44,12 +45,26 @@ class Recorder(Named):
     are given.
     """
 
-    materializes_attention = True
+    materializes_attention, loops = True, True
 
     def __init__(self, channels: Mapping[str, Array] | None = None):
         super().__init__()
         self.smoothed = channels
         self.ranges, self.channels = {}, {}
+
+    def layer_arrays(self, scopes):
+        return None if self.smoothed is None else stack_layers(self.smoothed, scopes)
+
+    def in_layer(self, arrays):
+        return Recorder(arrays)
+
+    @property
+    def seen(self):
+        return Calibration(self.ranges, self.channels)
+
+    def keep(self, scopes, seen):
+        self.ranges |= unstack_layers(seen.ranges, scopes)
+        self.channels |= unstack_layers(seen.channels, scopes)
 
     def einsum(self, name, equation, x, weight, **options):
         rows, columns, _ = as_matrices(equation, x.astype(jnp.float32), weight.astype(jnp.float32))
@@ -69,7 +84,8 @@ class Recorder(Named):
 def _record(model: DecoderPass, params, batch: Batch, channels: Mapping[str, Array] | None) -> Calibration:
     batch = model.placement.ordered(batch)
     context = model.context(batch, channels)
-    forward(params, model.config, batch["inputs"], context)  # only what goes in is read: no logits are left
+    final, _ = final_stream(params, model.config, batch["inputs"], context, on_layer=lambda *_: (), loop=True)
+    unembed(params, model.config, final, context)  # only what goes in is read: no logits are left
     found = Calibration(context.numerics.ranges, context.numerics.channels)
     whole = model.placement.sharding()
     return found if whole is None else jax.lax.with_sharding_constraint(found, whole)

@@ -17,7 +17,7 @@ from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation.bootstrap import Estimate, intervals
 from oasis_jax.evaluation.evaluator import Batch
 from oasis_jax.evaluation.measures.perplexity import PERPLEXITY
-from oasis_jax.evaluation.numerics import Named
+from oasis_jax.evaluation.numerics import Named, stack_layers
 from oasis_jax.evaluation.passes import DecoderPass, collect
 from oasis_jax.evaluation.quantization.calibration import (
     Calibration,
@@ -50,6 +50,17 @@ class Quantized(Named):
         self.scheme, self.calibration = scheme, calibration
         self.materializes_attention = scheme.per_tensor
         self.records: dict[str, str] = {}
+
+    loops = True
+
+    def layer_arrays(self, scopes):
+        return Calibration(*(stack_layers(values, scopes) for values in self.calibration))
+
+    def in_layer(self, arrays):
+        return Quantized(self.scheme, arrays)
+
+    def keep(self, scopes, seen):
+        pass
 
     def _record(self, name: str, text: str) -> None:
         self.records[self.scope + name] = text
@@ -179,6 +190,7 @@ def quantization(
     batches: Iterable[Batch],
     calibration_batches: Iterable[Batch],
     schemes: Mapping[str, Scheme],
+    base: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, dict]:
     """Every scheme beside float on the same batches.
 
@@ -186,6 +198,7 @@ def quantization(
       params, config, placement, batches: see `oasis_jax.evaluation.evaluate`; batches have targets.
       calibration_batches: of training data; read by w8a8_tensor and with +smooth.
       schemes: by name, as `parse_schemes` gives them.
+      base: what `losses` gives in float, where it is known.
 
     Returns:
       Name -> {"value": perplexity, or the squared error of vectors; "float": the same in float; "relative_change":
@@ -195,7 +208,7 @@ def quantization(
       such a model is not to be interpreted; "samples"; "tensors": as `rounded_tensors`}.
     """
     model, batches = (params, config, placement), list(batches)
-    base, found = losses(*model, batches), {}
+    base, found = base or losses(*model, batches), {}
     for name, scheme in schemes.items():
         rows = losses(*model, batches, scheme, calibration_for(scheme, *model, calibration_batches))
         tensors = rounded_tensors(params, config, batches[0], scheme)
