@@ -60,7 +60,7 @@ def random_checkpoint(folder: pathlib.Path, family: str, seed: int = 0, **keys) 
             if parameter.ndim > 1:
                 inputs = parameter.shape[0] if family == "gpt2" and ".c_" in name else parameter.shape[-1]
                 table = "embed" in name or "wte" in name or "wpe" in name
-                parameter.copy_(drawn * (1.0 if table else 1.5 * inputs**-0.5))
+                parameter.copy_(drawn * (0.1 if table else 1.5 * inputs**-0.5))
             elif name.endswith("norm.weight") or (".ln_" in name and name.endswith("weight")):
                 parameter.copy_(1 + 0.3 * drawn)
             else:
