@@ -209,3 +209,26 @@ def test_sinks_of_granite_take_mass_from_every_head(tmp_path):
     for layer in statistics.attention:
         low, middle, high = np.asarray(layer.null_mass)[0]
         assert (low == 0).all() and (high == 1).all() and (middle > 0).all() and (middle < 1).all()
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        dict(rope_type="linear", factor=2.0),
+        dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+        | dict(original_max_position_embeddings=32),
+        dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, truncate=False, beta_fast=20),
+        dict(rope_type="default"),
+    ],
+    ids=str,
+)
+def test_old_and_new_spelling_of_rotary_positions(scaling):
+    old = {name: value for name, value in scaling.items() if name != "rope_type"} | {"type": scaling["rope_type"]}
+    spellings = [
+        dict(rope_parameters=scaling | {"rope_theta": 5e5}),
+        dict(rope_scaling=scaling, rope_theta=5e5),
+        dict(rope_scaling=old, rope_theta=500_000),
+        dict(rope_scaling=old | scaling, rope_parameters=scaling | {"rope_theta": 5e5}),
+    ]
+    first, *others = [read_model_config(tiny.CONFIG | spelling, "here") for spelling in spellings]
+    assert first.rope_theta == 5e5 and all(other == first for other in others)
