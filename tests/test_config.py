@@ -126,6 +126,7 @@ TURNED_ELSEWHERE = {
     "clip_gamma": "clipped softmax with a fixed stretch (arXiv 2306.12929)",
     "clip_zeta": "clipped softmax with an upper stretch (arXiv 2306.12929)",
     "clip_alpha": "how strongly clipped softmax clips (arXiv 2306.12929)",
+    "null_keys": "a prefix of constant tokens, as a sink transplant makes it",
     "logit_softcap": "bounded scores, as Gemma 2 has them",
     "rope_fraction": "rotary positions on three quarters of a head, as Phi-4-mini has them",
     "residual_clip": "the ablation of arXiv 2601.22966",

@@ -154,5 +154,10 @@ def attention_scores(
     scores = jnp.einsum(
         "BKGTH,BKSH->BKGTS", query, key, precision=precision, preferred_element_type=wide_dtype(query.dtype)
     )
-    scores = scores * scale
+    return scaled(scores, scale, softcap)
+
+
+def scaled(products: Array, scale: float, softcap: float | None) -> Array:
+    """Scores of products q.k."""
+    scores = products * scale
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)

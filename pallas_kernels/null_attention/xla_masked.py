@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.dispatch import target_device
 from pallas_kernels.null_attention.base import (
     Masks,
     NullAttention,
     Options,
     allowed_keys,
-    attention_scores,
     grouped,
+    scaled,
     visible_only,
     wide_dtype,
 )
@@ -111,11 +112,34 @@ def _tile(options: Options, grid: _Grid, masks: Masks, q, key, i, j, *, once: bo
     if masks.mask is not None:
         allowed &= _cut(masks.mask, grid, first, start)
     k = visible_only(lax.dynamic_slice_in_dim(key, start, grid.columns, 1), allowed)
-    scores = attention_scores(q, k.swapaxes(1, 2), scale=options.scale, softcap=options.softcap)
+    scores = scaled(_products(grid, q, k), options.scale, options.softcap)
     slope = None if options.softcap is None else 1.0 - (scores / options.softcap) ** 2
     if masks.bias is not None:
         scores = scores + _cut(masks.bias, grid, first, start)
     return _Tile(first, start, k, jnp.where(allowed, scores, -jnp.inf), slope, allowed)
+
+
+def _one_head_at_a_time(grid: _Grid) -> bool:
+    """With few rows a CPU would spend most of its time on turning tiles of keys around, heads first."""
+    return grid.rows * grid.heads // grid.key_heads <= 16 and target_device().platform == "cpu"
+
+
+def _products(grid: _Grid, q: Float[Array, "B K G t H"], k: Float[Array, "B s K H"]) -> Float[Array, "B K G t s"]:
+    wide = wide_dtype(q.dtype)
+    if not _one_head_at_a_time(grid):
+        return jnp.einsum("BKGTH,BSKH->BKGTS", q, k, preferred_element_type=wide)
+    rows = q.reshape(*q.shape[:2], -1, q.shape[4])
+    parts = [jnp.einsum("BRH,BSH->BRS", rows[:, h], k[:, :, h], preferred_element_type=wide) for h in range(k.shape[2])]
+    return jnp.stack(parts, axis=1).reshape(*q.shape[:4], -1)
+
+
+def _weighted(grid: _Grid, e: Float[Array, "B K G t s"], v: Float[Array, "B s K H"]) -> Float[Array, "B K G t H"]:
+    wide, e = wide_dtype(v.dtype), e.astype(v.dtype)
+    if not _one_head_at_a_time(grid):
+        return jnp.einsum("BKGTS,BSKH->BKGTH", e, v, preferred_element_type=wide)
+    rows = e.reshape(*e.shape[:2], -1, e.shape[4])
+    parts = [jnp.einsum("BRS,BSH->BRH", rows[:, h], v[:, :, h], preferred_element_type=wide) for h in range(v.shape[2])]
+    return jnp.stack(parts, axis=1).reshape(*e.shape[:4], -1)
 
 
 def _start(grid: _Grid, j):
@@ -146,8 +170,8 @@ def _forward(options: Options, query, key, value, null_logit, masks: Masks):
             v = visible_only(lax.dynamic_slice_in_dim(value, tile.start, grid.columns, 1), tile.allowed)
             higher = jnp.maximum(top, tile.scores.max(-1))
             e, shrink = jnp.exp(tile.scores - higher[..., None]), jnp.exp(top - higher)
-            added = jnp.einsum("BKGTS,BSKH->BKGTH", e.astype(v.dtype), v, preferred_element_type=wide)
-            return higher, total * shrink + e.sum(-1), weighted * shrink[..., None] + added
+            weighted = weighted * shrink[..., None] + _weighted(grid, e, v)
+            return higher, total * shrink + e.sum(-1), weighted
 
         top = jnp.broadcast_to(jnp.maximum(b, lowest), rows.shape[:-1])
         start = varying_alike((top, jnp.zeros_like(top), jnp.zeros(rows.shape, wide)), like)

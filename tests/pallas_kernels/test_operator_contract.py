@@ -126,7 +126,9 @@ def route_with_everything(implementation):
             assert np.isfinite(x).all() and x.dtype == np.float32
 
 
-@pytest.mark.parametrize("implementation", [pytest.param("mosaic_tpu", marks=pytest.mark.slow), *PLAIN_JAX])
+@pytest.mark.parametrize(
+    "implementation", ["xla", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mosaic_tpu", "reference"))]
+)
 @pytest.mark.parametrize("mode", ["rank_promotion", "debug_nans", "x64"])
 @pytest.mark.parametrize("operator", [attend_with_everything, route_with_everything])
 def test_jaxs_stricter_modes(operator, mode, implementation):
