@@ -48,7 +48,8 @@ def imports_of(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
             for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - HOUSE:
                 tests = ROOT / "tests"
                 if top.startswith("_") or (
-                    path.is_relative_to(tests) and (path.with_name(f"{top}.py").exists() or (tests / top).is_dir())
+                    path.is_relative_to(tests)
+                    and any(near.exists() for near in (path.with_name(f"{top}.py"), tests / top, tests / f"{top}.py"))
                 ):
                     continue  # a neighbour of a script or of a test
                 found[canonicalize_name(DISTRIBUTIONS.get(top, top))] = path.relative_to(ROOT)
