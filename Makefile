@@ -15,9 +15,12 @@ endif
 .DELETE_ON_ERROR:
 
 # The same commands work by hand; a run that is already there is resumed, so a second `make demo` only evaluates.
+# A real pretrained model comes first; where it cannot be fetched, one line says why and the rest runs.
 DEMO := runs/demo
 TRAIN := $(RUN) train.py --config
+SMOLLM2 := --length=256 --batches=2 --measures=perplexity,sinks,outliers --transplant=auto --rotate --quantize=w8a8_tensor
 demo: venv
+	@model=$$($(RUN) -m oasis_jax.pretrained.smollm2) || exit 0; set -x; $(RUN) eval.py --model=$$model $(SMOLLM2) --report=$(DEMO)/report_smollm2
 	$(TRAIN)=configs/demo.py --workdir=$(DEMO)/oasis
 	$(TRAIN)=configs/demo.py --workdir=$(DEMO)/attnres_cumulative --set model.preset=attnres_cumulative
 	$(TRAIN)=configs/trigger.py --workdir=$(DEMO)/sink_softmax

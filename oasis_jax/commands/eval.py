@@ -97,7 +97,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax eval") -> None:
     args = parser.parse_args(argv)
     overrides = parse_overrides(args.set)  # their names and types are checked before anything is loaded
     given = {name: value for name in MODEL_FLAGS if (value := getattr(args, name)) is not None}
-    _check(parser, args, given)
+    _check(parser, args, given, overrides)
     join_processes(read_processes(parser, args))
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
@@ -108,7 +108,9 @@ def main(argv: Sequence[str], program: str = "oasis_jax eval") -> None:
     from oasis_jax.training.distributed import is_first
 
     mesh = MeshConfig(**overrides["mesh"]) if overrides.get("mesh") else None
-    options = ModelOptions(**(MODEL_FLAGS | given), num_batches=args.batches or 8, mesh=mesh)
+    options = ModelOptions(
+        **(MODEL_FLAGS | given), num_batches=args.batches or 8, mesh=mesh, computed=overrides.get("model", {})
+    )
     runs = evaluate(
         args.workdir,
         args.report,
@@ -125,10 +127,12 @@ def main(argv: Sequence[str], program: str = "oasis_jax eval") -> None:
         print(f"report: {args.report}/index.html")
 
 
-def _check(parser: Parser, args: argparse.Namespace, given: dict) -> None:
+def _check(parser: Parser, args: argparse.Namespace, given: dict, overrides: dict) -> None:
     """Ends with one line where flags do not go together."""
     if not args.workdir and not args.model:
         parser.error("give at least one --workdir FOLDER or --model SOURCE")
+    if not args.workdir and overrides.get("data"):
+        parser.error("--set data.pattern: only with --workdir; a model reads --text")
     if given and not args.model:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         parser.error(f"{flags}: only with --model; a run reads its own held-out data")

@@ -91,8 +91,9 @@ def unique_labels(workdirs: Sequence[str | os.PathLike]) -> list[str]:
     for index, path in enumerate(paths):
         if path in paths[:index]:
             raise UserError(f"{str(workdirs[index])!r} is given twice")
-    for count in range(1, max(len(path.parts) for path in paths) + 1):
-        labels = ["/".join(path.parts[-count:]) for path in paths]
+    named = [path.with_suffix("") if path.suffix == ".gguf" else path for path in paths]
+    for count in range(1, max(len(path.parts) for path in named) + 1):
+        labels = ["/".join(path.parts[-count:]) for path in named]
         if len(set(labels)) == len(labels):
             break
     return labels

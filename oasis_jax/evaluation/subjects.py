@@ -1,7 +1,8 @@
 """What a report measures: a model where it lies, and the sequences it reads."""
 
-import pathlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from oasis_jax.data import Tokenizer, eval_batches, files, load_corpus, stdlib
 from oasis_jax.data.text import TextFile, digest, token_stream
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation.evaluator import Batch
+from oasis_jax.model.decoder import check_model
 from oasis_jax.placement import Placement
 from oasis_jax.pretrained import Pretrained, load_pretrained
 from oasis_jax.pretrained.rotation import check_rotation, rotate
@@ -99,6 +101,7 @@ class ModelOptions(NamedTuple):
       begin_token: "auto": as the model's texts begin; "none"; or the number of a token.
       dtype: of parameters and computations.
       mesh: how a model is split over devices; None: on one.
+      computed: fields of ModelConfig that say how it is computed, such as attention_implementation.
       transplant: "": not; "begin", "auto" (see `find_prefix`), or numbers of tokens with commas between: the model is
         measured with its sink transplanted, too.
       rotate: the model is measured with its stream rotated, too, and with both.
@@ -111,6 +114,7 @@ class ModelOptions(NamedTuple):
     begin_token: str = "auto"
     dtype: str = "float32"
     mesh: MeshConfig | None = None
+    computed: Mapping[str, Any] = MappingProxyType({})
     transplant: str = ""
     rotate: bool = False
 
@@ -126,7 +130,9 @@ def subjects_of_model(source: str, label: str, options: ModelOptions) -> Iterato
     model = load_pretrained(source, dtype=options.dtype, mesh=options.mesh)
     if model.tokenizer is None:
         raise UserError(f"{source}: has no tokenizer.json, which reading text needs")
-    model = model.replace(begin_token=_begin_token(model, options.begin_token))
+    config = dataclasses.replace(model.config, **options.computed)
+    check_model(config)
+    model = model.replace(config=config, begin_token=_begin_token(model, options.begin_token))
     context, asked = model.config.context_length, options.length + (model.begin_token is not None)
     if context and asked > context:
         raise UserError(f"--length: {asked} tokens, the begin token included, but {source} was made for {context}")
@@ -242,9 +248,3 @@ def _text_files(text: str) -> Sequence[TextFile]:
         return files.read_files(DataConfig(corpus="files", pattern=text))[0]
     except UserError as error:
         raise UserError(str(error).replace("data.pattern", "--text")) from None
-
-
-def label_of(source: str) -> str:
-    """The name of a model's file or folder."""
-    path = pathlib.Path(source)
-    return path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else source

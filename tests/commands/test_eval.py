@@ -3,9 +3,11 @@
 import pytest
 
 from oasis_jax.commands import eval as command
+from oasis_jax.config import MeshConfig
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation import runs
 from oasis_jax.evaluation.report import terminal
+from oasis_jax.evaluation.subjects import ModelOptions
 from oasis_jax.training import distributed
 from oasis_jax.training.load import HOW
 
@@ -25,7 +27,9 @@ def test_the_flags_reach_the_evaluation(calls, capsys):
     command.main(["--workdir=a", "--workdir", "b", "--report=r", *others, "--set", "mesh.tensor=2"])
     (_, places, options), printed = calls
     assert places == (["a", "b"], "r") and printed == ("print", ["run"])
+    assert options.pop("options") == ModelOptions(num_batches=3, mesh=MeshConfig(fsdp=8, tensor=2))
     assert options == dict(
+        models=[],
         num_batches=3,
         measures=["sinks", "joint"],
         interventions=[],
@@ -69,7 +73,8 @@ def test_what_cannot_be_set_is_refused_before_anything_is_loaded(flag, message, 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--report=r"], "x: error: the following arguments are required: --workdir"),
+        (["--report=r"], "x: error: give at least one --workdir FOLDER or --model SOURCE"),
+        (["--workdir=a"], "x: error: the following arguments are required: --report"),
         (["--workdirs=a", "--report=r"], "x: error: unknown flag --workdirs (did you mean '--workdir'?)"),
         (["--workdir=a", "--report=r", "--batches=few"], "x: error: argument --batches: invalid int value: 'few'"),
         (["--workdir=a", "--report=r", "--process=0"], "x: error: --process: needs --coordinator and --processes too"),
@@ -81,3 +86,31 @@ def test_wrong_flags_are_one_line_and_exit_code_2(argv, message, calls, capsys):
     said = capsys.readouterr().err
     assert said.startswith(message) and said.count("\n") == 1
     assert not calls
+
+
+XLA = "--set=model.attention_implementation=xla"
+
+
+def test_the_flags_of_models_reach_the_evaluation(calls):
+    flags = ["--text=a.txt", "--length=7", "--batch-size=2", "--begin-token=none", "--dtype=bfloat16", "--rotate"]
+    command.main(["--model=m", "--model", "n", "--report=r", *flags, "--transplant=auto", XLA])
+    (_, places, options), _ = calls
+    assert places == ([], "r") and options["models"] == ["m", "n"]
+    assert options["options"] == ModelOptions(
+        "a.txt", 7, 8, 2, "none", "bfloat16", None, {"attention_implementation": "xla"}, "auto", True
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--workdir=a", "--text=b", "--rotate"], "--text, --rotate: only with --model; a run reads its own"),
+        (["--model=a", "--set=data.pattern=b"], "--set data.pattern: only with --workdir; a model reads --text"),
+        (["--model=a", "--length=0"], "--length: must be at least 1, got 0"),
+        (["--model=a", "--dtype=float64"], "--dtype: must be float32 or bfloat16, got 'float64'"),
+    ],
+)
+def test_flags_that_do_not_go_together(calls, capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--report=r", *flags])
+    assert message in capsys.readouterr().err and not calls

@@ -37,8 +37,8 @@ def test_memory_does_not_grow_with_batch_times_vocabulary():
 
 
 def test_only_rows_of_a_layer_outlive_it():
-    """Four more layers cost all measures no more than they cost perplexity, but for a tenth of one activation
-    a layer.
+    """Four more layers cost all measures no more than they cost perplexity, but for a fifth of one activation a layer:
+    rows are there twice while those of all layers are stacked.
     """
     activation, grown = 4 * 8 * 128 * 64, {}
     sizes = dict(batch=8, length=128, width=64, num_heads=2)
@@ -46,7 +46,7 @@ def test_only_rows_of_a_layer_outlive_it():
     for name, chosen in (("all", families), ("perplexity", choose(["perplexity"]))):
         few, many = (temporary_bytes(chosen, num_layers=layers, **sizes) for layers in (2, 6))
         grown[name] = (many - few) / 4
-    assert grown["all"] - grown["perplexity"] < 0.1 * activation
+    assert grown["all"] - grown["perplexity"] < 0.2 * activation
 
 
 def test_stacked_parameters_measure_as_those_of_modules():
