@@ -20,7 +20,9 @@ WIDTH, BATCH, LENGTH = 576, 8, 256
 
 def seconds(layers: int, loop: bool) -> float:
     """Of processor time, which other work on the machine hardly changes."""
-    config = ModelConfig(preset="residual", num_layers=layers, width=WIDTH, num_heads=9, num_kv_heads=3, vocab_size=8192)
+    config = ModelConfig(
+        preset="residual", num_layers=layers, width=WIDTH, num_heads=9, num_kv_heads=3, vocab_size=8192
+    )
     shape = jax.ShapeDtypeStruct((BATCH, LENGTH), "int32")
     batch = {"inputs": shape, "targets": shape, "weights": jax.ShapeDtypeStruct(shape.shape, "float32")}
     allowed = unrolled._loops
