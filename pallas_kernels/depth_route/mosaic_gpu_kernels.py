@@ -224,7 +224,7 @@ def forward(options, sources, query, shift, null_logit, num_sources):
         _live(num_sources, count),
     )
     z = jnp.where(z == 0.0, 1.0, z)
-    weights = exponentials / z
+    weights = exponentials / z[None]
     if num_sources is not None:
         weights = jnp.where(jnp.arange(count)[:, None] < num_sources, weights, 0.0)
     shape = sources[0].shape
@@ -300,7 +300,7 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
         jax.ShapeDtypeStruct((count, tokens), jnp.float32),
     )
     scratch = [*route.ring, *route.query, plgpu.SMEM(tile.shape, route.dtype), plgpu.Barrier()]
-    each = [x.reshape(count, tokens) for x in (shift, weights, d_weights - delta)]
+    each = [x.reshape(count, tokens) for x in (shift, weights, d_weights - delta[None])]
     d_sources, d_query, d_shift = route.call(body, "depth_route_backward", out_type, programs, scratch)(
         route.flat(sources), route.flat(query), *each, route.flat(d_output), _live(num_sources, count)
     )

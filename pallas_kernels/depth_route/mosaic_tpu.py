@@ -92,9 +92,8 @@ def _plan(options, sources, query, num_sources, backward: bool, adds: bool = Fal
 
 def _tiles(plan: Plan, function: Callable) -> None:
     """Calls function(slice) for every tile of rows of a block: what is computed at a time then fits in registers."""
-    lax.fori_loop(
-        0, plan.rows // ROW_TILE, lambda r, _: function(pl.ds(pl.multiple_of(r * ROW_TILE, ROW_TILE), ROW_TILE)), None
-    )
+    run = lambda r, _: function(pl.ds(pl.multiple_of(r * ROW_TILE, ROW_TILE), ROW_TILE))
+    lax.fori_loop(jnp.int32(0), jnp.int32(plan.rows // ROW_TILE), run, None)
 
 
 def _lane(tile, i):

@@ -161,7 +161,7 @@ def inject_delta(d_output: Float[Array, "B T N H"], delta: Float[Array, "B N T"]
     tiny = jnp.ldexp(_SHARE[dtype], jnp.frexp(delta)[1] - 1)  # a power of two, which the dtype holds exactly
     tiny = jnp.maximum(tiny, float(least))
     high = lax.reduce_precision(delta / tiny, info.nexp, info.nmant)
-    entry = jnp.arange(d_output.shape[-1])
+    entry = jnp.arange(d_output.shape[-1])[None, None, None]
     stand_in = jnp.where(entry == 0, high, jnp.where(entry == 1, delta / tiny - high, 0.0))
     d_stand_in = jnp.where((entry < 2) & (delta != 0.0), tiny, 0.0)
     return tuple(jnp.where(vanished, new, old).astype(dtype) for new, old in ((stand_in, output), (d_stand_in, d_out)))

@@ -218,7 +218,8 @@ def _key_body(problem: Problem, warpgroups: int, group: int, wanted, query, key,
 
     def copy():
         def place(step):
-            member, tile = lax.div(step, lax.max(count, 1)), lax.rem(step, lax.max(count, 1))
+            tiles_each = jnp.maximum(count, jnp.int32(1))
+            member, tile = lax.div(step, tiles_each), lax.rem(step, tiles_each)
             return key_head * group + member, pl.ds((sweep.first + tile) * TILE, TILE)
 
         def queries(step):
