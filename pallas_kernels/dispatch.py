@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+from jax.sharding import AxisType
 
 from pallas_kernels.sharding import mesh_of
 
@@ -22,6 +23,20 @@ class CannotServe(ValueError):
     def __init__(self, message: str, reasons: Mapping[str, str]):
         super().__init__(message)
         self.reasons = dict(reasons)
+
+
+def check_axes(*arrays) -> None:
+    """Raises Unavailable where arrays lie on mesh axes of type Explicit, on which every operation must say its sharding."""
+    mesh = mesh_of(arrays)
+    if mesh is None:
+        return
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+    explicit = [axis for axis, size, kind in axes if size > 1 and kind == AxisType.Explicit]
+    if explicit:
+        raise Unavailable(
+            f"the sharding of its arrays is explicit over the mesh axes {', '.join(explicit)}: make them of "
+            "AxisType.Auto, or call it inside jax.shard_map"
+        )
 
 
 _INTERPRET = contextvars.ContextVar("interpret_kernels", default=False)

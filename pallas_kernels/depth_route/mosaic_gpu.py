@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.depth_route.base import DepthRoute, RouteInputs
-from pallas_kernels.dispatch import Unavailable, interpreting, target_device
+from pallas_kernels.dispatch import Unavailable, check_axes, interpreting, target_device
 from pallas_kernels.sharding import unmapped_axes
 
 _OLDEST_JAX = (0, 11, 2)
@@ -33,6 +33,7 @@ def check_mosaic_gpu(inputs: RouteInputs) -> None:
             raise Unavailable(
                 f"runs on Hopper GPUs only ({', '.join(_HOPPER)}), the call is compiled for {device.kind}"
             )
+    check_axes(inputs.sources, inputs.query)
     axes = unmapped_axes(inputs.sharding, inputs.sources, inputs.query)
     if axes:
         raise Unavailable(

@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs
 from pallas_kernels.depth_route.vjp import RouteOptions, differentiable, sharded_backward
-from pallas_kernels.dispatch import Unavailable, interpreting, target_device
+from pallas_kernels.dispatch import Unavailable, check_axes, interpreting, target_device
 from pallas_kernels.sharding import unmapped_axes
 
 MIB = 2**20
@@ -388,6 +388,7 @@ def _check(inputs: RouteInputs) -> None:
     device = target_device()
     if device.platform != "tpu" and not interpreting():
         raise Unavailable(f"runs on TPUs only, the call is compiled for {device.platform}")
+    check_axes(inputs.sources, inputs.query)
     axes = unmapped_axes(inputs.sharding, inputs.sources, inputs.query)
     if axes:
         raise Unavailable(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, lifted, score_shift
 from pallas_kernels.depth_route.buffer import route_buffer
+from pallas_kernels.dispatch import check_axes
 from pallas_kernels.fusion import written_once
 from pallas_kernels.sharding import varying_alike
 
@@ -29,6 +30,7 @@ def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
     """The contract of `depth_route`. Among listed sources a traced number of live ones is a mask: the dead
     are read and left out.
     """
+    check_axes(inputs.sources, inputs.query)
     inputs = inputs.trimmed()
     if inputs.live is not None and not isinstance(inputs.sources, tuple):
         return route_buffer(inputs._replace(sharding=None))  # XLA partitions it by itself

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dispatch import Unavailable
+from pallas_kernels.dispatch import Unavailable, check_axes
 from pallas_kernels.sharding import OperatorSharding, unmapped_axes
 
 Segments = tuple[Int[Array, "B T"], Int[Array, "B S"]]
@@ -84,6 +84,7 @@ def check_kernel(inputs: AttentionInputs) -> None:
         raise Unavailable(f"has no {' or '.join(inputs.masks.beyond_segments)}")
     if 0 in inputs.query.shape:
         raise Unavailable("there are no queries")
+    check_axes(inputs.query, inputs.key, inputs.value)
     axes = unmapped_axes(inputs.options.sharding, inputs.query, inputs.key, inputs.value)
     if axes:
         raise Unavailable(

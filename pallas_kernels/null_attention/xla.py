@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.dispatch import check_axes
 from pallas_kernels.null_attention.base import (
     AttentionInputs,
     Masks,
@@ -196,6 +197,7 @@ _serve = differentiable(_forward, _backward)
 def null_attention_xla(inputs: AttentionInputs) -> NullAttention:
     """The contract of `null_attention`, a tile of scores at a time."""
     check_sequence(inputs)
+    check_axes(inputs.query, inputs.key, inputs.value)
     query, (keys, masks) = inputs.query, (inputs.key.shape[1], inputs.masks)
     if 0 in query.shape:
         rows = jnp.zeros((query.shape[0], query.shape[2], query.shape[1]), wide_dtype(query.dtype))

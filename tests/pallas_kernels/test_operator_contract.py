@@ -220,3 +220,15 @@ def test_explain_on_a_mesh_without_a_sharding_names_what_serves(operator, kernel
     assert alone.device.platform == "gpu" and alone.implementation == "xla"
     assert "partition" in alone.reasons[kernel] or "jax 0.11.2" in alone.reasons[kernel]
     assert split.reasons[kernel] == "" or "jax 0.11.2" in split.reasons[kernel]
+
+
+@pytest.mark.parametrize("operator", ["null_attention", "depth_route"])
+def test_explicit_axes_are_refused_with_the_word_sharding_or_served_by_the_reference(operator):
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    place = lambda *shape: jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, PartitionSpec("data")))
+    arrays = dict(null_attention=(place(2, 6, 2, 5),) * 3, depth_route=([place(2, 6, 8)] * 3, np.ones(8, "f")))[
+        operator
+    ]
+    with jax.sharding.use_abstract_mesh(mesh):
+        explanation = explain(operator, *arrays)
+    assert explanation.implementation == "reference" and "sharding" in explanation.reasons["xla"]
