@@ -26,7 +26,9 @@ class DataConfig:
     corrupt: Literal["stop", "skip"] = field(
         "stop", "corpus=files: a file or line that cannot be read ends the run, or is named and left out"
     )
-    tokenizer: Literal["bytes", "bpe"] = field("bytes", "one token a byte, or a byte-level BPE trained on the corpus")
+    tokenizer: Literal["bytes", "bpe", "library"] = field(
+        "bytes", "one token a byte; a byte-level BPE trained on the corpus; or that of the model in run.init_from"
+    )
     bpe_vocab_size: int = field(4096, "tokenizer=bpe: tokens to learn, special ones included")
     sequence_length: int = field(256, "tokens T of an example")
     batch_size: int = field(16, "examples of one optimizer step, over all devices")
@@ -119,7 +121,9 @@ class RunConfig:
 
     steps: int = field(300, "optimizer steps")
     init_from: str = field(
-        "", "workdir of another run: start from the parameters of its newest checkpoint; '': from random ones"
+        "",
+        "start from the parameters of another run's newest checkpoint (its workdir), or of a pretrained model (its folder "
+        "or .gguf file), which then says how large this one is; '': from random ones",
     )
     seed: int = field(0, "seed of parameters, order of examples and everything random")
     log_interval: int = field(1, "steps between lines of metrics.jsonl")

@@ -114,6 +114,10 @@ class LibraryTokenizer(Tokenizer):
         ids = self._library.get_vocab(with_added_tokens=True).values()
         super().__init__(max(ids, default=-1) + 1, begin_id, separator_id)
 
+    @classmethod
+    def train(cls, documents, vocab_size):
+        raise UserError("data.tokenizer=library: comes with a pretrained model; name one in run.init_from")
+
     @property
     def library_json(self) -> str:
         """The library's own JSON, the content of a tokenizer.json."""

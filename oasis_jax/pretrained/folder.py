@@ -1,5 +1,6 @@
 """A folder as Hugging Face's libraries write it: config.json, safetensors in one file or in shards, a tokenizer."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -81,7 +82,10 @@ class Folder(Source):
             raise UserError(f"{self.path}: tensor {name!r} has type {kind}; readable: {', '.join(_TYPES)}")
         return np.asarray(self._open[self._file_of[name]].get_tensor(name))
 
-    def tokenizer(self) -> dict[str, Any] | None:
+    def tokenizer(self) -> dict[str, Any] | str | None:
         from oasis_jax.pretrained.tokenizer import from_folder
 
+        trained = self.path / "oasis_tokenizer.json"
+        if trained.exists():
+            return json.dumps(read_json(trained))
         return from_folder(self.path, self.config)

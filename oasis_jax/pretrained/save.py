@@ -23,8 +23,9 @@ from oasis_jax.data.tokenizers import LibraryTokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import parameter_specs
 from oasis_jax.pretrained.families import FAMILIES, read_model_config
-from oasis_jax.pretrained.load import MODEL_TYPE, Pretrained
+from oasis_jax.pretrained.load import Pretrained
 from oasis_jax.pretrained.mapping import file_specs, fit_vocabulary, join
+from oasis_jax.pretrained.tensors import MODEL_TYPE
 
 SHARD = 5 * 2**30  # bytes of a file
 _TYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16")}

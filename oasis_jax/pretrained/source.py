@@ -29,8 +29,10 @@ class Source(abc.ABC):
         """One tensor in the type it is stored in, or as float32 where that is quantized."""
 
     @abc.abstractmethod
-    def tokenizer(self) -> dict[str, Any] | None:
-        """The fields of a `LibraryTokenizer`: model, its JSON; begin_id and separator_id. None: there is none."""
+    def tokenizer(self) -> dict[str, Any] | str | None:
+        """The fields of a `LibraryTokenizer`: model, its JSON; begin_id and separator_id. Or, of a model trained here, the
+        tokenizer's `to_json`. None: there is none.
+        """
 
 
 def open_source(source: str | pathlib.Path) -> Source:

@@ -24,7 +24,7 @@ from oasis_jax.training.preemption import Preemption
 from oasis_jax.training.profiling import Profile
 from oasis_jax.training.state import TrainState, new_state
 from oasis_jax.training.step import make_step, make_telemetry
-from oasis_jax.training.warm_start import starting_parameters, starting_point
+from oasis_jax.training.warm_start import starting_parameters, starting_point, with_source
 
 # (parameters, model config, placement, held-out batches) -> {name: value}
 Evaluator = Callable[[dict, ModelConfig, Placement, Sequence[Mapping]], Mapping[str, object]]
@@ -73,6 +73,7 @@ def fit(
         cannot take more.
       Preempted: SIGTERM came; the step it fell into was finished and saved.
     """
+    config = with_source(config)
     mesh = make_mesh(config.mesh)
     # A batch that cannot be split is refused before anything is read or written.
     check_batch_size(config, Placement(mesh, config.mesh.rules))
@@ -98,7 +99,7 @@ def fit(
             return _last_line(workdir)
         state = resumed.state if resumed else new_state(config, mesh)
         if start:
-            state = state._replace(params=starting_parameters(start, config, mesh, progress.say))
+            state = state._replace(params=starting_parameters(start, config, state.params, progress.say))
         run = _Run(config, mesh, corpus, checkpoints, progress, preemption, evaluators or {})
         _log_and_train(run, workdir, state, resumed, profile, stack)
     return _last_line(workdir)
@@ -242,6 +243,8 @@ def with_sizes(config: Config, corpus: Corpus) -> Config:
     else:
         name, size, what = "vector_dim", corpus.vector_dim, f"corpus {config.data.corpus}"
     asked = getattr(config.model, name)
+    if corpus.tokenizer and corpus.tokenizer.kind == "library" and asked >= size:
+        size = asked  # a pretrained model may have more rows than its tokenizer has tokens
     if asked not in (0, size):
         raise UserError(f"model.{name}: {asked} asked for, but the {what} has {size}; leave it at 0")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **{name: size}))

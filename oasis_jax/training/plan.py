@@ -26,6 +26,7 @@ from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.gpu_targets import GPUS, check_compiler
 from oasis_jax.training.state import abstract_state
 from oasis_jax.training.step import make_step
+from oasis_jax.training.warm_start import with_source
 
 # GiB of memory a device has for programs, by what precedes the colon of --plan; TPUs are named as their compiler names
 # them.
@@ -263,15 +264,16 @@ def _bytes_per_device(tree: object) -> int:
 
 
 def with_vocabulary(config: Config) -> Config:
-    """The config with the vocabulary that its tokenizer will have, or the size of its task's vectors; no text
-    is read.
+    """The config with the sizes of the pretrained model that it starts from, where it does; with the vocabulary that its
+    tokenizer will have, or the size of its task's vectors. No text is read.
     """
+    config = with_source(config)
     model, data = config.model, config.data
     if model.inputs == "vectors":
         sizes = {"vector_dim": model.vector_dim or load_corpus(data, seed=config.run.seed).vector_dim}
     else:
-        ready = data.bpe_vocab_size if data.tokenizer == "bpe" else TOKENIZERS[data.tokenizer].train((), 0).vocab_size
-        sizes = {"vocab_size": model.vocab_size or ready}
+        trained = data.bpe_vocab_size if data.tokenizer == "bpe" else 0
+        sizes = {"vocab_size": model.vocab_size or trained or TOKENIZERS[data.tokenizer].train((), 0).vocab_size}
     return dataclasses.replace(config, model=dataclasses.replace(model, **sizes))
 
 

@@ -103,8 +103,8 @@ def test_a_model_with_the_same_parameters_may_differ_and_says_so(before, asked):
     said = []
     other = changed(asked, "model", normalizer="softmax", window=5)
     with starting_point(other, said.append) as start:
-        sized = changed(other, "model", vocab_size=start.config.model.vocab_size)
-        starting_parameters(start, sized, MESH, said.append)
+        sized = changed(other, "model", vocab_size=start.model.vocab_size)
+        starting_parameters(start, sized, abstract_state(sized, MESH).params, said.append)
     (line,) = said
     assert line.endswith(
         "; the model is another one: model.normalizer is 'softmax1' there, 'softmax' now; model.window is 0 there, "
@@ -141,9 +141,9 @@ def test_another_shape_is_refused_by_the_name_of_its_parameter(asked, fields, me
     preset = fields.pop("preset", "oasis")
     model = dataclasses.replace(asked.model.with_preset(preset), **fields)
     with starting_point(asked, print) as start:
-        other = dataclasses.replace(asked, model=dataclasses.replace(model, vocab_size=start.config.model.vocab_size))
+        other = dataclasses.replace(asked, model=dataclasses.replace(model, vocab_size=start.model.vocab_size))
         with pytest.raises(UserError, match=f"^run.init_from: parameter {message}") as error:
-            starting_parameters(start, other, MESH, print)
+            starting_parameters(start, other, abstract_state(other, MESH).params, print)
     assert "\n" not in str(error.value)
 
 
@@ -169,6 +169,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over(before, asked, tmp_path):
     workdir, said = shutil.copytree(before[0], tmp_path / "before"), []
     (workdir / "checkpoints" / "6" / "files.json").unlink()
     with starting_point(changed(asked, "run", init_from=str(workdir)), said.append) as start:
-        assert start.step == 3
+        assert start.what.startswith("step 3 in ")
     assert said == ["checkpoint 6 is not whole, step 3 is used instead: files.json is missing"]
     assert (workdir / "checkpoints" / "6").is_dir()
