@@ -36,7 +36,8 @@ def table(runs: Sequence[MeasuredRun]) -> Table:
     found.add_column("  measure", no_wrap=True)
     for run in runs:
         how = method(run.config)
-        found.add_column(escape(run.label if how == run.label else f"{run.label}\n{how}"), justify="right")
+        heading = escape(run.label if how == run.label else f"{run.label}\n{how}")
+        found.add_column(heading, justify="right", overflow="fold", min_width=9)
     for row in rows(runs):
         winners = best(row, runs)
         cells = [f"[bold]{cell(row, run)}[/bold]" if run.label in winners else cell(row, run) for run in runs]
