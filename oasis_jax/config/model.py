@@ -50,7 +50,8 @@ class MLPConfig:
         size = self.mlp_rotation
         if size and (size & (size - 1) or self.mlp_size % size):
             raise UserError(
-                f"{section}.mlp_rotation: must be a power of two that divides the hidden size {self.mlp_size}, got {size}"
+                f"{section}.mlp_rotation: must be a power of two that divides the hidden size {self.mlp_size}, got "
+                f"{size}"
             )
 
     @property

@@ -122,7 +122,8 @@ class RunConfig:
     steps: int = field(300, "optimizer steps")
     init_from: str = field(
         "",
-        "start from the parameters of another run's newest checkpoint (its workdir), or of a pretrained model (its folder "
+        "start from the parameters of another run's newest checkpoint (its workdir), or of a pretrained model (its "
+        "folder "
         "or .gguf file), which then says how large this one is; '': from random ones",
     )
     seed: int = field(0, "seed of parameters, order of examples and everything random")

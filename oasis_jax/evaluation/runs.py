@@ -57,8 +57,8 @@ def evaluate(
         the batch.
 
     Raises:
-      UserError: a workdir twice or without a run, a model that cannot be read, a corpus that is not the run's, an unknown
-        measure, intervention or scheme, an override of what was trained, a report that cannot be written.
+      UserError: a workdir twice or without a run, a model that cannot be read, a corpus that is not the run's, an
+        unknown measure, intervention or scheme, an override of what was trained, a report that cannot be written.
     """
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches: must be at least 1, got {num_batches}")
@@ -170,7 +170,8 @@ def _why_absent(name: str, metrics: Mapping) -> str:
 
 
 def as_json(runs: Sequence[MeasuredRun]) -> dict:
-    """What metrics.json holds: of every run or model each value with its definition and the samples it was read from."""
+    """What metrics.json holds: of every run or model each value with its definition and the samples it was read from.
+    """
     return {
         "comparable": [[_key(run, runs) for run in group] for group in groups(runs)],
         "note": not_comparable(runs),

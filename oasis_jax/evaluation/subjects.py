@@ -120,8 +120,8 @@ class ModelOptions(NamedTuple):
 
 
 def subjects_of_model(source: str, label: str, options: ModelOptions) -> Iterator[Subject]:
-    """A pretrained model as it is and, as asked for, transplanted, rotated, and both; made one after the other. All read
-    the same tokens of the same text.
+    """A pretrained model as it is and, as asked for, transplanted, rotated, and both; made one after the other. All
+    read the same tokens of the same text.
 
     Raises:
       UserError: see `load_pretrained`, `transplant_sink` and `rotate`; a text too short, or longer than the model's

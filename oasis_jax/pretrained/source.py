@@ -30,8 +30,8 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def tokenizer(self) -> dict[str, Any] | str | None:
-        """The fields of a `LibraryTokenizer`: model, its JSON; begin_id and separator_id. Or, of a model trained here, the
-        tokenizer's `to_json`. None: there is none.
+        """The fields of a `LibraryTokenizer`: model, its JSON; begin_id and separator_id. Or, of a model trained here,
+        the tokenizer's `to_json`. None: there is none.
         """
 
 
@@ -88,7 +88,8 @@ def _from_hub(name: str) -> pathlib.Path:
     except Exception as error:  # many kinds, of several libraries underneath
         reason = str(error).strip().splitlines()
         raise UserError(
-            f"model {name!r}: no such folder, and it cannot be fetched ({reason[0] if reason else type(error).__name__}); "
+            f"model {name!r}: no such folder, and it cannot be fetched "
+            f"({reason[0] if reason else type(error).__name__}); "
             f"{local}"
         ) from None
 

@@ -115,8 +115,8 @@ def prefix_keys(model: Pretrained, prefix: Sequence[int]) -> tuple[Array, Array]
 
 
 def find_prefix(model: Pretrained, rows: Int[Array, "B T"], *, limit: int = MAX_PREFIX) -> list[int]:
-    """The tokens whose transplant leaves no massive activation: the begin token, then, one after the other, the token at
-    which most massive activations of the calibration text are left.
+    """The tokens whose transplant leaves no massive activation: the begin token, then, one after the other, the token
+    at which most massive activations of the calibration text are left.
 
     Args:
       rows: text without a begin token.

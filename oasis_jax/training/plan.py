@@ -264,8 +264,8 @@ def _bytes_per_device(tree: object) -> int:
 
 
 def with_vocabulary(config: Config) -> Config:
-    """The config with the sizes of the pretrained model that it starts from, where it does; with the vocabulary that its
-    tokenizer will have, or the size of its task's vectors. No text is read.
+    """The config with the sizes of the pretrained model that it starts from, where it does; with the vocabulary that
+    its tokenizer will have, or the size of its task's vectors. No text is read.
     """
     config = with_source(config)
     model, data = config.model, config.data

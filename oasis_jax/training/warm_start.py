@@ -1,5 +1,5 @@
-"""A run that starts from parameters that are there already, another run's or a pretrained model's: step, optimizer, random
-key and data are its own.
+"""A run that starts from parameters that are there already, another run's or a pretrained model's: step, optimizer,
+random key and data are its own.
 """
 
 import contextlib
@@ -16,9 +16,6 @@ from oasis_jax.data import Tokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import parameter_shapes
 from oasis_jax.placement import place
-from oasis_jax.pretrained.load import source_model, source_tokenizer
-from oasis_jax.pretrained.source import open_source
-from oasis_jax.pretrained.tensors import load_params
 from oasis_jax.training.checkpoints import Checkpoints, differing_fields, stored_config, stored_tokenizer
 from oasis_jax.training.state import placed
 
@@ -64,6 +61,9 @@ def with_source(config: Config) -> Config:
     """
     if not is_pretrained(config.run.init_from):
         return config
+    from oasis_jax.pretrained.load import source_model  # here: what reads files is not needed where nothing is read
+    from oasis_jax.pretrained.source import open_source
+
     source, default, found = source_model(open_source(config.run.init_from)), ModelConfig(), {}
     for field in dataclasses.fields(ModelConfig):
         name = field.name
@@ -91,7 +91,8 @@ def starting_point(config: Config, say: Callable[[str], None]) -> Iterator[Start
     workdir = pathlib.Path(config.run.init_from)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(
-            f"run.init_from: there is no run in {str(workdir)!r} (it has no folder 'checkpoints'), and no pretrained model "
+            f"run.init_from: there is no run in {str(workdir)!r} (it has no folder 'checkpoints'), and no "
+            "pretrained model "
             "(no config.json)"
         )
     with Checkpoints(workdir, keep=None, say=say) as checkpoints:
@@ -121,6 +122,10 @@ def _checked(start: Start, config: Config) -> Start:
 
 
 def _pretrained(source: str) -> Start:
+    from oasis_jax.pretrained.load import source_model, source_tokenizer
+    from oasis_jax.pretrained.source import open_source
+    from oasis_jax.pretrained.tensors import load_params
+
     files = open_source(source)
     model = source_model(files)
     tokenizer, _ = source_tokenizer(files, model)

@@ -82,8 +82,8 @@ def make(shape, *, null="per_head", null_keys=None, null_values=None, bias=None,
 
 
 def differentiated(function):
-    """A compiled function of arrays and cotangents: the three results and the gradients of all arrays, through all three
-    results at once. An infinite lse counts as 0.
+    """A compiled function of arrays and cotangents: the three results and the gradients of all arrays, through all
+    three results at once. An infinite lse counts as 0.
     """
 
     def loss(arrays, cotangents):
