@@ -129,6 +129,8 @@ TURNED_ELSEWHERE = {
     "null_keys": "a prefix of constant tokens, as a sink transplant makes it",
     "logit_softcap": "bounded scores, as Gemma 2 has them",
     "rope_fraction": "rotary positions on three quarters of a head, as Phi-4-mini has them",
+    "mlp_rotation": "8-bit inference of a rotated model: oasis_jax.pretrained.rotate",
+    "context_length": "longest text of a pretrained model: oasis_jax.pretrained.families",
     "residual_clip": "the ablation of arXiv 2601.22966",
     "attention_implementation": "a backend's speed, with --set",
     "depth_implementation": "a backend's speed, with --set",
