@@ -27,7 +27,8 @@ class DataConfig:
         "stop", "corpus=files: a file or line that cannot be read ends the run, or is named and left out"
     )
     tokenizer: Literal["bytes", "bpe", "library"] = field(
-        "bytes", "one token a byte; a byte-level BPE trained on the corpus; or that of the model in run.init_from"
+        "bytes",
+        "one token a byte; a byte-level BPE trained on the corpus; or that of the pretrained model it starts from",
     )
     bpe_vocab_size: int = field(4096, "tokenizer=bpe: tokens to learn, special ones included")
     sequence_length: int = field(256, "tokens T of an example")
