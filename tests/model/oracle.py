@@ -63,7 +63,9 @@ def forward(params, config, inputs, positions=None, segment_ids=None) -> dict:
     tied = config.tied_head and config.inputs == "tokens"
     head = params["embedding"]["table"].T if tied else params["head"]["kernel"]
     record["layer_outputs"] = streams[2::2]
-    return record | dict(logits=config.logits_multiplier * (final @ head), stream=streams[-1], final=final)
+    logits = config.logits_multiplier * (final @ head)
+    logits = logits[..., : config.vocab_size] if config.inputs == "tokens" else logits  # without the table's padding
+    return record | dict(logits=logits, stream=streams[-1], final=final)
 
 
 def _in_float64(params):
