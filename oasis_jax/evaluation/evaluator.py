@@ -54,17 +54,19 @@ class Tokens:
         attention = self.context.placement.attention
         return self.context.segment_ids is None and not (attention and attention.layout == "zigzag")
 
-    @functools.cached_property
+    # Not cached: what is computed in a loop over layers may not leave it.
+
+    @property
     def _first(self) -> Int[Array, "#B T"]:
         return first_in_document(self.context, self.length)
 
-    @functools.cached_property
+    @property
     def place(self) -> Int[Array, "#B T"]:
         """The place of every token in its own document."""
         order = self.context.order(self.length)
         return order - order[0][self._first]
 
-    @functools.cached_property
+    @property
     def document_length(self) -> Int[Array, "#B T"]:
         """How many tokens each token's own document has."""
         rows = jnp.arange(len(self._first))[:, None]

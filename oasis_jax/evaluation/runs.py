@@ -64,7 +64,7 @@ def evaluate(
         raise UserError(f"--batches: must be at least 1, got {num_batches}")
     evaluators, interventions = choose(measures, "--measures"), choose_interventions(interventions, "--interventions")
     schemes = parse_schemes(quantize)
-    labels, folder, overrides = unique_labels([*workdirs, *models]), pathlib.Path(report), list(overrides)
+    labels, folder, overrides = unique_labels(workdirs, models), pathlib.Path(report), list(overrides)
     if is_first():
         _check_writable(folder)
     loaded = [load_run(workdir, overrides=overrides) for workdir in workdirs]  # all, before the first is measured
@@ -81,16 +81,17 @@ def evaluate(
     return runs
 
 
-def unique_labels(workdirs: Sequence[str | os.PathLike]) -> list[str]:
+def unique_labels(workdirs: Sequence[str | os.PathLike], models: Sequence[str] = ()) -> list[str]:
     """The shortest ends of the paths that tell them apart; raises UserError where two are one folder, or
     there is none.
     """
-    if not workdirs:
+    sources = [("--workdir", workdir) for workdir in workdirs] + [("--model", model) for model in models]
+    if not sources:
         raise UserError("--workdir or --model: give at least one")
-    paths = [pathlib.Path(workdir).resolve() for workdir in workdirs]
-    for index, path in enumerate(paths):
+    paths = [pathlib.Path(source).resolve() for _, source in sources]
+    for index, ((flag, source), path) in enumerate(zip(sources, paths)):
         if path in paths[:index]:
-            raise UserError(f"{str(workdirs[index])!r} is given twice")
+            raise UserError(f"{flag}: {str(source)!r} is given twice")
     named = [path.with_suffix("") if path.suffix == ".gguf" else path for path in paths]
     for count in range(1, max(len(path.parts) for path in named) + 1):
         labels = ["/".join(path.parts[-count:]) for path in named]

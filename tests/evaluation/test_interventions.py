@@ -41,7 +41,8 @@ def loss_with_masked_routers(
                 alpha = alpha / (alpha.sum(-1) + np.asarray(found.null_mass))[..., None] if renormalize else alpha
                 h = jnp.asarray(np.einsum("BTL,LBTD->BTD", alpha, np.stack(history + own)), jnp.float32)
             history, evidence = [*history, h], [*evidence, own_evidence[-1]]
-        logits = np.asarray(model.final_norm(h) @ model.embedding.parameters["table"].T, np.float64)
+        table = model.embedding.parameters["table"][: model.config.vocab_size]
+        logits = np.asarray(model.final_norm(h) @ table.T, np.float64)
         nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
         total, weight = total + (nats * batch["weights"]).sum(), weight + batch["weights"].sum()
     return total / weight

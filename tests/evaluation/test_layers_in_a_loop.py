@@ -74,3 +74,9 @@ def test_the_program_does_not_grow_with_depth():
         return lowered.as_text().count("stablehlo.dot_general")
 
     assert size(4) == size(8)
+
+
+def test_measures_of_packed_documents_and_all_families(model, monkeypatch):
+    """What measures know of a row's documents is the same in every layer."""
+    documents = [batch | {"segment_ids": np.repeat([[0] * 4 + [1] * 5], 3, 0).astype(np.int32)} for batch in batches()]
+    assert_equal(*both(lambda: evaluate(*model, documents, choose(["all"])).values, monkeypatch))

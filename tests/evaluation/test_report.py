@@ -16,7 +16,8 @@ from oasis_jax.data import load_corpus
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation import DEFINITIONS
 from oasis_jax.evaluation.report.terminal import print_comparison
-from oasis_jax.evaluation.runs import evaluate, unique_labels, with_bytes
+from oasis_jax.evaluation.runs import evaluate, unique_labels
+from oasis_jax.evaluation.subjects import with_bytes
 from oasis_jax.placement import make_mesh
 from oasis_jax.training.checkpoints import Checkpoints, Keep, describe
 from oasis_jax.training.load import load_run
