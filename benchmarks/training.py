@@ -2,8 +2,7 @@
 device JAX finds.
 
 python benchmarks/training.py [--repetitions 15] [--presets oasis,attnres]
-python benchmarks/training.py --presets oasis_blocks --set model.num_layers=28 --set model.width=1024 --set
-model.num_heads=16 --name training-deep
+python benchmarks/training.py --presets oasis_blocks --set model.num_layers=28 --name training-deep
 """
 
 import argparse

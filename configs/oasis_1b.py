@@ -1,10 +1,10 @@
 """OASIS with 1 billion parameters: the published wiring, every layer's stream a source, queries projected from each
 token.
 
-    python train.py --config=configs/oasis_1b.py --workdir=runs/oasis_1b --set 'data.pattern=/data/*.jsonl'
-    --distributed python train.py --config=configs/oasis_1b.py --plan=v5p:2x2x2
+    python train.py --config=configs/oasis_1b.py --workdir=runs/1b --set 'data.pattern=/data/*.jsonl' --distributed
+    python train.py --config=configs/oasis_1b.py --plan=v5p:2x2x2
 
-Hardware: 8 chips of a TPU v5p. The plan says (2026-11-24, jax 0.12): 30.4 of 95 GiB on each chip.
+Hardware: 8 chips of a TPU v5p. The plan says (2026-11-27, jax 0.12): 32.4 of 95 GiB on each chip.
 Not trained here: there are no metrics of it.
 """
 

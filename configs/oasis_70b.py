@@ -1,8 +1,8 @@
 """OASIS with 70 billion parameters: routing over eight blocks of sublayers, which keeps memory near the plain
 transformer's.
 
-    python train.py --config=configs/oasis_70b.py --workdir=runs/oasis_70b --set 'data.pattern=/data/*.jsonl'
-    --distributed python train.py --config=configs/oasis_70b.py --plan=v5p:8x8x8
+    python train.py --config=configs/oasis_70b.py --workdir=runs/70b --set 'data.pattern=/data/*.jsonl' --distributed
+    python train.py --config=configs/oasis_70b.py --plan=v5p:8x8x8
 
 Hardware: 512 chips of a TPU v5p. The plan says (2026-11-24, jax 0.12): 32.9 of 95 GiB on each chip.
 Not trained here: there are no metrics of it.

@@ -1,10 +1,11 @@
 """OASIS with 8 billion parameters: routing over eight blocks of sublayers, which keeps memory near the plain
 transformer's.
 
-    python train.py --config=configs/oasis_8b.py --workdir=runs/oasis_8b --set 'data.pattern=/data/*.jsonl'
-    --distributed python train.py --config=configs/oasis_8b.py --plan=v5p:4x4x4
+    python train.py --config=configs/oasis_8b.py --workdir=runs/8b --set 'data.pattern=/data/*.jsonl' --distributed
+    python train.py --config=configs/oasis_8b.py --plan=v5p:4x4x4
 
-Hardware: 64 chips of a TPU v5p. The plan says (2026-11-24, jax 0.12): 37.6 of 95 GiB on each chip.
+Hardware: 64 chips of a TPU v5p. The plan says (2026-11-27, jax 0.12): 41.1 of 95 GiB on each chip,
+7.3 for an evaluation.
 Not trained here: there are no metrics of it.
 """
 

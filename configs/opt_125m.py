@@ -2,8 +2,9 @@
 2205.01068).
 
     python train.py --config=configs/opt_125m.py --workdir=runs/opt --set 'data.pattern=/data/*.jsonl'
-    python train.py --config=configs/opt_125m.py --workdir=runs/opt_softmax --set model.preset=residual --set
-    'data.pattern=/data/*.jsonl' python train.py --config=configs/opt_125m.py --plan=h100:1
+    python train.py --config=configs/opt_125m.py --plan=h100:1
+
+Its twin with softmax and no routing: `--set model.preset=residual`.
 
 Learned positions and strong weight decay are the settings in which sinks form soonest (arXiv 2410.10781).
 
