@@ -1,10 +1,11 @@
 """A pretrained model trained on with your own text; sizes and tokenizer are the model's.
 
-    python train.py --config=configs/finetune.py --workdir=runs/on --set run.init_from=FOLDER --set 'data.pattern=b/*.txt'
+    python train.py --config=configs/finetune.py --workdir=runs/on --set run.init_from=DIR --set 'data.pattern=b/*.txt'
     python eval.py --workdir runs/on --report runs/on_report
 
-FOLDER holds safetensors, config.json and tokenizer.json; a .gguf file does, too: `python -m oasis_jax.pretrained.smollm2`
-fetches one to try. `--set model.preset=attnres` adds depth routers that start as the model itself (docs/pretrained.md).
+DIR holds safetensors, config.json and tokenizer.json; a .gguf file does, too: `python -m
+oasis_jax.pretrained.smollm2` fetches one to try. `--set model.preset=attnres` adds depth routers that start as the model
+itself (docs/pretrained.md).
 
 Hardware: as the model asks for. Metrics: those of your text.
 """
