@@ -4,8 +4,8 @@
     python eval.py --workdir runs/on --report runs/on_report
 
 DIR holds safetensors, config.json and tokenizer.json; a .gguf file does, too: `python -m
-oasis_jax.pretrained.smollm2` fetches one to try. `--set model.preset=attnres` adds depth routers that start as the model
-itself (docs/pretrained.md).
+oasis_jax.pretrained.smollm2` fetches one to try. `--set model.preset=attnres` adds depth routers that start as the
+model itself (docs/pretrained.md).
 
 Hardware: as the model asks for. Metrics: those of your text.
 """
