@@ -78,7 +78,7 @@ def test_remat_changes_no_value(options):
 def test_statistics_have_the_promised_shapes():
     config = ModelConfig(preset="oasis", num_kv_heads=1, **SMALL)
     logits, statistics = Decoder(config, rngs=nnx.Rngs(0))(tokens())
-    assert logits.shape == (B, T, 32) and logits.dtype == jnp.float32  # 29 tokens, padded to a multiple of 8
+    assert logits.shape == (B, T, VOCAB) and logits.dtype == jnp.float32
     assert len(statistics.attention) == 4 and list(statistics.routers) == schedule(config).routers
     layer = statistics.attention[0]
     chex.assert_shape([layer.query, layer.head_output], (B, T, 3, 8))

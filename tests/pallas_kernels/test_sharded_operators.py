@@ -88,7 +88,7 @@ def test_sharded_inputs_give_the_results_of_one_device():
     assert on_eight_devices("-c", PROGRAM) == "equal"
 
 
-@pytest.mark.parametrize("part", ["attention", "routing", "shard_map"])
+@pytest.mark.parametrize("part", [pytest.param("attention", marks=pytest.mark.slow), "routing", "shard_map"])
 def test_a_sharding_gives_the_results_of_one_device(part):
     assert (
         on_eight_devices(

@@ -67,7 +67,11 @@ def test_a_run_begins_with_the_loss_of_the_model(config, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("fields", [dict(preset="attnres"), dict(preset="attnres", blocks=2)], ids=["full", "blocks"])
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(dict(preset="attnres"), marks=pytest.mark.slow), dict(preset="attnres", blocks=2)],
+    ids=["full", "blocks"],
+)
 def test_delta_wiring_with_new_routers_is_the_model_up_to_the_norms_epsilon(config, tmp_path, fields):
     """The exact retrofit: a query of zero weighs all sources alike, and the next norm removes their number."""
     other = changed(dataclasses.replace(config, model=ModelConfig(**fields)), "run", steps=1)

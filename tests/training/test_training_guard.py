@@ -65,6 +65,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(poison, tmp_path):
     assert "loss" not in lines[16] and all(math.isfinite(line["loss"]) for line in lines if line["step"] != 17)
 
 
+@pytest.mark.slow
 def test_a_run_that_skips_nothing_is_the_one_that_would_stop(tmp_path):
     losses = []
     for policy in ("stop", "skip"):

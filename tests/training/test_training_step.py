@@ -131,6 +131,7 @@ def test_bfloat16_compute_keeps_float32_state(batch):
     assert (column(half, "loss") != column(full, "loss")).any()
 
 
+@pytest.mark.slow
 def test_remat_gives_equal_losses(batch):
     _, stored = train(make_config(preset="oasis"), batch)
     _, recomputed = train(make_config(preset="oasis", remat="layer"), batch)
@@ -185,7 +186,7 @@ def test_documents_are_passed_on(batch, stack):
     assert abs(losses[0] - losses[1]) > 1e-5
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("stack", ["unroll", "scan"])
 def test_telemetry_is_that_of_the_model(batch, accumulation, stack):
     config = make_config(dict(accumulation_steps=accumulation), preset="oasis", num_layers=2, stack=stack)
