@@ -18,5 +18,5 @@ def get_config() -> Config:
         model=ModelConfig(preset="oasis", num_layers=4, width=128, num_heads=4),
         data=DataConfig(corpus="stdlib", tokenizer="bytes", sequence_length=512, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
-        run=RunConfig(steps=300, eval_interval=100),
+        run=RunConfig(steps=150, eval_interval=50),
     )
