@@ -26,7 +26,7 @@ class CannotServe(ValueError):
 
 
 def check_axes(*arrays) -> None:
-    """Raises Unavailable where arrays lie on mesh axes of type Explicit, on which every operation must say its sharding."""
+    """Raises Unavailable where arrays lie on mesh axes of type Explicit, where every operation says its sharding."""
     mesh = mesh_of(arrays)
     if mesh is None:
         return

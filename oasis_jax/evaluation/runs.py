@@ -171,7 +171,7 @@ def _why_absent(name: str, metrics: Mapping) -> str:
 
 
 def as_json(runs: Sequence[MeasuredRun]) -> dict:
-    """What metrics.json holds: of every run or model each value with its definition and the samples it was read from."""
+    """What metrics.json holds: of every run or model each value, its definition and the samples it was read from."""
     return {
         "comparable": [[_key(run, runs) for run in group] for group in groups(runs)],
         "note": not_comparable(runs),

@@ -100,7 +100,7 @@ def unembed(params: Params, config: ModelConfig, x: Float[Array, "B T D"], conte
 def project_outputs(
     kernel: Float[Array, "D O"], config: ModelConfig, x: Float[Array, "B T D"], context: Context
 ) -> Outputs:
-    """x times the output projection, summed in float32 or better; no probability is left to the vocabulary's padding."""
+    """x times the output projection, summed in float32 or better; the vocabulary's padding gets no probability."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     outputs = context.numerics.einsum("head", "BTD,DO->BTO", x, kernel.astype(x.dtype), preferred_element_type=wide)
     if config.logits_multiplier != 1.0:

@@ -60,7 +60,8 @@ def depth_route(
       null_logit: b, a scalar; -inf leaves the null out.
       num_sources: only the first so many sources are live: the others have weight 0 and gradient 0, whatever they hold,
         and the mean of psi is over the live ones. A Python number leaves dead sources unread; an
-        array is a mask, and outside 1..L it makes every result NaN. Forward-mode autodiff needs implementation="reference".
+        array is a mask, and outside 1..L it makes every result NaN. Forward-mode autodiff needs
+        implementation="reference".
       sharding: which mesh axes split batch and length; kernels then run inside `jax.shard_map`, each on its own tokens.
       implementation: a name of `pallas_kernels.implementations("depth_route")`; None takes the fastest that can serve.
 

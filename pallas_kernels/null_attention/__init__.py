@@ -1,5 +1,5 @@
-"""Attention with a null: `null_attention`, its reference and backends; `allowed_keys`, `attention_scores`, `null_scores`
-and `add_null_value` define it.
+"""Attention with a null: `null_attention`, its reference and backends; `allowed_keys`, `attention_scores`,
+`null_scores` and `add_null_value` define it.
 """
 
 from pallas_kernels.null_attention.api import IMPLEMENTATIONS, null_attention
