@@ -18,7 +18,7 @@ class Numerics:
 
     # Whether the scores and probabilities of attention have to exist as arrays, for `tap` to see them.
     materializes_attention = False
-    # Whether it can be shown layers in a loop, by the three methods below.
+    # Whether it can be shown layers in a loop, by the last four methods.
     loops = False
 
     def within(self, scope: str) -> "Numerics":
@@ -54,35 +54,28 @@ class Numerics:
 
     def layer_arrays(self, scopes: Sequence[str]) -> Any:
         """What it needs to know of the layers with these scopes: a pytree of arrays [L, ...], one entry a layer."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be shown layers in a loop")
+        del scopes
+        return ()
 
     def in_layer(self, arrays: Any) -> "Numerics":
         """The numerics of one layer, from its entry of `layer_arrays`; names are relative to the layer."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be shown layers in a loop")
-
-    def keep(self, scopes: Sequence[str], seen: Any) -> None:
-        """Takes over what `in_layer(...).seen` was in every layer: a pytree of arrays [L, ...]."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be shown layers in a loop")
+        del arrays
+        return self
 
     @property
     def seen(self) -> Any:
         """What was recorded in one layer: a pytree of arrays."""
         return ()
 
+    def keep(self, scopes: Sequence[str], seen: Any) -> None:
+        """Takes over what `in_layer(...).seen` was in every layer: a pytree of arrays [L, ...]."""
+        del scopes, seen
+
 
 class Float(Numerics):
     """Plain arithmetic."""
 
     loops = True
-
-    def layer_arrays(self, scopes):
-        return ()
-
-    def in_layer(self, arrays):
-        return self
-
-    def keep(self, scopes, seen):
-        pass
 
 
 FLOAT = Float()

@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from oasis_jax.config.run import model_from_dict
 from oasis_jax.data import Tokenizer
@@ -55,13 +57,15 @@ class Pretrained:
         return self.replace(config=config, params=dict(params), card=card, **changes)
 
 
-def load_pretrained(source: str | os.PathLike, *, dtype: str = "float32", mesh: MeshConfig | None = None) -> Pretrained:
+def load_pretrained(
+    source: str | os.PathLike, *, dtype: str | None = None, mesh: MeshConfig | None = None
+) -> Pretrained:
     """Reads a pretrained model.
 
     Args:
       source: a folder of safetensors with config.json and, where there is one, tokenizer.json; a .gguf file; a workdir
         of this library; or the name of a model on a hub.
-      dtype: of parameters and computations, "float32" or "bfloat16".
+      dtype: of parameters and computations, "float32" or "bfloat16"; None: float32, and what a run computed in.
       mesh: how parameters are split over devices; None: they lie on one.
 
     Raises:
@@ -69,9 +73,9 @@ def load_pretrained(source: str | os.PathLike, *, dtype: str = "float32", mesh: 
         shape than config.json says, a tokenizer larger than the vocabulary, a pickle, a hub that cannot be reached.
     """
     if isinstance(source, os.PathLike | str) and (pathlib.Path(source) / "checkpoints").is_dir():
-        return _from_workdir(source, mesh)
+        return _from_workdir(source, dtype, mesh)
     files = open_source(source)
-    config = dataclasses.replace(source_model(files), dtype=dtype)
+    config = dataclasses.replace(source_model(files), dtype=dtype or "float32")
     check_model(config)
     tokenizer, begin = source_tokenizer(files, config)
     placement = UNSHARDED if mesh is None else _placement(config, mesh)
@@ -95,7 +99,7 @@ def source_model(files: Source) -> ModelConfig:
     return model_from_dict(own["model"], str(own.get("version", "")))
 
 
-def _from_workdir(workdir: str | os.PathLike, mesh: MeshConfig | None) -> Pretrained:
+def _from_workdir(workdir: str | os.PathLike, dtype: str | None, mesh: MeshConfig | None) -> Pretrained:
     from oasis_jax.training.load import load_run
 
     axes = ("data", "fsdp", "tensor", "sequence")
@@ -104,7 +108,10 @@ def _from_workdir(workdir: str | os.PathLike, mesh: MeshConfig | None) -> Pretra
     )
     begin = run.tokenizer.begin_id if run.tokenizer and run.config.data.begin_token else None
     card = {"source": str(workdir), "family": "oasis", "name": pathlib.Path(workdir).resolve().name, "step": run.step}
-    return Pretrained(run.config.model, run.params, run.placement, run.tokenizer, begin, card)
+    config, params = run.config.model, run.params
+    if dtype is not None:
+        config, params = dataclasses.replace(config, dtype=dtype), jax.tree.map(lambda x: x.astype(dtype), params)
+    return Pretrained(config, params, run.placement, run.tokenizer, begin, card)
 
 
 def _placement(config: ModelConfig, mesh: MeshConfig) -> Placement:

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from oasis_jax.config import ModelConfig
-from oasis_jax.data.tokenizers import LibraryTokenizer
+from oasis_jax.data.tokenizers import LibraryTokenizer, Tokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import parameter_specs
 from oasis_jax.pretrained.families import FAMILIES, read_model_config
@@ -58,15 +58,22 @@ def save_pretrained(model: Pretrained, folder: str | os.PathLike, *, dtype: str 
             raise UserError(f"--out: {str(path)!r} is not empty")
         tensors = _family_tensors(model, kind) if kind else _own_tensors(model)
         _write_shards(path, ((key, np.ascontiguousarray(x.astype(_TYPES[name]))) for key, x in tensors))
-        _write_json(path / "config.json", _config(model, kind, name))
-        if isinstance(model.tokenizer, LibraryTokenizer):
-            (path / "tokenizer.json").write_text(model.tokenizer.library_json, encoding="utf-8")
-        elif model.tokenizer is not None:
-            (path / "oasis_tokenizer.json").write_text(model.tokenizer.to_json(), encoding="utf-8")
+        _write_json(path / "config.json", written_config(model, kind, name))
+        _write_tokenizer(path, model.tokenizer, whole=kind is None)
         (path / "README.md").write_text(_card(model, kind), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out: cannot write to {str(path)!r}: {error.strerror}") from None
     return kind or MODEL_TYPE
+
+
+def _write_tokenizer(path: pathlib.Path, tokenizer: Tokenizer | None, *, whole: bool) -> None:
+    """tokenizer.json for all who read it; `whole`: also what it does not say, such as which token begins a text."""
+    if tokenizer is None:
+        return
+    if isinstance(tokenizer, LibraryTokenizer) and tokenizer.kind == "library":
+        (path / "tokenizer.json").write_text(tokenizer.library_json, encoding="utf-8")
+    if whole:
+        (path / "oasis_tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
 
 
 def standard_family(model: Pretrained) -> str | None:
@@ -75,9 +82,9 @@ def standard_family(model: Pretrained) -> str | None:
     if kind not in FAMILIES:
         return None
     source = read_model_config(_family_config(model), "config.json")
-    same = {name: getattr(model.config, name) for name in source.__dataclass_fields__}
-    ignored = {"dtype", "preset", "attention_implementation", "depth_implementation", "remat", "stack"}
-    return kind if all(getattr(source, name) == value for name, value in same.items() if name not in ignored) else None
+    how = ("dtype", "preset", "attention_implementation", "depth_implementation", "remat", "stack")
+    computed_alike = dataclasses.replace(source, **{name: getattr(model.config, name) for name in how})
+    return kind if computed_alike == model.config else None
 
 
 def _family_config(model: Pretrained) -> dict[str, Any]:
@@ -85,13 +92,11 @@ def _family_config(model: Pretrained) -> dict[str, Any]:
     return {**model.source_config, "tie_word_embeddings": model.config.tied_head}
 
 
-def _config(model: Pretrained, kind: str | None, dtype: str) -> dict[str, Any]:
+def written_config(model: Pretrained, kind: str | None, dtype: str) -> dict[str, Any]:
+    """What config.json says: the source's own words where they are still true."""
     if kind:
-        changed = _family_config(model)
-        if changed["tie_word_embeddings"] == model.source_config.get(
-            "tie_word_embeddings", changed["tie_word_embeddings"]
-        ):
-            changed = dict(model.source_config)
+        was_tied = read_model_config(dict(model.source_config), "config.json").tied_head
+        changed = dict(model.source_config) if was_tied == model.config.tied_head else _family_config(model)
         name = "torch_dtype" if "torch_dtype" in changed else "dtype"
         return {**changed, name: dtype}
     return {

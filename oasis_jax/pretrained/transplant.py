@@ -19,7 +19,6 @@ from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError
 from oasis_jax.model.context import Context
 from oasis_jax.model.decoder import final_stream
-from oasis_jax.model.layout import part
 from oasis_jax.pretrained.load import Pretrained
 
 # Massive activations (Sun et al., arXiv 2402.17762): above 100, and 1000 times the median magnitude of their layer.
@@ -154,9 +153,3 @@ def _massive_tokens(model: Pretrained, rows: Int[Array, "B T"]) -> np.ndarray:
         return jnp.stack(seen.layers).any(0)
 
     return np.concatenate([np.asarray(run(model.params, row[None])) for row in rows])
-
-
-def null_parameters(model: Pretrained, layer: int) -> dict[str, Array]:
-    """The null key and value [P, K, H] of one layer of a transplanted model."""
-    attention = part(model.params["layers"], layer)["attention"]
-    return {name: attention[name] for name in ("null_key", "null_value")}

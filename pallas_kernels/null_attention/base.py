@@ -162,3 +162,15 @@ def scaled(products: Array, scale: float, softcap: float | None) -> Array:
     """Scores of products q.k."""
     scores = products * scale
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def heads_first(x: Float[Array, "B T N H"], key_heads: int) -> Float[Array, "B K G T H"]:
+    """N query heads as G consecutive ones for each of K key heads, heads before positions."""
+    batch, length, heads, size = x.shape
+    return x.reshape(batch, length, key_heads, heads // key_heads, size).transpose(0, 2, 3, 1, 4)
+
+
+def heads_last(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+    """The inverse of `heads_first`."""
+    batch, key_heads, group, length, size = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, key_heads * group, size)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.null_attention.base import NullAttention, attention_scores, wide_dtype
+from pallas_kernels.null_attention.base import NullAttention, attention_scores, heads_first, wide_dtype
 from pallas_kernels.sharding import varying_alike
 
 
@@ -30,7 +30,7 @@ def null_scores(
     (batch, length, heads, size), shares = query.shape, None
     if null_key is not None:
         count, key_heads, _ = null_key.shape
-        rows = query.reshape(batch, length, key_heads, heads // key_heads, size).transpose(0, 2, 3, 1, 4)
+        rows = heads_first(query, key_heads)
         key = jnp.broadcast_to(null_key.astype(query.dtype).swapaxes(0, 1)[None], (batch, key_heads, count, size))
         scores = attention_scores(rows, key, scale=scale, softcap=softcap, precision=lax.Precision.HIGHEST).reshape(
             batch, heads, length, count

@@ -10,6 +10,7 @@ from pallas_kernels.null_attention.base import (
     allowed_keys,
     attention_scores,
     grouped,
+    heads_first,
     visible_only,
     wide_dtype,
 )
@@ -30,12 +31,12 @@ def null_attention_reference(inputs: AttentionInputs) -> NullAttention:
     """
     query, options = inputs.query, inputs.options
     dtype, wide = query.dtype, wide_dtype(query.dtype)
-    batch, length, heads, size = query.shape
+    batch, length, heads, _ = query.shape
     key_heads = inputs.key.shape[2]
     allowed = _allowed(inputs)
     q, k, v = (x.astype(wide) for x in (query, inputs.key, inputs.value))
     k, v = visible_only(k, allowed), visible_only(v, allowed)
-    q = q.reshape(batch, length, key_heads, heads // key_heads, size).transpose(0, 2, 3, 1, 4)
+    q = heads_first(q, key_heads)
     scores = attention_scores(
         q, k.swapaxes(1, 2), scale=options.scale, softcap=options.softcap, precision=lax.Precision.HIGHEST
     )

@@ -23,6 +23,8 @@ from pallas_kernels.null_attention.base import (
     Segments,
     allowed_keys,
     attention_scores,
+    heads_first,
+    heads_last,
     wide_dtype,
 )
 from pallas_kernels.null_attention.sharded import check_sequence
@@ -77,16 +79,6 @@ def _run(groups: list[_Group], tile: Callable, carry):
     return carry, [jnp.concatenate(pieces, axis=3) for pieces in zip(*parts)]
 
 
-def _heads_first(x: Float[Array, "B T N H"], key_heads: int) -> Float[Array, "B K G T H"]:
-    batch, length, heads, size = x.shape
-    return x.reshape(batch, length, key_heads, heads // key_heads, size).transpose(0, 2, 3, 1, 4)
-
-
-def _heads_last(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
-    batch, key_heads, group, length, size = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, key_heads * group, size)
-
-
 class _Keys(NamedTuple):
     """Where a tile's keys lie and which its queries may see ([B, 1, s, 1], None for all that are not masked by place),
     the keys, its masked scores in wide dtype, and the derivative of the soft cap (None without one).
@@ -139,7 +131,7 @@ def _forward(
     """
     (batch, length, heads, _), (_, keys, key_heads, _) = query.shape, key.shape
     wide = wide_dtype(query.dtype)
-    q, k, v = _heads_first(query, key_heads), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    q, k, v = heads_first(query, key_heads), key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     b = null_logit.reshape(1, key_heads, -1, 1)
 
     def attend(group, carry, first):
@@ -159,13 +151,13 @@ def _forward(
 
     _, (output, *statistics) = _run(_groups(length, keys, options), attend, None)
     null_mass, lse, mass = (x.reshape(batch, heads, length) for x in statistics)
-    return NullAttention(_heads_last(output), null_mass, lse), mass
+    return NullAttention(heads_last(output), null_mass, lse), mass
 
 
 def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_output):
     """The gradients of query, key and value: dS = P * (dP - delta), tile by tile."""
     length, keys, key_heads, wide = query.shape[1], *key.shape[1:3], wide_dtype(query.dtype)
-    q, d_o = _heads_first(query, key_heads), _heads_first(d_output, key_heads)
+    q, d_o = heads_first(query, key_heads), heads_first(d_output, key_heads)
     k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     lse, delta = (x.reshape(q.shape[:4]) for x in (lse, delta))
 
@@ -188,7 +180,7 @@ def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_o
     start = (jnp.zeros_like(k, wide), jnp.zeros_like(v, wide))
     (d_k, d_v), (d_q,) = _run(_groups(length, keys, options), gradients, start)
     d_k, d_v = (x.transpose(0, 2, 1, 3).astype(query.dtype) for x in (d_k, d_v))
-    return _heads_last(d_q), d_k, d_v
+    return heads_last(d_q), d_k, d_v
 
 
 _serve = differentiable(_forward, _backward)

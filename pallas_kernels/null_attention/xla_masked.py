@@ -19,6 +19,8 @@ from pallas_kernels.null_attention.base import (
     Options,
     allowed_keys,
     grouped,
+    heads_first,
+    heads_last,
     scaled,
     visible_only,
     wide_dtype,
@@ -56,16 +58,6 @@ class _Tile(NamedTuple):
     scores: Float[Array, "B K G t s"]
     slope: Float[Array, "B K G t s"] | None
     allowed: Bool[Array, "#B #K #G t s"]
-
-
-def _heads_first(x: Float[Array, "B T N H"], key_heads: int) -> Float[Array, "B K G T H"]:
-    batch, length, heads, size = x.shape
-    return x.reshape(batch, length, key_heads, heads // key_heads, size).transpose(0, 2, 3, 1, 4)
-
-
-def _heads_last(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
-    batch, key_heads, group, length, size = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, key_heads * group, size)
 
 
 def _reach(options: Options, grid: _Grid, masks: Masks, first) -> tuple[Array, Array]:
@@ -157,7 +149,7 @@ def _over_rows(grid: _Grid, body, carry, like):
 def _forward(options: Options, query, key, value, null_logit, masks: Masks):
     """See `vjp.differentiable`."""
     grid, wide, like = _Grid.of(query, key), wide_dtype(query.dtype), (query, key, value, null_logit, masks)
-    q, b = _heads_first(query, grid.key_heads), null_logit.reshape(1, grid.key_heads, -1, 1)
+    q, b = heads_first(query, grid.key_heads), null_logit.reshape(1, grid.key_heads, -1, 1)
     lowest = float(jnp.finfo(wide).min)  # finite, so that no difference of two infinities arises
 
     def attend(i, results):
@@ -187,13 +179,13 @@ def _forward(options: Options, query, key, value, null_logit, masks: Masks):
     statistic = jnp.zeros(q.shape[:-1], wide)
     output, *statistics = _over_rows(grid, attend, (jnp.zeros_like(q), *(statistic,) * 3), like)
     null_mass, lse, mass = (x.reshape(query.shape[0], grid.heads, grid.length) for x in statistics)
-    return NullAttention(_heads_last(output), null_mass, lse), mass
+    return NullAttention(heads_last(output), null_mass, lse), mass
 
 
 def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_output):
     """See `vjp.differentiable`: dS = P * (dP - delta), tile by tile."""
     grid, wide, like = _Grid.of(query, key), wide_dtype(query.dtype), (query, key, value, masks, lse, delta, d_output)
-    q, d_o = _heads_first(query, grid.key_heads), _heads_first(d_output, grid.key_heads)
+    q, d_o = heads_first(query, grid.key_heads), heads_first(d_output, grid.key_heads)
     lse, delta = (x.reshape(q.shape[:4]) for x in (lse, delta))
 
     def of_rows(i, carry):
@@ -228,7 +220,7 @@ def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_o
     start = [jnp.zeros(x.shape, wide) for x in (q, key, value)]
     start += [] if masks.bias is None else [jnp.zeros_like(masks.bias)]
     d_q, d_k, d_v, *d_bias = _over_rows(grid, of_rows, tuple(start), like)
-    return _heads_last(d_q).astype(query.dtype), d_k.astype(key.dtype), d_v.astype(value.dtype), *d_bias
+    return heads_last(d_q).astype(query.dtype), d_k.astype(key.dtype), d_v.astype(value.dtype), *d_bias
 
 
 def _add(x: Float[Array, "B S K H"], part: Float[Array, "B s K H"], start) -> Float[Array, "B S K H"]:

@@ -23,7 +23,8 @@ TRAIN = """
 from oasis_jax.data.tokenizers import BPETokenizer
 import random
 words = random.Random(3)
-texts = [" ".join("".join(words.choices("abcde", k=words.randint(1, 6))) for _ in range(200)).encode() for _ in range(150)]
+word = lambda: "".join(words.choices("abcde", k=words.randint(1, 6)))
+texts = [" ".join(word() for _ in range(200)).encode() for _ in range(150)]
 print(BPETokenizer.train(texts, 400).identity["sha256"])
 """
 

@@ -1,4 +1,4 @@
-"""Layers without routers are evaluated as a loop: with the values of layers one by one, in one program for all layers."""
+"""Layers without routers are evaluated as a loop: with the values of layers one by one, in one program for all."""
 
 import jax
 import numpy as np

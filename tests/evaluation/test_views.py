@@ -223,10 +223,10 @@ def browse(page: pathlib.Path, folder: pathlib.Path, width: int, script: str) ->
 @pytest.mark.parametrize("width", [1280, 390])
 def test_page_in_a_browser(page, tmp_path, width):
     measure = (
-        "const small=[...document.querySelectorAll('main p, main td, main "
-        "li')].filter(e=>parseFloat(getComputedStyle(e).fontSize)<11).length;"
-        "const "
-        "e=document.documentElement;parent.document.title=JSON.stringify([innerWidth,e.scrollWidth,small,document.querySelectorAll('svg').length]);"
+        "const small=[...document.querySelectorAll('main p, main td, main li')]"
+        ".filter(e=>parseFloat(getComputedStyle(e).fontSize)<11).length;"
+        "const e=document.documentElement;parent.document.title="
+        "JSON.stringify([innerWidth,e.scrollWidth,small,document.querySelectorAll('svg').length]);"
     )
     title, log = browse(page, tmp_path, width, measure)
     inner, scroll, small, pictures = json.loads(title)

@@ -62,7 +62,8 @@ CASES = {
     "llama_yarn_bounds": (
         "llama",
         SIZES
-        | dict(head_dim=16, rope_parameters=YARN | dict(truncate=False, beta_fast=9.0, beta_slow=2.0, attention_factor=1.3)),
+        | dict(head_dim=16)
+        | dict(rope_parameters=YARN | dict(truncate=False, beta_fast=9.0, beta_slow=2.0, attention_factor=1.3)),
     ),
     "llama_longrope": ("llama", SIZES | dict(head_dim=12, rope_parameters=LONGROPE | dict(factor=4.0))),
     "mistral": ("mistral", SIZES | HEAD | dict(sliding_window=37, rope_parameters=THETA)),
@@ -73,7 +74,10 @@ CASES = {
     "qwen3": ("qwen3", SIZES | HEAD | dict(tie_word_embeddings=True, rope_parameters=dict(rope_theta=1e6))),
     "qwen3_windows": ("qwen3", SIZES | HEAD | WINDOWS | dict(max_window_layers=2, attention_bias=True)),
     "phi3": ("phi3", PHI3 | dict(original_max_position_embeddings=1024)),
-    "phi3_partial": ("phi3", PHI3 | dict(rope_parameters=THETA | dict(rope_type="default") | PARTIAL, sliding_window=50)),
+    "phi3_partial": (
+        "phi3",
+        PHI3 | dict(rope_parameters=THETA | dict(rope_type="default") | PARTIAL, sliding_window=50),
+    ),
     "phi3_longrope": (
         "phi3",
         PHI3

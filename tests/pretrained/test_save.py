@@ -1,22 +1,26 @@
 """Models out again: what comes back is what was written, in the form that its readers expect."""
 
+import dataclasses
 import json
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from oasis_jax import ModelConfig, UserError, load_pretrained
+from oasis_jax import UNSHARDED, ModelConfig, UserError, load_pretrained
 from oasis_jax.commands import export
 from oasis_jax.commands.parser import run_main
-from oasis_jax.data.tokenizers import LibraryTokenizer
-from oasis_jax.model.decoder import parameter_specs
-from oasis_jax.pretrained import rotate, save, save_pretrained, transplant_sink
+from oasis_jax.config import Config
+from oasis_jax.data.tokenizers import TOKENIZERS, LibraryTokenizer
+from oasis_jax.model.decoder import initial_params, parameter_specs
+from oasis_jax.pretrained import Pretrained, rotate, save, save_pretrained, transplant_sink
 from oasis_jax.pretrained.families.llama import tensors
 from oasis_jax.pretrained.mapping import file_shape, file_specs
+from oasis_jax.training.load import LoadedRun
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -140,3 +144,37 @@ def test_a_library_tokenizer_gives_the_bytes_of_every_token():
     found = LibraryTokenizer(library.to_str(), begin_id=4, separator_id=None)
     assert found.decode([0, 3, 4, 2, 99]) == b"a a\xe9" and found.vocab_size == 5
     assert 4 not in found.encode("a<s>a").tolist()
+
+
+def test_a_head_that_was_tied_by_default_says_that_it_no_longer_is(llama, tmp_path):
+    """GraniteSWA's heads are tied where config.json says nothing of it."""
+    model = load_pretrained(llama)
+    granite = {name: value for name, value in CONFIG.items() if name != "tie_word_embeddings"}
+    granite |= {"model_type": "granite_swa", "layer_types": ["full_attention"] * 2, "attention_multiplier": 6**-0.5}
+    for tied in (True, False):
+        config = dataclasses.replace(model.config, tied_head=tied)
+        changed = save.written_config(model.replace(config=config, source_config=granite), "granite_swa", "float32")
+        assert changed.get("tie_word_embeddings", True) == tied
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_run_comes_out_in_the_type_asked_for(tmp_path, monkeypatch, dtype):
+    config = ModelConfig(preset="oasis", width=12, num_heads=3, num_layers=1, vocab_size=8)
+    params = {"embedding": {"table": jnp.ones((8, 12))}}
+    run = LoadedRun(params, UNSHARDED, Config(model=config), None, {}, {}, 3)
+    monkeypatch.setattr("oasis_jax.training.load.load_run", lambda *_, **__: run)
+    (tmp_path / "checkpoints").mkdir()
+    model = load_pretrained(tmp_path, dtype=dtype)
+    assert model.config.dtype == str(model.params["embedding"]["table"].dtype) == (dtype or "float32")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_a_tokenizer_that_was_trained_here_comes_back_with_its_special_tokens(tmp_path, kind):
+    tokenizer = TOKENIZERS[kind].train([b"to be or not to be, that is the question"] * 3, 270)
+    config = ModelConfig(preset="oasis", width=12, num_heads=3, num_layers=2, vocab_size=tokenizer.vocab_size)
+    params = initial_params(config, jax.random.key(0))
+    model = Pretrained(config, params, tokenizer=tokenizer, begin_token=tokenizer.begin_id)
+    assert save_pretrained(model, tmp_path / "out") == "oasis"
+    back = load_pretrained(tmp_path / "out")
+    assert back.tokenizer.identity == tokenizer.identity and back.begin_token == tokenizer.begin_id
+    chex.assert_trees_all_equal(back.params, params)

@@ -59,9 +59,6 @@ class Quantized(Named):
     def in_layer(self, arrays):
         return Quantized(self.scheme, arrays)
 
-    def keep(self, scopes, seen):
-        pass
-
     def _record(self, name: str, text: str) -> None:
         self.records[self.scope + name] = text
 
