@@ -110,7 +110,7 @@ def _run_alike(params, config: ModelConfig, stream: Stream, context: Context, on
     """The layers of a model without routers as a loop over groups of `config.period` layers.
 
     One by one, an evaluation of 30 layers takes 19 s of a CPU core to trace and compile, as a loop 5 s
-    (benchmarks/evaluation_compile.py, 2026-11-27), and a fifth more temporary memory.
+    (benchmarks/evaluation_compile.py, 2026-11-27).
     """
     period, count = config.period, config.num_layers // config.period
     scopes = [[f"layer{i}" for i in range(place, config.num_layers, period)] for place in range(period)]
