@@ -44,7 +44,7 @@ def main():
         for _ in range(arguments.batches):
             next(batches)
 
-    runs = {"step": train, "telemetry": lambda: floats(telemetry(state.params, batch)), "pipeline": draw}
+    runs = {"step": train, "telemetry": lambda: floats(telemetry(state, batch)), "pipeline": draw}
     results = harness.interleave(runs, repetitions=arguments.repetitions)
     tokens = config.data.batch_size * config.data.sequence_length
     rates = {"step": 1e3 * tokens / results["step"]["median_ms"]}

@@ -139,6 +139,12 @@ class AttentionConfig:
     null_keys: int = field(
         1, "null_key, null_key_value: how many null keys (and values) P, the length of a constant prefix"
     )
+    null_bias: bool = field(
+        False, "null_key, null_key_value: a learned null logit per head is added to the null keys' scores"
+    )
+    null_weight: float = field(
+        1.0, "factor of the null's exponential, from 0, softmax, to 1; of normalizers with a null logit"
+    )
     clip_gamma: float = field(0.0, "clipped softmax: lower stretch gamma (<= 0); 0: -clip_alpha / number of keys")
     clip_zeta: float = field(1.0, "clipped softmax: upper stretch zeta (>= 1)")
     clip_alpha: float = field(4.0, "clipped softmax: alpha, used where clip_gamma is 0")
@@ -190,6 +196,12 @@ class AttentionConfig:
                 f"{section}.rope_scaling: longrope needs a factor for each of the {self.rotary_size // 2} frequencies, "
                 f"got {len(scaling.long_factors)}"
             )
+        if not 0 <= self.null_weight <= 1:
+            raise UserError(f"{section}.null_weight: must lie between 0 and 1, got {self.null_weight}")
+        if self.null_bias and self.normalizer not in ("null_key", "null_key_value"):
+            raise UserError(
+                f"{section}.null_bias: goes with normalizer=null_key or null_key_value, got {self.normalizer}"
+            )
         if self.clip_gamma > 0:
             raise UserError(f"{section}.clip_gamma: must be at most 0, got {self.clip_gamma}")
 
@@ -219,10 +231,21 @@ class RouterConfig:
     router: Literal["projected", "static"] = field("projected", "how the query over depth is made")
     depth_normalizer: Literal["softmax", "softmax1"] = field("softmax1", "normalizer over depth sources")
     coupling: bool = field(True, "weigh sources by the null mass of their attention (inter-layer null signal)")
+    alpha_gate: bool = field(
+        False, "a router's mixture m becomes v + alpha (m - v), v its newest source, alpha learned from 0 on"
+    )
+    sum_preserving: bool = field(
+        False, "a router's mixture is multiplied by how many sources it weighs: equal weights give their sum"
+    )
+    recency_bias_init: float = field(0.0, "router=projected: where the recency bias starts")
+    router_init_std: float = field(
+        0.0, "router=projected: standard deviation that both projections are drawn with; 0: width ** -0.5"
+    )
     depth_implementation: str = field("auto", "backend of pallas_kernels.depth_route; auto: the fastest that can serve")
 
     def __post_init__(self):
         check_fields(self, "router")
+        check_minimum(self, "router", router_init_std=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,8 +309,11 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
         self.check_mlp(section)
         check_minimum(
             self, section, num_layers=1, residual_clip=0.0, blocks=0, vocab_size=0, vector_dim=0,
-            learned_positions=0, position_offset=0, context_length=0,
+            learned_positions=0, position_offset=0, context_length=0, router_init_std=0.0,
         )  # fmt: skip
+        for name, wiring in (("alpha_gate", "cumulative"), ("sum_preserving", "delta")):
+            if getattr(self, name) and self.wiring != wiring:
+                raise UserError(f"{section}.{name}: goes with wiring={wiring}, got wiring={self.wiring}")
         if (self.wiring == "residual") != (self.router == "none"):
             wanted = "none" if self.wiring == "residual" else "projected or static"
             raise UserError(f"{section}.router: wiring={self.wiring} goes with router={wanted}, got {self.router}")

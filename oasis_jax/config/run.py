@@ -57,6 +57,9 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "constant"] = field("cosine", "decay after the warm-up")
     final_fraction: float = field(0.1, "learning rate at the last step, as a share of the peak")
     router_multiplier: float = field(1.0, "learning rate of the depth routers, as a multiple of the others'")
+    null_ramp_steps: int = field(
+        0, "steps over which model.null_weight grows from 0, softmax, to what it is; 0: it is there from the start"
+    )
     weight_decay: float = field(0.1, "decoupled weight decay, on matrices and embeddings only")
     beta1: float = field(0.9, "decay of the first moment")
     beta2: float = field(0.95, "decay of the second moment")
@@ -75,6 +78,7 @@ class OptimizerConfig:
             "optimizer",
             learning_rate=0.0,
             router_multiplier=0.0,
+            null_ramp_steps=0,
             warmup_steps=0,
             weight_decay=0.0,
             clip_norm=0.0,
@@ -124,8 +128,12 @@ class RunConfig:
     init_from: str = field(
         "",
         "start from the parameters of another run's newest checkpoint (its workdir), or of a pretrained model (its "
-        "folder "
-        "or .gguf file), which then says how large this one is; '': from random ones",
+        "folder, .gguf file or owner/name on a hub), which then says how large this one is; '': from random ones",
+    )
+    init_null: Literal["none", "one_per_cent", "transplant"] = field(
+        "none",
+        "where the null of a model from init_from starts: as the normalizer says; at one per cent of the mass of each "
+        "head (normalizer=learned_sink); or with the key and value of its begin token (normalizer=null_key_value)",
     )
     seed: int = field(0, "seed of parameters, order of examples and everything random")
     log_interval: int = field(1, "steps between lines of metrics.jsonl")
@@ -182,6 +190,19 @@ class Config:
             raise UserError(
                 f"optimizer.accumulation_steps: {self.optimizer.accumulation_steps} does not divide "
                 f"data.batch_size={self.data.batch_size}"
+            )
+        wanted = {"one_per_cent": "learned_sink", "transplant": "null_key_value"}.get(self.run.init_null)
+        if wanted and self.model.normalizer != wanted:
+            raise UserError(
+                f"run.init_null: {self.run.init_null} goes with model.normalizer={wanted}, got {self.model.normalizer}"
+            )
+        if wanted and not self.run.init_from:
+            raise UserError(
+                f"run.init_null: {self.run.init_null} needs a model to start from; name it in run.init_from"
+            )
+        if self.run.init_null == "transplant" and self.data.begin_token:
+            raise UserError(
+                "data.begin_token: with run.init_null=transplant the null is the begin token; set it to false"
             )
         if (self.data.corpus == "trigger") != (self.model.inputs == "vectors"):
             needed = "vectors" if self.data.corpus == "trigger" else "tokens"

@@ -68,6 +68,8 @@ def attention_parameters(config: AttentionConfig) -> dict[str, ParameterSpec]:
     made_of = NULL_LOGITS.get(config.normalizer)
     if made_of in null:
         specs[made_of] = null[made_of]
+    if config.null_bias:
+        specs["null_logit"] = null["null_logit"]
     if config.normalizer == "null_key_value":
         specs["null_value"] = constant((config.null_keys, key_heads, size), 0.0, "null", (None, "kv_heads", None))
     if config.gate == "elementwise":
@@ -107,7 +109,7 @@ def attention(
     p = {name: value if name in _WIDE else value.astype(x.dtype) for name, value in parameters.items()}
     query, key, value = project(p, config, x, context)
     key, value = context.with_cached(key, value)
-    null = null_option(p, config, x)
+    null = null_option(p, config, x, context)
     if config.normalizer in DENSE_NORMALIZERS or context.numerics.materializes_attention:
         statistics = _dense(query, key, value, null, config, context)
     else:
@@ -134,15 +136,21 @@ def project(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], co
     return query, key, value
 
 
-def null_option(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"]) -> Null:
+def null_option(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], context: Context) -> Null:
     """What the null of this layer is; null keys are neither normed nor turned, and scored as every key."""
     made_of = NULL_LOGITS.get(config.normalizer, 0.0)
     if made_of == "null_key":
-        return Null(0.0, p["null_key"], p.get("null_value"))
-    if made_of == "null_projection":
+        null = Null(p.get("null_logit", 0.0), p["null_key"], p.get("null_value"))
+    elif made_of == "null_projection":
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        return Null(jnp.einsum("BTD,DN->BTN", x, p["null_projection"], preferred_element_type=wide))
-    return Null(p["null_logit"] if made_of == "null_logit" else made_of)
+        null = Null(jnp.einsum("BTD,DN->BTN", x, p["null_projection"], preferred_element_type=wide))
+    else:
+        null = Null(p["null_logit"] if made_of == "null_logit" else made_of)
+    weight = config.null_weight if context.null_weight is None else context.null_weight
+    if isinstance(weight, float) and weight == 1.0:
+        return null
+    logit = null.logit + jnp.log(weight)
+    return null._replace(logit=logit if jnp.ndim(logit) else jnp.full(config.num_heads, logit))
 
 
 def _fused(query, key, value, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:

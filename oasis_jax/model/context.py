@@ -35,6 +35,7 @@ class Context:
         row. They confine nothing: which keys a query sees follows from places and segment_ids.
       segment_ids: [B, T]; attention stays within equal ids. Documents lie in a row one after the other.
       cache: keys and values of earlier tokens: of one layer for `attention`, of all layers, in order, for a decoder.
+      null_weight: in place of the config's, where it changes while a model trains.
       placement: how arrays and operators are split over devices. With a zigzag layout all arrays [B, T, ...] are in its
         order.
       numerics: how linear layers are computed and activations rounded. Other than FLOAT it is for inference.
@@ -43,6 +44,7 @@ class Context:
     positions: Int[Array, "#B T"] | None = None
     segment_ids: Int[Array, "B T"] | None = None
     cache: Cache | tuple[Cache, ...] | None = None
+    null_weight: Float[Array, ""] | None = None
     placement: Placement = UNSHARDED
     numerics: Numerics = FLOAT
 
@@ -127,5 +129,5 @@ class Context:
 
 
 jax.tree_util.register_dataclass(
-    Context, data_fields=["positions", "segment_ids", "cache"], meta_fields=["placement", "numerics"]
+    Context, data_fields=["positions", "segment_ids", "cache", "null_weight"], meta_fields=["placement", "numerics"]
 )

@@ -25,7 +25,7 @@ from oasis_jax.errors import UserError
 from oasis_jax.model.context import Context
 from oasis_jax.model.layer import PARTS, SUBLAYERS, Stream, new_source, null_evidence
 from oasis_jax.model.remat import rematerialized
-from oasis_jax.model.router import coupling_strength, query_arguments, route_options
+from oasis_jax.model.router import coupling_strength, finish, query_arguments, route_options
 from oasis_jax.model.statistics import layer_telemetry
 from oasis_jax.model.wiring import KINDS, schedule
 from pallas_kernels import DepthRoute, add_route_gradients, depth_route
@@ -207,7 +207,8 @@ def _options(config: ModelConfig, slot, history: History, context: Context) -> d
 
 def _route(config: ModelConfig, slot, router, source: Stream, history: History, context: Context) -> Stream:
     arguments = _arguments(config, slot, router, source)
-    return depth_route(history.sources, **arguments, **_options(config, slot, history, context)).output
+    mixture = depth_route(history.sources, **arguments, **_options(config, slot, history, context)).output
+    return finish(router, config, mixture, source, slot + 1)
 
 
 class _Run(NamedTuple):
@@ -265,6 +266,7 @@ class _Recomputed(NamedTuple):
     arguments: dict[str, Array]
     pull_arguments: Callable
     result: DepthRoute
+    pull_finish: Callable
 
 
 def _recompute(
@@ -284,8 +286,9 @@ def _recompute(
         router = jax.tree.map(lambda x, kind=kind: x[kind], pairs)
         arguments, pull_arguments = jax.vjp(partial(_arguments, config, slot), router, source)
         result = depth_route(history.sources, **arguments, **_options(config, slot, history, context))
-        steps.append(_Recomputed(slot, source, evidence, pull_made, arguments, pull_arguments, result))
-        stream = result.output
+        finished = lambda router, *arrays, slot=slot: finish(router, config, *arrays, slot + 1)
+        stream, pull_finish = jax.vjp(finished, router, result.output, source)
+        steps.append(_Recomputed(slot, source, evidence, pull_made, arguments, pull_arguments, result, pull_finish))
     return steps, history
 
 
@@ -338,12 +341,14 @@ def _pull(
 ):
     """Takes a step's gradients out of those of its router's output and of its source."""
     options = _options(config, step.slot, history, context)
+    d_finish, d_stream, d_last = step.pull_finish(d_stream)
     routed = add_route_gradients(gradients.sources, d_stream, step.result, history.sources, **step.arguments, **options)
     evidence = gradients.evidence if routed.null_evidence is None else gradients.evidence + routed.null_evidence
     gradients = History(routed.sources, evidence)
     d_router, d_newest = step.pull_arguments({name: getattr(routed, name) for name in step.arguments})
+    d_router = jax.tree.map(jnp.add, d_router, d_finish)
     (d_source, d_evidence), gradients = gradients.take(step.slot, context)
-    d_made = (d_source + d_newest, d_evidence.astype(step.evidence.dtype), d_psi.astype(step.evidence.dtype))
+    d_made = (d_source + d_newest + d_last, d_evidence.astype(step.evidence.dtype), d_psi.astype(step.evidence.dtype))
     d_part, d_stream, d_psi, d_block = step.pull_made(d_made)
     if config.blocks:
         gradients = gradients.put(step.slot, *d_block, context)

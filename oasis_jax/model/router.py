@@ -33,15 +33,19 @@ def key_width(config: RouterConfig) -> int:
 
 def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
     """The parameters of one router: of `projected` two projections and a recency bias, of `static` a query and a key
-    norm.
+    norm; with coupling its strength, with an alpha gate the gate.
     """
     width = config.width
     projection = matrix((width, key_width(config)), ("embed", None), width, "router_matrix")
+    if config.router_init_std:
+        projection = projection._replace(init=jax.nn.initializers.normal(config.router_init_std))
+    recency = constant((), config.recency_bias_init, "router")
     specs = {
-        "projected": {"query": projection, "key": projection, "recency_bias": constant((), 0.0, "router")},
+        "projected": {"query": projection, "key": projection, "recency_bias": recency},
         "static": {"query": constant((width,), 0.0, "router"), "key_norm": constant((width,), 1.0, "router")},
     }[config.router]
-    return specs | ({"beta_raw": constant((), _BETA_RAW_START, "router")} if config.coupling else {})
+    specs |= {"beta_raw": constant((), _BETA_RAW_START, "router")} if config.coupling else {}
+    return specs | ({"alpha": constant((), 0.0, "router")} if config.alpha_gate else {})
 
 
 def coupling_strength(beta_raw: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -86,8 +90,30 @@ def route(
         coupled = dict(null_evidence=evidence, coupling=beta) if config.coupling else {}
         return depth_route(sources, **arguments, **coupled, **route_options(config, context))
 
-    output, weights, null_mass = context.numerics.route(run, sources, evidence)
+    mixture, weights, null_mass = context.numerics.route(run, sources, evidence)
+    output = finish(parameters, config, mixture, sources[-1], len(sources))
+    if config.alpha_gate:  # what each source adds to the output, which the measures read
+        alpha = parameters["alpha"]
+        newest = jax.nn.one_hot(len(sources) - 1, len(sources), dtype=weights.dtype)
+        weights, null_mass = newest + alpha * (weights - newest), alpha * null_mass
     return context.numerics.tap("mixture", output), RouterStatistics(weights, null_mass, beta)
+
+
+def finish(
+    parameters: Parameters,
+    config: RouterConfig,
+    mixture: Float[Array, "B T D"],
+    newest: Float[Array, "B T D"],
+    num_sources: int | Int[Array, ""],
+) -> Float[Array, "B T D"]:
+    """What is read in place of a router's mixture: with `sum_preserving` its multiple, with `alpha_gate` a step from
+    the newest source towards it. Both let a router join a trained model without changing it.
+    """
+    if config.sum_preserving:
+        mixture = mixture * jnp.asarray(num_sources, mixture.dtype)
+    if config.alpha_gate:
+        mixture = newest + parameters["alpha"].astype(mixture.dtype) * (mixture - newest)
+    return mixture
 
 
 def query_arguments(

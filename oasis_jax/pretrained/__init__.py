@@ -8,6 +8,6 @@ training and exactly. A family is one file in `families/` and one line in its ta
 from oasis_jax.pretrained.load import Pretrained, load_pretrained
 from oasis_jax.pretrained.rotation import rotate
 from oasis_jax.pretrained.save import save_pretrained
-from oasis_jax.pretrained.transplant import find_prefix, transplant_sink
+from oasis_jax.pretrained.transplant import find_prefix, sink_heads, transplant_sink
 
-__all__ = ["Pretrained", "find_prefix", "load_pretrained", "rotate", "save_pretrained", "transplant_sink"]
+__all__ = ["Pretrained", "find_prefix", "load_pretrained", "rotate", "save_pretrained", "sink_heads", "transplant_sink"]

@@ -49,9 +49,14 @@ def open_source(source: str | pathlib.Path) -> Source:
     if path.is_dir():
         return Folder(path)
     text = str(source)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+    if is_hub_name(text):
         return Folder(_from_hub(text))
     raise UserError(f"model {text!r}: no such folder or file, and not of the form owner/name, a name on a hub")
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text has the form of a model's name on a hub, owner/name."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
 
 
 def _open_file(path: pathlib.Path) -> Source:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError
@@ -26,8 +26,16 @@ MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
 MAX_PREFIX = 8
 
 
+# What is added to the score of a null key in a head that is to have none: its exponential is 0 in float32.
+NO_NULL = -1e9
+
+
 def transplant_sink(
-    model: Pretrained, prefix: Sequence[int] | int | None = None, *, value_scale: float = 1.0
+    model: Pretrained,
+    prefix: Sequence[int] | int | None = None,
+    *,
+    value_scale: float = 1.0,
+    heads: Bool[np.ndarray, "L N"] | None = None,
 ) -> Pretrained:
     """The model whose first tokens are a null option of its attention; called on text alone it computes what it did on
     that text behind them.
@@ -35,27 +43,59 @@ def transplant_sink(
     Args:
       model: causal, with full attention in every layer and softmax over tokens.
       prefix: the ids of the tokens, a begin token first; None: the model's begin token.
-      value_scale: factor of the null values; 1 is exact, less is for experiments.
+      value_scale: factor of the null values, from 0 to 1; 1 is exact, less is for experiments.
+      heads: which heads get the null; None: all, which is exact, fewer are for experiments. See `sink_heads`.
 
     Raises:
-      UserError: a model for which this is not exact, with the reason; no begin token; ids outside the vocabulary.
+      UserError: a model for which this is not exact, with the reason; no begin token; ids outside the vocabulary; a
+        value_scale outside 0 .. 1, heads of another shape.
     """
     prefix = _checked_prefix(model, prefix)
-    check_transplant(model.config)
+    config = transplanted(model.config, len(prefix))
+    if not 0 <= value_scale <= 1:
+        raise UserError(f"transplant: value_scale must lie between 0 and 1, got {value_scale}")
     key, value = prefix_keys(model, prefix)
-    config = dataclasses.replace(
-        model.config,
-        normalizer="null_key_value",
-        null_keys=len(prefix),
-        position_offset=model.config.position_offset + len(prefix),
-    )
     attention = {**model.params["layers"]["attention"], "null_key": key, "null_value": value * value_scale}
-    layers = {**model.params["layers"], "attention": attention}
-    scaled = "" if value_scale == 1.0 else f", value times {value_scale:g}"
     names = ", ".join(_token_name(model, token) for token in prefix)
+    changes = "" if value_scale == 1.0 else f", value times {value_scale:g}"
+    if heads is not None:
+        shape, heads = (config.num_layers, config.num_heads), np.asarray(heads)
+        if heads.shape != shape or heads.dtype != bool:
+            raise UserError(f"transplant: heads must be booleans {list(shape)}, got {heads.dtype} {list(heads.shape)}")
+        config = dataclasses.replace(config, null_bias=True)
+        attention["null_logit"] = jnp.where(heads, 0.0, NO_NULL).astype(jnp.float32)
+        changes += f", in {heads.sum()} of {heads.size} heads"
+    layers = {**model.params["layers"], "attention": attention}
     return model.changed(
-        config, {**model.params, "layers": layers}, f"sink transplanted: {names}{scaled}", begin_token=None
+        config, {**model.params, "layers": layers}, f"sink transplanted: {names}{changes}", begin_token=None
     )
+
+
+def transplanted(config: ModelConfig, count: int) -> ModelConfig:
+    """The config of a model whose first `count` tokens have become its null; raises as `check_transplant` does."""
+    check_transplant(config)
+    return dataclasses.replace(
+        config, normalizer="null_key_value", null_keys=count, position_offset=config.position_offset + count
+    )
+
+
+def sink_heads(model: Pretrained, rows: Int[Array, "B T"], above: float = 0.3) -> Bool[np.ndarray, "L N"]:
+    """The heads that put more than `above` of their mass on the first token, mean over its later queries and rows.
+
+    Args:
+      rows: text without a begin token; the model's comes before it.
+    """
+    if model.begin_token is None:
+        raise UserError("transplant: this model's texts have no begin token, at which heads could be told apart")
+    rows = np.insert(np.asarray(rows, np.int32), 0, model.begin_token, axis=1)
+
+    @jax.jit
+    def run(params, ids):
+        context = Context(placement=model.placement)
+        mass = lambda _, layer: layer.attention.first_token_mass[:, :, 1:].mean(axis=(0, 2))
+        return jnp.stack(final_stream(params, model.config, ids, context, on_layer=mass, loop=True)[1].layers)
+
+    return np.mean([np.asarray(run(model.params, row[None])) for row in rows], axis=0) > above
 
 
 def _token_name(model: Pretrained, token: int) -> str:

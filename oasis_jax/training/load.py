@@ -16,6 +16,7 @@ from oasis_jax.model.decoder import Decoder, parameter_shapes
 from oasis_jax.overrides import apply_overrides, parse_overrides
 from oasis_jax.placement import Placement, make_mesh, place
 from oasis_jax.training.checkpoints import MAY_DIFFER, Checkpoints, stored_config, stored_tokenizer
+from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.state import build_model, parameter_shardings, placed
 
 # What may be another than in the checkpoint: how a model is computed, where its data lie; never what it computes.
@@ -88,7 +89,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, overrides: 
 
         def restore(step: int) -> LoadedRun:
             metadata = checkpoints.metadata(step)
-            config = measured_otherwise(stored_config(metadata), overrides)
+            config = at_step(measured_otherwise(stored_config(metadata), overrides), step)
             placement = place(config, make_mesh(config.mesh))
             shardings = parameter_shardings(config.model, placement)
             params = checkpoints.params(step, jax.tree.map(placed, parameter_shapes(config.model), shardings))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from oasis_jax.config import Config, ModelConfig, RunConfig
 from oasis_jax.data import Corpus, eval_batches, load_corpus, train_batches
@@ -20,6 +21,7 @@ from oasis_jax.training.distributed import batch_part, is_first
 from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.guard import Guard, TrainingStopped, floats
 from oasis_jax.training.metrics import MetricsWriter, NoWriter, ProgressBar, Speed, read_metrics
+from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.preemption import Preemption
 from oasis_jax.training.profiling import Profile
 from oasis_jax.training.state import TrainState, new_state
@@ -73,7 +75,7 @@ def fit(
         cannot take more.
       Preempted: SIGTERM came; the step it fell into was finished and saved.
     """
-    config = with_source(config)
+    config = with_source(config, workdir)
     mesh = make_mesh(config.mesh)
     # A batch that cannot be split is refused before anything is read or written.
     check_batch_size(config, Placement(mesh, config.mesh.rules))
@@ -99,10 +101,17 @@ def fit(
             return _last_line(workdir)
         state = resumed.state if resumed else new_state(config, mesh)
         if start:
-            state = state._replace(params=starting_parameters(start, config, state.params, progress.say))
+            examples = lambda rows: _examples(corpus, config, rows)
+            state = state._replace(params=starting_parameters(start, config, state.params, examples, progress.say))
         run = _Run(config, mesh, corpus, checkpoints, progress, preemption, evaluators or {})
         _log_and_train(run, workdir, state, resumed, profile, stack)
     return _last_line(workdir)
+
+
+def _examples(corpus: Corpus, config: Config, rows: int) -> dict[str, np.ndarray]:
+    """So many training examples, spread over the corpus, the same in every process; repeated where there are fewer."""
+    found = eval_batches(corpus.train, dataclasses.replace(config.data, batch_size=rows), num_batches=1)[0]
+    return {name: x[np.arange(rows) % len(x)] for name, x in found.items()}
 
 
 def _log_and_train(
@@ -163,7 +172,7 @@ def _train(
             batch = placement.put(examples, parts=parts)
         seen = {}
         if due.telemetry:
-            seen = floats(telemetry(state.params, batch))
+            seen = floats(telemetry(state, batch))
             speed.restart(step - 1)
         state, pending[step] = train_step(state, batch)
 
@@ -175,7 +184,7 @@ def _train(
         if due.log:
             values |= speed.read(step) | seen
             if due.evaluate:
-                values |= _evaluate(run, state.params, placement, heldout)
+                values |= _evaluate(run, at_step(config, step).model, state.params, placement, heldout)
             writer.write(step, values)
             run.progress.update(step, values)
 
@@ -254,10 +263,12 @@ def _last_line(workdir: pathlib.Path) -> dict[str, float]:
     return (read_metrics(workdir) or [{}])[-1]
 
 
-def _evaluate(run: _Run, params: dict, placement: Placement, batches: Sequence[Mapping]) -> dict[str, float]:
+def _evaluate(
+    run: _Run, model: ModelConfig, params: dict, placement: Placement, batches: Sequence[Mapping]
+) -> dict[str, float]:
     found = {}
     for evaluator in run.evaluators.values():
-        found |= evaluator(params, run.config.model, placement, batches)
+        found |= evaluator(params, model, placement, batches)
     return {
         f"eval/{name}": float(value)
         for name, value in found.items()

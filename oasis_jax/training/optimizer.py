@@ -1,10 +1,13 @@
 """AdamW with warm-up, decay and clipping, by the roles of parameters."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
-from oasis_jax.config import ModelConfig, OptimizerConfig
+from oasis_jax.config import Config, ModelConfig, OptimizerConfig
 from oasis_jax.model.decoder import parameter_roles
 from oasis_jax.model.parameters import ROLES
 
@@ -26,6 +29,23 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
     schedule = optax.join_schedules([warmup, decay], [config.warmup_steps])
     return lambda count: jnp.asarray(schedule(count + 1), jnp.float32)
+
+
+def null_weight(config: Config, step: Int[Array, ""] | int) -> Float[Array, ""] | None:
+    """What the null's exponential is multiplied by in the update after `step` others; None: what the model says.
+
+    It grows in a straight line from 0, where Softmax1 is softmax, over optimizer.null_ramp_steps.
+    """
+    steps = config.optimizer.null_ramp_steps
+    return config.model.null_weight * jnp.minimum(step / steps, 1.0).astype(jnp.float32) if steps else None
+
+
+def at_step(config: Config, step: int) -> Config:
+    """The config whose model is the one that a run has after so many updates."""
+    weight = null_weight(config, step)
+    if weight is None:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, null_weight=float(weight)))
 
 
 def decayed(model: ModelConfig) -> dict:

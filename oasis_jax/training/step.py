@@ -22,7 +22,7 @@ from oasis_jax.model.unrolled import run_unrolled
 from oasis_jax.model.wiring import schedule
 from oasis_jax.placement import Placement, check_batch_size, place
 from oasis_jax.training.loss import mean_loss, total_weight
-from oasis_jax.training.optimizer import learning_rate, make_optimizer
+from oasis_jax.training.optimizer import learning_rate, make_optimizer, null_weight
 from oasis_jax.training.state import TrainState, abstract_state, shardings_of
 
 Batch = Mapping[str, Array]
@@ -56,12 +56,12 @@ def make_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple
     )
 
 
-def make_telemetry(config: Config, mesh: Mesh) -> Callable[[dict, Batch], Metrics]:
-    """The compiled telemetry(params, batch) -> `oasis_jax.model.statistics.telemetry` of a forward pass.
+def make_telemetry(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], Metrics]:
+    """The compiled telemetry(state, batch) -> `oasis_jax.model.statistics.telemetry` of a forward pass.
 
     A function of its own, so that looking at a run at other intervals, or never, changes no bit of it.
     """
-    shardings, placement = shardings_of(abstract_state(config, mesh).params), place(config, mesh)
+    shardings, placement = shardings_of(abstract_state(config, mesh)), place(config, mesh)
     return jax.jit(
         partial(_telemetry, config=config, placement=placement),
         in_shardings=(shardings, placement.sharding(("batch",))),
@@ -72,7 +72,7 @@ def make_telemetry(config: Config, mesh: Mesh) -> Callable[[dict, Batch], Metric
 def _step(
     state: TrainState, batch: Batch, *, config: Config, shardings: TrainState, placement: Placement
 ) -> tuple[TrainState, Metrics]:
-    loss, gradients = loss_and_gradients(state.params, batch, config, placement)
+    loss, gradients = loss_and_gradients(state.params, batch, config, placement, null_weight(config, state.step))
     gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
     optimizer = make_optimizer(config.optimizer, config.run.steps, config.model)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -97,17 +97,26 @@ def _runs_as_loop(config: ModelConfig, placement: Placement) -> bool:
     return uses_loop(config, platform)
 
 
-def _start(params: dict, batch: Batch, config: ModelConfig, placement: Placement) -> tuple[Array, Context]:
+def _start(
+    params: dict, batch: Batch, config: ModelConfig, placement: Placement, null_weight: Array | None
+) -> tuple[Array, Context]:
     """The embedding, and the context of the layers."""
     inputs = batch["inputs"]
     check_inputs(config, inputs)
-    context = Context(batch.get("positions"), batch.get("segment_ids"), placement=placement)
+    context = Context(batch.get("positions"), batch.get("segment_ids"), None, null_weight, placement)
     context.check(*inputs.shape[:2])
     return embed(params, config, inputs, context), with_offset(config, context, inputs.shape[1])
 
 
 def training_loss(
-    params: dict, batch: Batch, config: ModelConfig, placement: Placement, total: Array | None = None, *, loop: bool
+    params: dict,
+    batch: Batch,
+    config: ModelConfig,
+    placement: Placement,
+    total: Array | None = None,
+    null_weight: Array | None = None,
+    *,
+    loop: bool,
 ) -> Float[Array, ""]:
     """The mean loss of a batch, with the layers as a loop or one by one; equal values and gradients.
 
@@ -117,15 +126,18 @@ def training_loss(
       config: of the model.
       placement: see Placement.
       total: see `mean_loss`.
+      null_weight: see Context.
       loop: which executor runs the layers.
     """
-    embedding, context = _start(params, batch, config, placement)
+    embedding, context = _start(params, batch, config, placement, null_weight)
     run = run_loop if loop else run_unrolled
     final = norm(params.get("final_norm", {}), config, run(params, config, embedding, context).stream)
     return mean_loss(params, config, final, batch, context, total)
 
 
-def loss_and_gradients(params: dict, batch: Batch, config: Config, placement: Placement) -> tuple[Array, dict]:
+def loss_and_gradients(
+    params: dict, batch: Batch, config: Config, placement: Placement, null_weight: Array | None = None
+) -> tuple[Array, dict]:
     """Those of the whole batch, one micro-batch after the other: each gives its part of the whole, and parts add up.
 
     Parameters and gradients are stacked. One by one, layers have gradients of their own, stacked once at the end: that
@@ -137,7 +149,7 @@ def loss_and_gradients(params: dict, batch: Batch, config: Config, placement: Pl
     stacked = (lambda gradients: gradients) if loop else stack_layers
 
     def loss(params, micro_batch):
-        return training_loss(params, micro_batch, config.model, placement, total, loop=loop)
+        return training_loss(params, micro_batch, config.model, placement, total, null_weight, loop=loop)
 
     def add(sums, micro_batch):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, micro_batch)), None
@@ -150,11 +162,11 @@ def loss_and_gradients(params: dict, batch: Batch, config: Config, placement: Pl
     return value, stacked(gradients)
 
 
-def _telemetry(params: dict, batch: Batch, *, config: Config, placement: Placement) -> Metrics:
-    batch = placement.ordered(batch)
+def _telemetry(state: TrainState, batch: Batch, *, config: Config, placement: Placement) -> Metrics:
+    params, batch = state.params, placement.ordered(batch)
 
     def look(micro_batch):
-        embedding, context = _start(params, micro_batch, config.model, placement)
+        embedding, context = _start(params, micro_batch, config.model, placement, null_weight(config, state.step))
         if _runs_as_loop(config.model, placement):
             return run_loop(params, config.model, embedding, context, telemetry=True).layers
         seen = run_unrolled(

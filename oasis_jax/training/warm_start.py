@@ -4,11 +4,13 @@ random key and data are its own.
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from oasis_jax.config import METHOD_FIELDS, Config, ModelConfig
@@ -16,12 +18,15 @@ from oasis_jax.data import Tokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import parameter_shapes
 from oasis_jax.placement import place
+from oasis_jax.pretrained.source import is_hub_name
 from oasis_jax.training.checkpoints import Checkpoints, differing_fields, stored_config, stored_tokenizer
+from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.state import placed
 
-# What of a model is a run's own when it starts from a pretrained one: the method, and how it is computed.
+# What of a model is a run's own when it starts from a pretrained one: the method, how it starts, and how it is computed.
 _OWN = {
-    *METHOD_FIELDS, "preset", "null_keys", "residual_clip", "dtype", "remat", "stack", "attention_implementation",
+    *METHOD_FIELDS, "preset", "null_keys", "null_bias", "null_weight", "alpha_gate", "sum_preserving",
+    "recency_bias_init", "router_init_std", "residual_clip", "dtype", "remat", "stack", "attention_implementation",
     "depth_implementation",
 }  # fmt: skip
 
@@ -33,6 +38,7 @@ class Start(NamedTuple):
       what: in words.
       model: its config.
       tokenizer: what it reads.
+      begin: the token that its texts begin with; None: they begin without one.
       read: (config of the run, {name: parameter where it will lie}) -> the parameters it has of them, in float32.
       complete: whether it has to have all of them; the others start as those of a new run.
     """
@@ -40,31 +46,41 @@ class Start(NamedTuple):
     what: str
     model: ModelConfig
     tokenizer: Tokenizer | None
+    begin: int | None
     read: Callable[[Config, Mapping[str, Any]], Mapping[str, Any]]
     complete: bool
 
 
 def is_pretrained(source: str) -> bool:
-    """Whether run.init_from names a pretrained model, not a workdir."""
+    """Whether run.init_from names a pretrained model, here or on a hub, not a workdir."""
     path = pathlib.Path(source)
-    return bool(source) and (path.is_file() or (path / "config.json").is_file())
+    return bool(source) and (
+        path.is_file() or (path / "config.json").is_file() or (not path.exists() and is_hub_name(source))
+    )
 
 
-def with_source(config: Config) -> Config:
+def with_source(config: Config, workdir: str | os.PathLike | None = None) -> Config:
     """The config of a run with the sizes of the pretrained model that it starts from, where it does.
 
     Fields of the model that were left at their defaults are the source's; the method and how it is computed are the
     run's.
 
+    Args:
+      config: of the run.
+      workdir: a run there that began with the same source says what its model is; the source may be gone.
+
     Raises:
       UserError: the source cannot be read, or a field asks for something else than it is.
     """
-    if not is_pretrained(config.run.init_from):
-        return config
-    from oasis_jax.pretrained.load import source_model  # here: what reads files is not needed where nothing is read
-    from oasis_jax.pretrained.source import open_source
+    source = _model_in(workdir, config) if workdir and config.run.init_from else None
+    if source is None:
+        if not is_pretrained(config.run.init_from):
+            return config
+        from oasis_jax.pretrained.load import source_model  # here: what reads files is not needed where nothing is read
+        from oasis_jax.pretrained.source import open_source
 
-    source, default, found = source_model(open_source(config.run.init_from)), ModelConfig(), {}
+        source = started(source_model(open_source(config.run.init_from)), config)
+    default, found = ModelConfig(), {}
     for field in dataclasses.fields(ModelConfig):
         name = field.name
         if name in _OWN:
@@ -76,6 +92,28 @@ def with_source(config: Config) -> Config:
             )
         found[name] = there
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
+
+
+def started(model: ModelConfig, config: Config) -> ModelConfig:
+    """The model that a run gets from its source: with a transplant, the one whose begin token has become the null."""
+    if config.run.init_null != "transplant":
+        return model
+    from oasis_jax.pretrained.transplant import transplanted
+
+    return transplanted(model, 1)
+
+
+def _model_in(workdir: str | os.PathLike, config: Config) -> ModelConfig | None:
+    """The model of the run in a workdir, where it began with what this one asks for."""
+    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+        return None
+    with Checkpoints(pathlib.Path(workdir), keep=None, say=lambda _: None) as checkpoints:
+        if not checkpoints.steps():
+            return None
+        stored = checkpoints.first_whole(lambda step: stored_config(checkpoints.metadata(step)), checkpoints.steps())[0]
+    same = (stored.run.init_from, stored.run.init_null) == (config.run.init_from, config.run.init_null)
+    pretrained = stored.data.tokenizer == "library" or is_pretrained(config.run.init_from)
+    return stored.model if same and pretrained else None
 
 
 @contextlib.contextmanager
@@ -92,8 +130,7 @@ def starting_point(config: Config, say: Callable[[str], None]) -> Iterator[Start
     if not (workdir / "checkpoints").is_dir():
         raise UserError(
             f"run.init_from: there is no run in {str(workdir)!r} (it has no folder 'checkpoints'), and no "
-            "pretrained model "
-            "(no config.json)"
+            "pretrained model (no config.json)"
         )
     with Checkpoints(workdir, keep=None, say=say) as checkpoints:
         if not checkpoints.steps():
@@ -105,9 +142,9 @@ def starting_point(config: Config, say: Callable[[str], None]) -> Iterator[Start
         def read(_, abstract):
             return checkpoints.first_whole(lambda step: checkpoints.params(step, abstract), [step])[0]
 
-        what = f"step {step} in {checkpoints.folder}"
-        start = Start(what, stored_config(metadata).model, stored_tokenizer(metadata), read, complete=True)
-        yield _checked(start, config)
+        there, tokenizer = at_step(stored_config(metadata), step), stored_tokenizer(metadata)
+        begin = tokenizer.begin_id if tokenizer and there.data.begin_token else None
+        yield _checked(Start(f"step {step} in {checkpoints.folder}", there.model, tokenizer, begin, read, True), config)
 
 
 def _checked(start: Start, config: Config) -> Start:
@@ -128,36 +165,56 @@ def _pretrained(source: str) -> Start:
 
     files = open_source(source)
     model = source_model(files)
-    tokenizer, _ = source_tokenizer(files, model)
+    tokenizer, begin = source_tokenizer(files, model)
 
     def read(config: Config, abstract: Mapping[str, Any]) -> Mapping[str, Any]:
         mesh = jax.tree.leaves(abstract)[0].sharding.mesh
         return load_params(files, dataclasses.replace(model, dtype="float32"), place(config, mesh))
 
-    return Start(source, model, tokenizer, read, complete=False)
+    return Start(source, model, tokenizer, begin, read, complete=False)
 
 
 def starting_parameters(
-    start: Start, config: Config, initial: Mapping[str, Any], say: Callable[[str], None]
+    start: Start,
+    config: Config,
+    initial: Mapping[str, Any],
+    examples: Callable[[int], Mapping[str, np.ndarray]],
+    say: Callable[[str], None],
 ) -> Mapping[str, Any]:
     """The parameters of a run's first state, laid out as `initial` is; says how the two models differ where their
-    parameters do not.
+    parameters do not, and how far the run's first model is from the one it starts from.
 
     Args:
       config: the new run, its model with its vocabulary or vector size.
       initial: the parameters of a new run, of which a pretrained model leaves those that it lacks: routers, nulls.
+      examples: (how many) -> a batch of so many, the same in every process.
 
     Raises:
-      UserError: a parameter has another shape there, or is only in one of the two models.
+      UserError: a parameter has another shape there, or is only in one of the two models; a null that cannot start as
+        asked for.
     """
-    there = dataclasses.replace(config, model=start.model)
+    from oasis_jax.pretrained.load import Pretrained
+    from oasis_jax.training.retrofit import difference, in_words, rows_to_compare, with_null
+
+    there = dataclasses.replace(config, model=started(start.model, config))
     differing = [text for text in differing_fields(config, there) if text.startswith("model.")]
-    _check_shapes(start, config.model, differing)
+    _check_shapes(start, there.model, config.model, differing)
     abstract = jax.tree.map(lambda x: placed(x, x.sharding), initial)
-    found = start.read(config, abstract)
+    placement = place(config, jax.tree.leaves(abstract)[0].sharding.mesh)
+    source = Pretrained(
+        dataclasses.replace(start.model, dtype="float32"),
+        start.read(config, abstract),
+        placement,
+        start.tokenizer,
+        start.begin,
+    )
     unlike = f"; the model is another one: {'; '.join(differing)}" if differing else ""
     say(f"starts from the parameters of {start.what}{unlike}")
-    return found if start.complete else _filled(initial, found)
+    batch = examples(rows_to_compare(config, placement))
+    found = with_null(source, config, batch)
+    params = found if start.complete else _filled(initial, found)
+    say(in_words(difference(source, params, at_step(config, 0), batch)))
+    return params
 
 
 def _filled(initial: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,8 +228,8 @@ def _same(initial: Array, found: Array | None) -> Array:
     return initial if found is None else jax.device_put(found, initial.sharding)
 
 
-def _check_shapes(start: Start, model: ModelConfig, differing: list[str]) -> None:
-    there, here = _shapes(start.model), _shapes(model)
+def _check_shapes(start: Start, there: ModelConfig, here: ModelConfig, differing: list[str]) -> None:
+    there, here = _shapes(there), _shapes(here)
     for name in {**there, **here}:
         if there.get(name) != here.get(name) and (start.complete or name in there):
             what = [f"shape {shapes[name]}" if name in shapes else "no such array" for shapes in (there, here)]

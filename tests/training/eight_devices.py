@@ -64,7 +64,7 @@ def train(config: Config, devices: list, packed: bool) -> tuple[TrainState, Trai
     state, step, telemetry = new_state(config, mesh), make_step(config, mesh), make_telemetry(config, mesh)
     examples = batches(config.run.steps, packed)
     first, found = jax.device_get(state.params), {"loss": [], "grad_norm": []}
-    seen = {name: float(value) for name, value in telemetry(state.params, placement.put(examples[0])).items()}
+    seen = {name: float(value) for name, value in telemetry(state, placement.put(examples[0])).items()}
     for batch in examples:
         state, metrics = step(state, placement.put(batch))
         # Read at once: steps that overlap could leave the devices' threads waiting for each other.

@@ -190,8 +190,9 @@ def test_documents_are_passed_on(batch, stack):
 @pytest.mark.parametrize("stack", ["unroll", "scan"])
 def test_telemetry_is_that_of_the_model(batch, accumulation, stack):
     config = make_config(dict(accumulation_steps=accumulation), preset="oasis", num_layers=2, stack=stack)
-    params = initial(config).params
-    seen = make_telemetry(config, MESH)(params, place(config, MESH).put(batch))
+    state = new_state(config, MESH)
+    params = state.params
+    seen = make_telemetry(config, MESH)(state, place(config, MESH).put(batch))
 
     @jax.jit
     def of_model(params):
