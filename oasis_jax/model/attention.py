@@ -140,7 +140,7 @@ def null_option(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"]
     """What the null of this layer is; null keys are neither normed nor turned, and scored as every key."""
     made_of = NULL_LOGITS.get(config.normalizer, 0.0)
     if made_of == "null_key":
-        null = Null(p.get("null_logit", 0.0), p["null_key"], p.get("null_value"))
+        null = Null(p["null_logit"] if config.null_bias else 0.0, p["null_key"], p.get("null_value"))
     elif made_of == "null_projection":
         wide = jnp.promote_types(x.dtype, jnp.float32)
         null = Null(jnp.einsum("BTD,DN->BTN", x, p["null_projection"], preferred_element_type=wide))

@@ -196,7 +196,8 @@ def starting_parameters(
     from oasis_jax.pretrained.load import Pretrained
     from oasis_jax.training.retrofit import difference, in_words, rows_to_compare, with_null
 
-    there = dataclasses.replace(config, model=started(start.model, config))
+    plain = dataclasses.replace(config.run, init_null="none")
+    there = dataclasses.replace(config, model=started(start.model, config), run=plain)
     differing = [text for text in differing_fields(config, there) if text.startswith("model.")]
     _check_shapes(start, there.model, config.model, differing)
     abstract = jax.tree.map(lambda x: placed(x, x.sharding), initial)

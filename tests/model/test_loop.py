@@ -40,11 +40,11 @@ def slow(**options):
         dict(preset="residual", remat="layer", residual_clip=0.9),
         dict(preset="residual", num_layers=4, layer_pattern=(SHORT, NO_POSITIONS)),
         dict(preset="attnres", norm="none", residual_clip=0.9),
-        dict(preset="oasis", residual_clip=0.9, qkv_bias=True),
+        dict(preset="oasis", residual_clip=0.9, qkv_bias=True, alpha_gate=True),
         slow(preset="oasis", layer_pattern=(SHORT, NO_POSITIONS, FAR)),
         dict(preset="oasis_blocks", blocks=2, normalizer="null_key_value"),  # blocks of one layer and a half
         slow(preset="oasis_blocks", blocks=4, tied_head=False),  # 2, 2, 1, 1
-        dict(preset="oasis_blocks", blocks=3, num_layers=4, layer_pattern=(SHORT, NO_POSITIONS)),  # 3, 3, 2
+        dict(preset="oasis_blocks", blocks=3, num_layers=4, layer_pattern=(SHORT, NO_POSITIONS), sum_preserving=True),
         slow(preset="oasis_blocks", blocks=4, router="projected", residual_clip=0.9, window=3),
         slow(preset="residual", remat="dots", norm="layernorm", mlp_bias=True, output_bias=True),
         slow(preset="oasis", residual_multiplier=0.7, embedding_multiplier=1.5, normalizer="token_null"),

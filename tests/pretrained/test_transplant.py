@@ -11,7 +11,7 @@ from flax import nnx
 from oasis_jax import Context, Decoder, LayerPattern, ModelConfig, UserError
 from oasis_jax.model.layout import stack_layers
 from oasis_jax.model.mlp import hadamard
-from oasis_jax.pretrained import Pretrained, find_prefix, rotate, transplant_sink
+from oasis_jax.pretrained import Pretrained, find_prefix, rotate, sink_heads, transplant_sink
 from oasis_jax.pretrained.rotation import random_rotation
 
 BEGIN, VOCABULARY = 3, 29
@@ -112,6 +112,40 @@ def test_what_would_not_be_exact_is_refused(fields, prefix, message):
 def test_a_model_without_a_begin_token_has_to_be_told():
     with pytest.raises(UserError, match="no begin token; name the tokens"):
         transplant_sink(pretrained().replace(begin_token=None))
+
+
+def test_a_transplant_into_some_heads_leaves_the_others_without_a_null():
+    model, ids = pretrained(), text()
+    whole, none = (transplant_sink(model, heads=np.full((2, 4), value)) for value in (True, False))
+    assert_close(logits(whole, ids), logits(transplant_sink(model), ids), 1e-6)
+    moved = dataclasses.replace(model.config, position_offset=1)
+    assert_close(logits(none, ids), logits(model.replace(config=moved), ids), 1e-6)
+    some = np.arange(8).reshape(2, 4) % 3 == 0
+    masses, wanted = (
+        x.decoder()(jnp.asarray(ids))[1].attention[0].null_mass for x in (transplant_sink(model, heads=some), whole)
+    )
+    np.testing.assert_allclose(masses, np.asarray(wanted) * some[0][:, None], rtol=1e-5)
+
+
+def test_sink_heads_are_those_with_the_mass_on_the_first_token():
+    model, ids = pretrained(), text()
+    statistics = model.decoder()(jnp.asarray(np.insert(ids, 0, BEGIN, axis=1)))[1].attention
+    mass = np.stack([np.asarray(layer.first_token_mass[:, :, 1:]).mean(axis=(0, 2)) for layer in statistics])
+    above = float(np.median(mass))
+    np.testing.assert_array_equal(sink_heads(model, ids, above), mass > above)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(value_scale=1.5), "value_scale must lie between 0 and 1, got 1.5"),
+        (dict(heads=np.ones((4, 2), bool)), r"heads must be booleans \[2, 4\], got bool \[4, 2\]"),
+        (dict(heads=np.ones((2, 4))), r"heads must be booleans \[2, 4\], got float64 \[2, 4\]"),
+    ],
+)
+def test_parts_of_a_transplant_that_cannot_be_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        transplant_sink(pretrained(), **options)
 
 
 def test_the_prefix_is_found_where_massive_activations_are():

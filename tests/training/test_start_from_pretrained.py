@@ -3,6 +3,8 @@ lacks.
 """
 
 import dataclasses
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ def config(tmp_path) -> Config:
     folder = write(tmp_path / "llama")
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(WORDS - 4)}, unk_token="w0"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="w3 $A", special_tokens=[("w3", 3)])
     library.save(str(folder / "tokenizer.json"))
     random = np.random.default_rng(0)
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in random.integers(0, WORDS - 4, 500)))
@@ -98,6 +101,70 @@ def test_a_transplanted_model_goes_on(config, tmp_path):
     )
 
 
+def first_lines(config: Config, workdir, capsys) -> str:
+    fit(changed(config, "run", steps=1), workdir)
+    return capsys.readouterr().err
+
+
+def distance(text: str) -> tuple[float, float, float]:
+    """Largest relative difference of logits, loss and the model's loss, as a run says them."""
+    line = re.search(r"logits differ from that model's by (\S+) of the largest, loss (\S+) against (\S+) ", text)
+    return tuple(map(float, line.groups()))
+
+
+@pytest.mark.parametrize(
+    "model, run, limit",
+    [
+        (dict(preset="attnres", blocks=2, sum_preserving=True), {}, 1e-5),
+        (dict(preset="attnres_cumulative", alpha_gate=True), {}, 1e-6),
+        (dict(preset="residual", normalizer="null_key_value"), dict(init_null="transplant"), 1e-5),
+    ],
+    ids=["sum", "alpha gate", "transplant"],
+)
+def test_the_distance_from_the_model_is_said(config, tmp_path, capsys, model, run, limit):
+    transplanted = run.get("init_null") == "transplant"
+    own = first_loss(config)
+    other = changed(dataclasses.replace(config, model=ModelConfig(**model)), "data", begin_token=not transplanted)
+    other = changed(other, "run", **run)
+    error, loss, wanted = distance(first_lines(other, tmp_path / "run", capsys))
+    assert error <= limit
+    assert loss == pytest.approx(wanted, abs=2e-4 + limit)
+    assert wanted == pytest.approx(own, rel=0.2)  # other rows of the same random tokens
+    null = load_run(tmp_path / "run")
+    if transplanted:
+        expected = transplant_sink(load_pretrained(config.run.init_from)).params["layers"]["attention"]
+        np.testing.assert_allclose(null.params["layers"]["attention"]["null_value"], expected["null_value"], rtol=1e-5)
+        assert null.config.model.position_offset == 1
+
+
+def test_a_null_of_one_per_cent_has_one_per_cent(config, tmp_path):
+    other = dataclasses.replace(config, model=ModelConfig(preset="residual", normalizer="learned_sink"))
+    fit(changed(other, "run", init_null="one_per_cent", steps=1), tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    ids = np.random.default_rng(1).integers(0, WORDS - 4, (8, 9))
+    mass = np.stack([layer.null_mass for layer in run.model(jnp.asarray(ids))[1].attention])
+    assert 0.003 < np.median(mass) < 0.03
+
+
+def test_the_references_retrofit_is_another_model_and_says_how_far(config, tmp_path, capsys):
+    """Cumulative wiring, a recency bias of 8, small projections, Softmax1 at once."""
+    method = dict(preset="oasis", recency_bias_init=8.0, router_init_std=0.02 / 64**0.5)
+    text = first_lines(dataclasses.replace(config, model=ModelConfig(**method)), tmp_path / "run", capsys)
+    assert distance(text)[0] > 1e-2
+    routers = load_run(tmp_path / "run").params["routers"]
+    np.testing.assert_array_equal(routers["recency_bias"], 8.0)
+    assert np.std(routers["query"]) == pytest.approx(0.0025, rel=0.2)
+
+
+def test_a_run_goes_on_without_its_source(config, tmp_path):
+    fit(changed(config, "run", steps=1), tmp_path / "run")
+    shutil.rmtree(config.run.init_from)
+    schedule = changed(changed(config, "optimizer", schedule="constant"), "run", steps=1)
+    fit(changed(config, "run", steps=1), tmp_path / "run")  # it has all its steps
+    with pytest.raises(UserError, match="there is no run"):
+        fit(schedule, tmp_path / "another")
+
+
 def test_a_plan_knows_the_sizes(config):
     model = with_vocabulary(config).model
     assert (model.width, model.vocab_size, model.head_dim, model.norm_epsilon) == (24, WORDS, 10, 1e-4)
@@ -118,6 +185,8 @@ def test_a_plan_knows_the_sizes(config):
             dict(init_from=""),
             r"data.tokenizer=library: comes with a pretrained model; name one in run.init_from",
         ),
+        ("run", dict(init_null="transplant"), r"init_null: transplant goes with model.normalizer=null_key_value, got"),
+        ("run", dict(init_null="one_percent"), r"init_null: unknown name 'one_percent'.*one_per_cent"),
     ],
 )
 def test_what_does_not_go_together_is_refused(config, tmp_path, section, fields, message):

@@ -46,6 +46,7 @@ class Recorder(Named):
     """
 
     materializes_attention, loops = True, True
+    skips_first = False  # of every row, for the ranges
 
     def __init__(self, channels: Mapping[str, Array] | None = None):
         super().__init__()
@@ -56,7 +57,7 @@ class Recorder(Named):
         return None if self.smoothed is None else stack_layers(self.smoothed, scopes)
 
     def in_layer(self, arrays):
-        return Recorder(arrays)
+        return type(self)(arrays)
 
     @property
     def seen(self):
@@ -71,13 +72,32 @@ class Recorder(Named):
         self.channels[self.scope + name] = jnp.abs(rows).max(axis=0)
         if self.smoothed is not None:
             rows = rows / smoothing_factors(self.smoothed[self.scope + name], columns)
-        self.tap(name, rows)
+        self.tap(name, rows.reshape(-1, x.shape[1], rows.shape[-1]))
         return super().einsum(name, equation, x, weight, **options)
 
     def tap(self, name, x):
         wide = x.astype(jnp.float32)
+        if self.skips_first and name != "head":
+            wide = behind_first(name, wide)
         self.ranges[self.scope + name] = (wide.min(), wide.max())
         return x
+
+
+class RecorderBehindFirst(Recorder):
+    """A Recorder that leaves the first token of every row out of the ranges."""
+
+    skips_first = True
+
+
+def tokens_axis(name: str) -> int:
+    """Which axis of an activation counts tokens, those that ask where it is attention's."""
+    return 2 if name in ("scores", "probabilities") else 1
+
+
+def behind_first(name: str, x: Array) -> Array:
+    """An activation without a row's first token."""
+    axis = tokens_axis(name)
+    return jax.lax.slice_in_dim(x, 1, x.shape[axis], axis=axis)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -98,6 +118,7 @@ def calibrate(
     batches: Iterable[Batch],
     *,
     channels: Mapping[str, Array] | None = None,
+    skip_first: bool = False,
 ) -> Calibration:
     """Ranges of activations: running minimum and maximum with momentum 0.9 over batches; channel maxima over all of
     them.
@@ -105,11 +126,12 @@ def calibrate(
     Args:
       params, config, placement, batches: see `oasis_jax.evaluation.evaluate`.
       channels: of an earlier calibration, to record the ranges of inputs smoothed with them (SmoothQuant).
+      skip_first: leave the first token of every row out.
 
     Raises:
       ValueError: there is no batch.
     """
-    model, found = DecoderPass(config, placement, Recorder), None
+    model, found = DecoderPass(config, placement, RecorderBehindFirst if skip_first else Recorder), None
     for batch, _ in placed_batches(model, list(batches)):
         seen = _record(model, params, batch, channels)
         if found is None:
@@ -126,10 +148,12 @@ def calibration_for(
     scheme: Scheme, params: Mapping[str, Any], config: ModelConfig, placement: Placement, batches: Iterable[Batch]
 ) -> Calibration:
     """What a scheme needs to know: nothing, or ranges, of smoothed inputs where it smooths; see `calibrate`."""
-    if not (scheme.per_tensor or scheme.smooth):
+    if not (scheme.static or scheme.smooth):
         return Calibration({}, {})
-    batches = list(batches)
-    found = calibrate(params, config, placement, batches)
-    if scheme.per_tensor and scheme.smooth:
-        return calibrate(params, config, placement, batches, channels=found.channels)
+    batches, found = list(batches), None
+    if scheme.smooth:
+        found = calibrate(params, config, placement, batches)
+    if scheme.static:
+        channels = found and found.channels
+        found = calibrate(params, config, placement, batches, channels=channels, skip_first=scheme.sink_float)
     return found

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
+from oasis_jax.errors import UserError
 from oasis_jax.evaluation.bootstrap import Estimate, intervals
 from oasis_jax.evaluation.evaluator import Batch
 from oasis_jax.evaluation.measures.perplexity import PERPLEXITY
@@ -22,8 +23,10 @@ from oasis_jax.evaluation.passes import DecoderPass, collect
 from oasis_jax.evaluation.quantization.calibration import (
     Calibration,
     Recorder,
+    behind_first,
     calibration_for,
     smoothing_factors,
+    tokens_axis,
 )
 from oasis_jax.evaluation.quantization.quantizers import (
     Codes,
@@ -35,7 +38,7 @@ from oasis_jax.evaluation.quantization.quantizers import (
     symmetric,
     symmetric_mse,
 )
-from oasis_jax.evaluation.quantization.schemes import Scheme, describe
+from oasis_jax.evaluation.quantization.schemes import Scheme, describe, describe_activation
 from oasis_jax.model.context import Context
 from oasis_jax.model.decoder import forward, parameter_roles
 from oasis_jax.model.wiring import schedule
@@ -48,7 +51,7 @@ class Quantized(Named):
     def __init__(self, scheme: Scheme, calibration: Calibration):
         super().__init__()
         self.scheme, self.calibration = scheme, calibration
-        self.materializes_attention = scheme.per_tensor
+        self.materializes_attention = scheme.everywhere
         self.records: dict[str, str] = {}
 
     loops = True
@@ -66,11 +69,24 @@ class Quantized(Named):
         scheme = self.scheme
         return (symmetric_mse if scheme.mse else symmetric)(weight, scheme.weights, None if scheme.per_tensor else (1,))
 
-    def _activation(self, name: str, x: Array) -> Codes:
-        """Static with one range, or dynamic: a scale per token and group."""
-        if self.scheme.per_tensor:
-            return asymmetric(x, self.scheme.activations.bits, *self.calibration.ranges[self.scope + name])
-        return symmetric(x, self.scheme.activations, (2,))
+    def _range(self, name: str, seen: Array) -> tuple[Array, Array]:
+        """Of a tensor with one scale: from calibration, or that of what is seen of it."""
+        if self.scheme.static:
+            return self.calibration.ranges[self.scope + name]
+        return seen.min(), seen.max()
+
+    def _activation(self, name: str, rows: Float[Array, "R G g"], length: int) -> Codes:
+        """The input of a linear layer, rows of T tokens each: one range, or a scale per token and group."""
+        scheme = self.scheme
+        if not scheme.per_tensor:
+            return symmetric(rows, scheme.activations, (2,))
+        seen = rows
+        if self._keeps_first(name) and not scheme.static:
+            seen = behind_first("", rows.reshape(-1, length, *rows.shape[1:]))
+        return asymmetric(rows, scheme.activations.bits, *self._range(name, seen))
+
+    def _keeps_first(self, name: str) -> bool:
+        return self.scheme.sink_float and name != "head"  # whose rows may be any part of the positions
 
     def einsum(self, name, equation, x, weight, **options):
         scheme = self.scheme
@@ -82,29 +98,35 @@ class Quantized(Named):
         if scheme.smooth:
             factors = smoothing_factors(self.calibration.channels[self.scope + name], columns)
             rows, columns = rows / factors, columns * factors[:, None]
-        rows, codes = (
-            grouped(rows.astype(jnp.float32), 1, scheme.group),
-            self._weight(grouped(columns, 0, scheme.group)),
-        )
-        if scheme.activations is None:
-            y = jnp.einsum("RGD,GDM->RM", rows, codes.values(), precision=jax.lax.Precision.HIGHEST)
+        rows, columns = grouped(rows.astype(jnp.float32), 1, scheme.group), grouped(columns, 0, scheme.group)
+        if scheme.integer:
+            y = integer_product(self._activation(name, rows, x.shape[1]), self._weight(columns))
         else:
-            y = (integer_product if scheme.integer else product)(self._activation(name, rows), codes)
+            if scheme.activations is not None:
+                codes = self._activation(name, rows, x.shape[1]).values()
+                first = jnp.arange(len(rows)) % x.shape[1] == 0
+                rows = jnp.where(first[:, None, None], rows, codes) if self._keeps_first(name) else codes
+            y = product(rows, columns if scheme.weights is None else self._weight(columns).values())
         return y.reshape(shape).astype(options.get("preferred_element_type") or x.dtype)
 
     def lookup(self, name, table, ids):
-        if not self.scheme.per_tensor:
+        if not self.scheme.everywhere:
             self._record(name, "float")
             return super().lookup(name, table, ids)
         self._record(name, f"{self.scheme.weights}, one scale a tensor")
         return self._weight(table).values().astype(table.dtype)[ids]
 
     def tap(self, name, x):
-        if not self.scheme.per_tensor:
+        if not self.scheme.everywhere:
             self._record(name, "float")
             return x
-        self._record(name, f"{self.scheme.activations}, one scale and zero point a tensor, from calibration")
-        return self._activation(name, x).values().astype(x.dtype)
+        self._record(name, describe_activation(self.scheme))
+        seen = behind_first(name, x) if self._keeps_first(name) else x
+        rounded = asymmetric(x, self.scheme.activations.bits, *self._range(name, seen)).values().astype(x.dtype)
+        if not self._keeps_first(name):
+            return rounded
+        axis = tokens_axis(name)
+        return jnp.concatenate([jax.lax.slice_in_dim(x, 0, 1, axis=axis), behind_first(name, rounded)], axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +150,10 @@ def losses(
     """Per sequence the summed "loss" (nats, or squared error of vectors) and its "weight", under a scheme; None: in
     float.
     """
+    if scheme and scheme.sink_float and any("segment_ids" in batch for batch in batches):
+        raise UserError(
+            "--quantize: +sink_float leaves a row's first token out, but rows of these data hold several texts"
+        )
     model = DecoderPass(config, placement, scheme and _WithScheme(scheme))
     ((rows,), _) = collect(model, params, batches, (PERPLEXITY,), calibration)
     return {"loss": rows["nats" if config.inputs == "tokens" else "squared_error"], "weight": rows["weight"]}
@@ -202,14 +228,23 @@ def quantization(
       value / float - 1;
       "interval": of the relative change, as `bootstrap.DESCRIPTION` says, paired by sequence; of token models "nats",
       what it adds to the loss, "nats_interval", and "destroyed", whether the perplexity is above ten times float's:
-      such a model is not to be interpreted; "samples"; "tensors": as `rounded_tensors`}.
+      such a model is not to be interpreted; "samples"; "tensors": as `rounded_tensors`; where NAME+sink_float is among
+      the schemes too, "d_sink" and "d_sink_interval" of NAME: by how much its loss is higher}.
     """
     model, batches = (params, config, placement), list(batches)
-    base, found = base or losses(*model, batches), {}
+    base, rows, found = base or losses(*model, batches), {}, {}
+    tokens = config.inputs == "tokens"
     for name, scheme in schemes.items():
-        rows = losses(*model, batches, scheme, calibration_for(scheme, *model, calibration_batches))
+        rows[name] = losses(*model, batches, scheme, calibration_for(scheme, *model, calibration_batches))
         tensors = rounded_tensors(params, config, batches[0], scheme)
-        found[name] = beside_float(rows, base, perplexity=config.inputs == "tokens") | {"tensors": tensors}
+        found[name] = beside_float(rows[name], base, perplexity=tokens) | {"tensors": tensors}
+    for name, scheme in schemes.items():
+        if scheme.sink_float:
+            continue
+        for other, kept in rows.items():
+            if schemes[other] == dataclasses.replace(scheme, sink_float=True):
+                pair = beside_float(rows[name], kept, perplexity=True)
+                found[name] |= {"d_sink": pair["nats"], "d_sink_interval": pair["nats_interval"]}
     return found
 
 

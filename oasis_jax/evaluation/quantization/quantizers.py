@@ -123,9 +123,9 @@ def grouped(x: Array, axis: int, group: int) -> Array:
     return x.reshape(*x.shape[:axis], count, group, *x.shape[axis + 1 :])
 
 
-def product(x: Codes, weight: Codes) -> Float[Array, "R M"]:
-    """The simulated product: float32, of the values after rounding; codes [R, G, g] and [G, g, M]."""
-    return jnp.einsum("RGD,GDM->RM", x.values(), weight.values(), precision=lax.Precision.HIGHEST)
+def product(x: Float[Array, "R G g"], weight: Float[Array, "G g M"]) -> Float[Array, "R M"]:
+    """The simulated product: float32, of values that may have been rounded."""
+    return jnp.einsum("RGD,GDM->RM", x, weight, precision=lax.Precision.HIGHEST)
 
 
 def integer_product(x: Codes, weight: Codes) -> Float[Array, "R M"]:

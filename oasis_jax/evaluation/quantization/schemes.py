@@ -12,28 +12,38 @@ class Scheme:
     """What is rounded, and how.
 
     Attributes:
-      weights: format of the weights of linear layers, symmetric.
+      weights: format of the weights of linear layers, symmetric; None: they stay as they are.
       activations: format of the inputs of linear layers; None: they stay as they are.
       group: how many terms of the contraction share a scale; 0: all.
-      per_tensor: one scale a tensor, activations asymmetric with running ranges from calibration, and also the
-        embedding table, attention scores, probabilities, context, residual sums and depth mixtures (the reference of
-        arXiv 2605.17887, after arXiv 2306.12929). Else weights have a scale per output channel, activations one per
-        token, taken as they come.
-      mse, smooth, float_head, integer: the options of `OPTIONS`.
+      per_tensor: one scale a tensor, activations asymmetric. Else weights have a scale per output channel, activations
+        one per token, symmetric.
+      static: per_tensor: running ranges of activations from calibration. Else ranges are taken as they come, over a
+        batch.
+      everywhere: also the embedding table, attention scores, probabilities, context, residual sums and depth mixtures
+        (the reference of arXiv 2605.17887, after arXiv 2306.12929).
+      mse, smooth, float_head, integer, sink_float: the options of `OPTIONS`.
     """
 
-    weights: Format
+    weights: Format | None
     activations: Format | None
     group: int = 0
     per_tensor: bool = False
+    static: bool = False
+    everywhere: bool = False
     mse: bool = False
     smooth: bool = False
     float_head: bool = False
     integer: bool = False
+    sink_float: bool = False
 
 
 SCHEMES = {
-    "w8a8_tensor": Scheme(Format(8), Format(8), per_tensor=True),
+    "w8a8_tensor": Scheme(Format(8), Format(8), per_tensor=True, static=True, everywhere=True),
+    "w16a8_tensor": Scheme(None, Format(8), per_tensor=True),
+    "w16a8_tensor_static": Scheme(None, Format(8), per_tensor=True, static=True),
+    "w16a6_tensor": Scheme(None, Format(6), per_tensor=True),
+    "w16a8": Scheme(None, Format(8)),
+    "w16a4": Scheme(None, Format(4)),
     "w8a8": Scheme(Format(8), Format(8)),
     "w6a6": Scheme(Format(6), Format(6)),
     "w4a8": Scheme(Format(4), Format(8)),
@@ -48,6 +58,7 @@ OPTIONS = {
     "smooth": "SmoothQuant on every linear layer, which divides its input by its factors as it runs; with calibration",
     "float_head": "the head stays in float",
     "integer": "products of linear layers on the codes themselves, int8 or E4M3, in place of simulated ones",
+    "sink_float": "activations of a row's first token stay in float and no range has seen them, the head's input apart",
 }
 
 
@@ -62,10 +73,14 @@ def parse_scheme(text: str) -> Scheme:
         if option not in OPTIONS:
             raise unknown_name(f"--quantize: option of {name}", option, OPTIONS)
     scheme = dataclasses.replace(SCHEMES[name], **dict.fromkeys(options, True))
-    if scheme.integer and scheme.activations is None:
-        raise UserError(
-            f"--quantize: {text}: activations stay in float, so there is no integer product; leave out +integer"
-        )
+    left = "activations" if scheme.activations is None else "weights" if scheme.weights is None else ""
+    if scheme.integer and left:
+        raise UserError(f"--quantize: {text}: {left} stay in float, so there is no integer product; leave out +integer")
+    if scheme.mse and scheme.weights is None:
+        raise UserError(f"--quantize: {text}: weights stay in float, so no range of theirs is clipped; leave out +mse")
+    if scheme.sink_float and (scheme.integer or scheme.activations is None):
+        why = "products are of integers" if scheme.integer else "all activations stay in float"
+        raise UserError(f"--quantize: {text}: {why}, so a token cannot be left out; leave out +sink_float")
     return scheme
 
 
@@ -80,16 +95,24 @@ def describe(scheme: Scheme) -> str:
     """How a linear layer is computed, in words."""
     group = f" and group of {scheme.group}" if scheme.group else ""
     fit = "least squared error of 100 ranges" if scheme.mse else "min-max"
-    weight = (
-        f"weight {scheme.weights}, "
-        f"{'one scale a tensor' if scheme.per_tensor else f'a scale per output channel{group}'}, {fit}"
-    )
-    if scheme.activations is None:
-        inputs = "input in float"
-    elif scheme.per_tensor:
-        inputs = f"input {scheme.activations}, one scale and zero point a tensor, from calibration"
-    else:
-        inputs = f"input {scheme.activations}, a scale per token{group}, as it comes"
-    sums = "float32" if scheme.weights.floating or scheme.activations is None else "int32"
+    weight = "weight in float"
+    if scheme.weights is not None:
+        scales = "one scale a tensor" if scheme.per_tensor else f"a scale per output channel{group}"
+        weight = f"weight {scheme.weights}, {scales}, {fit}"
+    inputs = f"input {describe_activation(scheme)}"
+    sums = "int32" if scheme.integer and not scheme.weights.floating else "float32"
     kind = f"product on the codes, {sums} sums" if scheme.integer else "product simulated in float32"
     return f"{weight}; {inputs}{'; smoothed' if scheme.smooth else ''}; {kind}"
+
+
+def describe_activation(scheme: Scheme) -> str:
+    """How an activation is rounded, in words."""
+    if scheme.activations is None:
+        return "in float"
+    if not scheme.per_tensor:
+        group = f" and group of {scheme.group}" if scheme.group else ""
+        text = f"{scheme.activations}, a scale per token{group}, as it comes"
+    else:
+        ranges = "from calibration" if scheme.static else "as it comes, over a batch"
+        text = f"{scheme.activations}, one scale and zero point a tensor, {ranges}"
+    return f"{text}, the first token in float" if scheme.sink_float else text

@@ -95,12 +95,14 @@ def quantized(runs: Runs) -> str:
     tables = ""
     for run in having:
         kind = "squared error" if run.tokenizer is None else "perplexity"
+        sinks = any("d_sink" in q for q in run.quantization.values())
         lines = [
             (
                 _text(name),
                 show(q["value"]),
                 _with_interval(change_text(q["relative_change"]), interval_text(q["interval"], change_text)),
                 _nats(q),
+                *[_d_sink(q)] * sinks,
             )
             for name, q in run.quantization.items()
         ]
@@ -110,6 +112,7 @@ def quantized(runs: Runs) -> str:
                 f"{kind}, {show(next(iter(run.quantization.values()))['float'])} in float",
                 "change",
                 "nats over float",
+                *["D_sink, nats"] * sinks,
             ),
             lines,
             left=1,
@@ -119,7 +122,8 @@ def quantized(runs: Runs) -> str:
     return (
         "<section><h2>Quantization schemes</h2><p class='note'>The change is relative to float on the same "
         "held-out sequences; below it its 95 % interval, "
-        "paired by sequence. Schemes with static ranges were calibrated on training data.</p>"
+        "paired by sequence. Schemes with static ranges were calibrated on other sequences. D_sink is what a scheme adds "
+        "to the loss beyond what it adds with the first token of every row in float.</p>"
         f"{tables}<details><summary>What each scheme rounds, tensor by "
         f"tensor</summary>{floats}<dl>{lists}</dl></details></section>\n"
     )
@@ -131,6 +135,12 @@ def _nats(quantized: Mapping) -> str:
         return ABSENT
     text = _with_interval(nats_text(quantized["nats"]), interval_text(quantized["nats_interval"], nats_text))
     return f"{text} DESTROYED" if quantized["destroyed"] else text
+
+
+def _d_sink(quantized: Mapping) -> str:
+    if quantized.get("d_sink") is None:
+        return ABSENT
+    return _with_interval(nats_text(quantized["d_sink"]), interval_text(quantized["d_sink_interval"], nats_text))
 
 
 def _rounded(name: str, runs: Runs) -> str:

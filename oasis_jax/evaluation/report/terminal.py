@@ -69,7 +69,8 @@ def quantization_table(run: MeasuredRun) -> Table:
     name = "squared error" if run.tokenizer is None else "perplexity"
     found = Table(title=f"quantization of {run.label}", title_justify="left", title_style="bold")
     found.add_column("scheme")
-    for heading in (name, "in float", "change", "nats over float", "95 % interval"):
+    sinks = any("d_sink" in value for value in run.quantization.values())
+    for heading in (name, "in float", "change", "nats over float", "95 % interval", *["D_sink"] * sinks):
         found.add_column(heading, justify="right")
     for scheme, value in run.quantization.items():
         change, interval = change_text(value["relative_change"]), interval_text(value["interval"], change_text)
@@ -78,7 +79,8 @@ def quantization_table(run: MeasuredRun) -> Table:
             nats, interval = nats_text(value["nats"]), interval_text(value["nats_interval"], nats_text)
         if value.get("destroyed"):
             change = "DESTROYED"
-        found.add_row(scheme, show(value["value"]), show(value["float"]), change, nats, interval)
+        of_sink = [nats_text(value["d_sink"]) if "d_sink" in value else ABSENT] * sinks
+        found.add_row(scheme, show(value["value"]), show(value["float"]), change, nats, interval, *of_sink)
     return found
 
 
