@@ -2,7 +2,12 @@
 
 from collections.abc import Sequence
 
+from oasis_jax.commands.options import add_set
 from oasis_jax.commands.parser import Parser
+from oasis_jax.overrides import parse_overrides
+
+# What the files of OASIS' published code do not say.
+FIELDS = tuple(f"model.{x}" for x in ("normalizer", "depth_normalizer", "clip_gamma", "clip_zeta", "clip_alpha"))
 
 
 def make_parser(program: str) -> Parser:
@@ -21,18 +26,25 @@ def make_parser(program: str) -> Parser:
     parser.add_argument(
         "--rotate", action="store_true", help="rotate its residual stream first, so that its family's readers know it"
     )
+    add_set(parser, "how a checkpoint of OASIS' published code was trained, which its files do not say", FIELDS)
     return parser
 
 
 def main(argv: Sequence[str], program: str = "oasis_jax export") -> None:
     """Writes the folder and says what it is."""
-    args = make_parser(program).parse_args(argv)
+    parser = make_parser(program)
+    args = parser.parse_args(argv)
+    given = parse_overrides(args.set)
+    if other := [
+        f"{part}.{name}" for part, fields in given.items() for name in fields if f"{part}.{name}" not in FIELDS
+    ]:
+        parser.error(f"--set: {other[0]} cannot be set here; allowed: {', '.join(FIELDS)}")
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
     from oasis_jax.errors import UserError
     from oasis_jax.pretrained import load_pretrained, rotate, save_pretrained, transplant_sink
 
-    model = load_pretrained(args.source)
+    model = load_pretrained(args.source, normalizers=given.get("model"))
     if args.transplant:
         tokens = args.transplant.split(",")
         if args.transplant != "begin" and not all(token.strip().isdecimal() for token in tokens):

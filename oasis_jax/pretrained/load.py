@@ -17,6 +17,7 @@ from oasis_jax.model.decoder import Decoder, check_model, with_parameters
 from oasis_jax.model.layout import unstack_layers
 from oasis_jax.placement import UNSHARDED, Placement, make_mesh, place
 from oasis_jax.pretrained.families import read_model_config
+from oasis_jax.pretrained.reference import has_routers, with_routers
 from oasis_jax.pretrained.source import Source, open_source
 from oasis_jax.pretrained.tensors import MODEL_TYPE, load_params
 
@@ -58,7 +59,11 @@ class Pretrained:
 
 
 def load_pretrained(
-    source: str | os.PathLike, *, dtype: str | None = None, mesh: MeshConfig | None = None
+    source: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    mesh: MeshConfig | None = None,
+    normalizers: Mapping[str, Any] | None = None,
 ) -> Pretrained:
     """Reads a pretrained model.
 
@@ -67,15 +72,20 @@ def load_pretrained(
         of this library; or the name of a model on a hub.
       dtype: of parameters and computations, "float32" or "bfloat16"; None: float32, and what a run computed in.
       mesh: how parameters are split over devices; None: they lie on one.
+      normalizers: of a checkpoint of OASIS' published code, and only of one, what its files do not say, by the names of
+        a ModelConfig's fields: {"normalizer": "softmax1", "depth_normalizer": "softmax1"}; of clipped softmax also
+        clip_gamma, clip_zeta, clip_alpha.
 
     Raises:
       UserError: an unknown family or config key, a tensor that is missing, left over, damaged, not finite or of another
         shape than config.json says, a tokenizer larger than the vocabulary, a pickle, a hub that cannot be reached.
     """
     if isinstance(source, os.PathLike | str) and (pathlib.Path(source) / "checkpoints").is_dir():
+        if normalizers:
+            raise UserError(f"normalizers: {source} is a run, which says itself with which it was trained")
         return _from_workdir(source, dtype, mesh)
     files = open_source(source)
-    config = dataclasses.replace(source_model(files), dtype=dtype or "float32")
+    config = dataclasses.replace(source_model(files, normalizers), dtype=dtype or "float32")
     check_model(config)
     tokenizer, begin = source_tokenizer(files, config)
     placement = UNSHARDED if mesh is None else _placement(config, mesh)
@@ -85,14 +95,24 @@ def load_pretrained(
     return Pretrained(config, params, placement, tokenizer, begin, card, files.config)
 
 
-def source_model(files: Source) -> ModelConfig:
+def source_model(files: Source, normalizers: Mapping[str, Any] | None = None) -> ModelConfig:
     """The ModelConfig of a source's config.json.
 
+    Args:
+      normalizers: see `load_pretrained`.
+
     Raises:
-      UserError: an unknown family, a key or value that is not understood.
+      UserError: an unknown family, a key or value that is not understood; normalizers that are missing or too many.
     """
     if files.config.get("model_type") != MODEL_TYPE:
-        return read_model_config(files.config, files.where)
+        backbone = read_model_config(files.config, files.where)
+        if has_routers(files):
+            return with_routers(backbone, files, normalizers)
+        if normalizers:
+            raise UserError(f"normalizers: {files.where} has no depth routers, so its family says which they are")
+        return backbone
+    if normalizers:
+        raise UserError(f"normalizers: {files.where} says itself which they are")
     own = files.config.get("oasis")
     if not isinstance(own, dict) or not isinstance(own.get("model"), dict):
         raise UserError(f"{files.where}: model_type={MODEL_TYPE}, but there is no 'oasis' section with a 'model'")

@@ -63,11 +63,14 @@ class Tensor(NamedTuple):
       name: in the file; "{layer}" stands for the number of the layer.
       layout: of every parameter it holds.
       parameters: ours, such as "layers/attention/query"; several lie in the tensor one after the other.
+      place, per_layer: which of how many that a layer has of a kind, such as the second of two routers.
     """
 
     name: str
     layout: Layout
     parameters: tuple[str, ...]
+    place: int = 0
+    per_layer: int = 1
 
     @property
     def of_layers(self) -> bool:

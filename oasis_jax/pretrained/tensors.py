@@ -17,9 +17,11 @@ from oasis_jax.model.wiring import schedule
 from oasis_jax.placement import Placement
 from oasis_jax.pretrained.families import family_of
 from oasis_jax.pretrained.mapping import Tensor, file_shape, file_specs, fit_vocabulary, spec_of, split
+from oasis_jax.pretrained.reference import router_tensors
 from oasis_jax.pretrained.source import Source
 
 MODEL_TYPE = "oasis"  # of config.json, for models that no other library computes
+_SHOWN = 16  # names in a message
 
 
 def load_params(files: Source, config: ModelConfig, placement: Placement) -> dict[str, Any]:
@@ -33,11 +35,11 @@ def load_params(files: Source, config: ModelConfig, placement: Placement) -> dic
     if files.config.get("model_type") == MODEL_TYPE:
         return _own_params(files, config, placement)
     _, family = family_of(files.config, files.where)
-    tensors, specs = family.tensors(config), parameter_specs(config)
-    wanted = {name: (entry, layer) for entry in tensors for name, layer in _names(entry, config.num_layers)}
+    tensors, specs = [*family.tensors(config), *router_tensors(config)], parameter_specs(config)
+    wanted = {name: (entry, index) for entry in tensors for name, index in _names(entry, config.num_layers)}
     names = _present(files, wanted, family.normalize, config)
     builder = _Builder(config, specs, placement)
-    for name, (entry, layer) in wanted.items():
+    for name, (entry, index) in wanted.items():
         own = file_specs(entry, specs, config.vocab_size)
         shape, found = file_shape(entry, own), files.shapes[names[name]]
         if tuple(found) != shape:
@@ -46,7 +48,7 @@ def load_params(files: Source, config: ModelConfig, placement: Placement) -> dic
         if not _finite(array):
             raise UserError(f"{files.where}: tensor {name!r} has values that are not finite")
         for parameter, piece in zip(entry.parameters, split(array, entry, own)):
-            builder.put(parameter, piece, layer)
+            builder.put(parameter, piece, index)
         del array, piece  # before the next one is read
     return builder.finish()
 
@@ -68,9 +70,10 @@ def _finite(array: np.ndarray) -> bool:
 
 
 def _names(entry: Tensor, layers: int) -> Iterable[tuple[str, int | None]]:
+    """Names of a tensor, one a layer, and their place among all layers or routers."""
     if not entry.of_layers:
         return [(entry.name, None)]
-    return [(entry.name.format(layer=layer), layer) for layer in range(layers)]
+    return [(entry.name.format(layer=layer), layer * entry.per_layer + entry.place) for layer in range(layers)]
 
 
 def _present(files: Source, wanted: Mapping[str, Any], normalize, config: ModelConfig) -> dict[str, str]:
@@ -80,20 +83,19 @@ def _present(files: Source, wanted: Mapping[str, Any], normalize, config: ModelC
         plain = normalize(name)
         if plain is not None:
             names[plain] = name
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        raise UserError(f"{files.where}: tensor {missing[0]!r} is missing{_more(missing)}")
+    missing = sorted(name for name in wanted if name not in names)
     # A tied model may carry its head a second time.
     left = sorted(name for name in names if name not in wanted and not (config.tied_head and name == "lm_head.weight"))
-    if left:
-        raise UserError(
-            f"{files.where}: tensor {left[0]!r} is not one of the model that its config describes{_more(left)}"
-        )
+    whats = {"missing": missing, "not of the model that its config describes": left}
+    if wrong := [f"{_listed(found)} {what}" for what, found in whats.items() if found]:
+        raise UserError(f"{files.where}: {'; '.join(wrong)}")
     return names
 
 
-def _more(names: list[str]) -> str:
-    return f", and {len(names) - 1} more" if len(names) > 1 else ""
+def _listed(names: list[str]) -> str:
+    """ "tensors 'a', 'b' are", for a message."""
+    shown = ", ".join(map(repr, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown} are"
 
 
 class _Builder:
@@ -104,26 +106,25 @@ class _Builder:
         self._found: dict[str, Any] = {}
         self._expected = {"/".join(path) for path in _leaves(specs)}
 
-    def put(self, parameter: str, array: np.ndarray, layer: int | None) -> None:
-        """One parameter, or one layer's part of it."""
+    def put(self, parameter: str, array: np.ndarray, index: int | None) -> None:
+        """One parameter, or that of one layer or router."""
         spec = spec_of(self._specs, parameter)
         axes = tuple(spec.axes)
         own = _to_device(fit_vocabulary(array, spec), self._config.dtype, parameter, spec, axes, self._placement)
-        if layer is None:
+        if index is None:
             self._found[parameter] = own
             return
         if parameter not in self._found:
             sharding = self._placement.sharding((None, *axes))
-            shape, dtype = (self._config.num_layers, *spec.shape), self._config.dtype
+            shape, dtype = (self._count(parameter), *spec.shape), self._config.dtype
             self._found[parameter] = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-        self._found[parameter] = _write(self._found[parameter], own, layer)
+        self._found[parameter] = _write(self._found[parameter], own, index)
 
     def put_stacked(self, parameter: str, files: Source, name: str) -> None:
         """A parameter that lies in the files as it does here, those of layers and routers in one array of all."""
-        spec, group = spec_of(self._specs, parameter), parameter.split("/")[0]
-        if group in STACKS:
-            counts = {"layers": self._config.num_layers, "routers": len(schedule(self._config).routers)}
-            spec = spec._replace(shape=(counts[group], *spec.shape), axes=(None, *spec.axes))
+        spec = spec_of(self._specs, parameter)
+        if parameter.split("/")[0] in STACKS:
+            spec = spec._replace(shape=(self._count(parameter), *spec.shape), axes=(None, *spec.axes))
         if files.shapes[name] != spec.shape:
             raise UserError(
                 f"{files.where}: tensor {name!r} has shape {files.shapes[name]}, its config says {spec.shape}"
@@ -134,10 +135,15 @@ class _Builder:
         own = _to_device(array, self._config.dtype, parameter, spec, spec.axes, self._placement)
         self._found[parameter] = own
 
+    def _count(self, parameter: str) -> int:
+        """How many layers or routers there are."""
+        counts = {"layers": self._config.num_layers, "routers": len(schedule(self._config).routers)}
+        return counts[parameter.split("/")[0]]
+
     def finish(self) -> dict[str, Any]:
         """The nested dicts."""
         if lacking := sorted(self._expected - set(self._found)):
-            raise UserError(f"this family's tensors do not give the parameter {lacking[0]}{_more(lacking)}")
+            raise UserError(f"this family's tensors do not give the parameter {lacking[0]}")
         result: dict[str, Any] = {}
         for name in ["/".join(path) for path in _leaves(self._specs)]:
             group = result

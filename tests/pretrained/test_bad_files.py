@@ -115,12 +115,15 @@ def test_a_value_that_is_not_finite(tmp_path, name, value):
 def test_a_tensor_that_is_missing(tmp_path):
     values = tiny.tensors()
     del values[Q_PROJ], values["model.norm.weight"]
-    refused(tiny.write(tmp_path, values=values), "model.norm.weight", "missing", "1 more")
+    refused(tiny.write(tmp_path, values=values), f"{Q_PROJ!r}, 'model.norm.weight' are missing")
 
 
 def test_tensors_left_over(tmp_path):
     extra = {"model.layers.2.mlp.up_proj.weight": np.ones((40, 24), np.float32), "vision.weight": np.ones(3)}
-    refused(tiny.write(tmp_path, values=tiny.tensors() | extra), "model.layers.2.mlp.up_proj.weight", "1 more")
+    refused(tiny.write(tmp_path, values=tiny.tensors() | extra), "model.layers.2.mlp.up_proj.weight", "vision.weight")
+    values = tiny.tensors()
+    del values[Q_PROJ]
+    refused(tiny.write(tmp_path, values=values | extra), f"tensor {Q_PROJ!r} is missing; tensors", "vision.weight")
     bias = {"model.layers.0.self_attn.q_proj.bias": np.ones(30, np.float32)}
     refused(tiny.write(tmp_path, values=tiny.tensors() | bias), "model.layers.0.self_attn.q_proj.bias")
 
