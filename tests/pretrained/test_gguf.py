@@ -56,11 +56,13 @@ def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(
     path: pathlib.Path,
     config: dict[str, Any],
-    values: dict[str, np.ndarray],
+    values: dict[str, Any],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     more=lambda writer: None,
 ) -> pathlib.Path:
-    """A GGUF file of these tensors; matrices in the type `kind`. `more` adds to it, or takes its place in metadata."""
+    """A GGUF file of these tensors; matrices in the type `kind`, or as (their bytes, type). `more` adds to it, or takes
+    its place in metadata.
+    """
     writer = gguf.GGUFWriter(path, config["model_type"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -75,10 +77,13 @@ def write_gguf(
     writer.add_rope_freq_base(config.get("rope_theta", 10_000.0))
     more(writer)
     for name, value in values.items():
+        value, own = value if isinstance(value, tuple) else (value, None)
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if part in name and config["model_type"] == "llama":
                 value = in_pairs(value, config[heads])
-        if value.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
+        if own is not None:
+            writer.add_tensor(gguf_name(name), value, raw_dtype=own)
+        elif value.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(gguf_name(name), value)
         else:
             writer.add_tensor(gguf_name(name), gguf.quants.quantize(value, kind), raw_dtype=kind)
@@ -108,7 +113,7 @@ def test_a_file_is_the_folder_of_the_same_weights(tmp_path, family, tied):
     check_equal(found, folder)
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_types_of_tensors(tmp_path, kind):
     kind = gguf.GGMLQuantizationType[kind]
     config = tiny.CONFIG | SIZES
@@ -120,6 +125,52 @@ def test_types_of_tensors(tmp_path, kind):
     assert not np.array_equal(read["lm_head.weight"], values["lm_head.weight"])
     found = load_pretrained(write_gguf(tmp_path / "model.gguf", config, values, kind))
     check_equal(found, load_pretrained(tiny.write(tmp_path / "folder", config, read)))
+
+
+# Where the float16 factors lie in a block of 256 values; the other bytes are whole numbers of a few bits, any of which
+# will do.
+FACTORS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,)}
+
+
+def random_blocks(random, shape: tuple[int, int], kind: str) -> np.ndarray:
+    """The bytes of a matrix in a type that the package reads and does not write."""
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    blocks = random.integers(0, 256, (shape[0], shape[1] // values, size), dtype=np.uint8)
+    for place in FACTORS[kind]:
+        factors = random.normal(0, 1e-3, blocks.shape[:2]).astype("<f2")
+        blocks[..., place : place + 2] = factors[..., None].view(np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+@pytest.mark.parametrize("kind, family", [*((kind, "llama") for kind in FACTORS), ("Q4_K and Q6_K", "qwen3")])
+def test_types_in_blocks_of_256(tmp_path, kind, family):
+    """A llama file has the rows of queries and keys in pairs, whatever their type; a qwen3 file has them in halves."""
+    config = tiny.CONFIG | dict(model_type=family, hidden_size=256, intermediate_size=768, num_hidden_layers=1)
+    config |= dict(num_attention_heads=8, num_key_value_heads=2, head_dim=64, vocab_size=37)
+    random, kinds = np.random.default_rng(0), itertools.cycle(kind.split(" and "))
+    values, raw, expected = tiny.tensors(config), {}, {}
+    for name, x in values.items():
+        if x.ndim == 1:
+            expected[name] = x
+            continue
+        one = next(kinds)
+        rows = random_blocks(random, x.shape, one)
+        raw[name] = (rows, gguf.GGMLQuantizationType[one])
+        expected[name] = gguf.quants.dequantize(*raw[name]).astype(np.float32)
+        assert np.isfinite(expected[name]).all() and len(np.unique(expected[name])) > 100
+    found = load_pretrained(write_gguf(tmp_path / "model.gguf", config, values | raw))
+    check_equal(found, load_pretrained(tiny.write(tmp_path / "folder", config, expected)))
+
+
+@pytest.mark.parametrize("kind", ["Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"])
+def test_a_type_that_cannot_be_read_is_named(tmp_path, kind):
+    """Q8_1 and Q8_K are what products are computed in; no file of a model has them."""
+    name, number = "model.layers.1.mlp.up_proj.weight", gguf.GGMLQuantizationType[kind]
+    config = tiny.CONFIG | dict(intermediate_size=512, hidden_size=256)
+    values, size = gguf.GGML_QUANT_SIZES[number]
+    rows = np.zeros((512, 256 // values * size), np.uint8)
+    path = write_gguf(tmp_path / "model.gguf", config, tiny.tensors(config) | {name: (rows, number)})
+    refused(path, name, f"cannot read type {kind}")
 
 
 def test_rotary_factors_of_a_file_are_llama_3s_scaling(tmp_path):
@@ -189,8 +240,6 @@ def test_files_that_are_damaged(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     path, values = tmp_path / "model.gguf", tiny.tensors()
     name = "model.layers.1.mlp.up_proj.weight"
-    write_gguf(path, tiny.CONFIG, values | {name: np.ones((40, 24), np.int8)})
-    refused(path, name, "I8")
     write_gguf(path, tiny.CONFIG | {"model_type": "gemma3"}, values)
     refused(path, "gemma3", "llama", "qwen3")
     write_gguf(path, tiny.CONFIG, {k: v for k, v in values.items() if k != "model.embed_tokens.weight"})
