@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -265,9 +266,11 @@ def _bytes_per_device(tree: object) -> int:
 
 def with_vocabulary(config: Config) -> Config:
     """The config with the sizes of the pretrained model that it starts from, where it does; with the vocabulary that
-    its tokenizer will have, or the size of its task's vectors. No text is read.
+    its tokenizer will have, or the size of its task's vectors. No text is read. A model that is not at hand and whose
+    vocabulary the config states is not asked for: the config states its other sizes, too.
     """
-    config = with_source(config)
+    if not config.model.vocab_size or pathlib.Path(config.run.init_from).exists():
+        config = with_source(config)
     model, data = config.model, config.data
     if model.inputs == "vectors":
         sizes = {"vector_dim": model.vector_dim or load_corpus(data, seed=config.run.seed).vector_dim}

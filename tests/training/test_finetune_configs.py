@@ -1,0 +1,101 @@
+"""The configs that train a pretrained model on: their sizes are the published models', and each runs from a small random
+checkpoint of its family.
+"""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+import tokenizers
+from pretrained.test_families import PUBLISHED
+from pretrained.tiny import CONFIG, tensors, write
+
+from oasis_jax.commands.config_file import load_config
+from oasis_jax.config import ModelConfig
+from oasis_jax.overrides import apply_overrides
+from oasis_jax.pretrained import load_pretrained
+from oasis_jax.pretrained.families import read_model_config
+from oasis_jax.training.load import load_run
+from oasis_jax.training.loop import fit
+from oasis_jax.training.plan import with_vocabulary
+from oasis_jax.training.warm_start import _OWN
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+MODELS = {"finetune_llama3_1b": "Llama-3.2-1B", "finetune_qwen3": "Qwen3-0.6B", "finetune_phi4_mini": "Phi-4-mini"}
+# As the paper's scripts have them: sequences of a step, parts of it, rate, warm-up, steps.
+RECIPES = {
+    "finetune_llama3_1b": (192, 32, 4e-4, 2000, 2000),
+    "finetune_qwen3": (96, 16, 4e-4, 2000, 25_000),
+    "finetune_phi4_mini": (32, 16, 2e-4, 200, 2000),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_are_those_of_the_published_model(name, monkeypatch, tmp_path):
+    """So that a plan needs no file, and a run is not refused when there is one."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config(CONFIGS / f"{name}.py")
+    published = read_model_config(PUBLISHED[MODELS[name]][1], name)
+    for field in dataclasses.fields(ModelConfig):
+        if field.name in _OWN:
+            continue
+        asked, there = getattr(config.model, field.name), getattr(published, field.name)
+        assert asked in (there, getattr(ModelConfig(), field.name)), field.name
+        if field.name in ("num_layers", "width", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "qk_norm"):
+            assert asked == there, field.name
+    assert config.model.head_size == published.head_size and config.model.rotary_size == published.rotary_size
+    assert with_vocabulary(config) == config
+    data, optimizer = config.data, config.optimizer
+    found = (data.batch_size, optimizer.accumulation_steps, optimizer.learning_rate, optimizer.warmup_steps)
+    assert (*found, config.run.steps) == RECIPES[name]
+    assert (data.sequence_length, optimizer.schedule) == (512, "linear")
+
+
+def small_checkpoint(folder: pathlib.Path, family: str) -> pathlib.Path:
+    config = CONFIG | dict(model_type=family, tie_word_embeddings=True)
+    values = tensors(config)
+    if family == "phi3":
+        config |= {"partial_rotary_factor": 0.75, "head_dim": 8}
+        values = tensors(config)
+        for layer in range(2):
+            at = f"model.layers.{layer}."
+            for new, parts in (("self_attn.qkv_proj", "self_attn.{}_proj"), ("mlp.gate_up_proj", "mlp.{}_proj")):
+                old = [parts.format(x) for x in ("qkv" if "qkv" in new else ("gate", "up"))]
+                joined = [values.pop(f"{at}{x}.weight") for x in old]
+                values[f"{at}{new}.weight"] = np.concatenate(joined)
+    write(folder, config, {name: x if x.ndim == 1 else 0.1 * x for name, x in values.items()})
+    words = {f"w{i}": i for i in range(config["vocab_size"])}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+SMALL = ["num_layers=2", "width=24", "num_heads=3", "num_kv_heads=1", "mlp_dim=40", "vocab_size=211", "dtype=float32"]
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [("finetune_llama3_1b", "llama"), ("finetune_qwen3", "qwen3"), ("finetune_phi4_mini", "phi3")],
+)
+def test_each_runs_from_a_small_checkpoint(name, family, tmp_path):
+    source = small_checkpoint(tmp_path / family, family)
+    random = np.random.default_rng(0)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in random.integers(0, 211, 2000)))
+    assignments = [f"model.{field}" for field in SMALL]
+    if family == "qwen3":
+        assignments.append("model.head_dim=10")
+    assignments += ["data.corpus=files", f"data.pattern={tmp_path}/text.txt", "data.sequence_length=9"]
+    assignments += ["data.batch_size=4", "optimizer.accumulation_steps=2", f"run.init_from={source}"]
+    assignments += ["run.steps=2", "run.eval_interval=0", "run.log_interval=1", "mesh.data=1"]
+    config = apply_overrides(load_config(CONFIGS / f"{name}.py"), assignments)
+    last = fit(config, tmp_path / "run")
+    assert last["step"] == 2 and np.isfinite(last["loss"])
+    run, model = load_run(tmp_path / "run"), load_pretrained(source)
+    assert (run.config.model.wiring, run.config.model.head_size) == ("cumulative", model.config.head_size)
+    # Two steps at a rate of some 1e-7 leave what was read where it was; routers are new.
+    np.testing.assert_allclose(
+        run.params["layers"]["mlp"]["up"], model.params["layers"]["mlp"]["up"], rtol=0, atol=1e-5
+    )
+    assert run.params["routers"]["query"].shape == (4, 24, 64)
