@@ -50,7 +50,8 @@ def with_routers(backbone: ModelConfig, files: Source, normalizers: Mapping[str,
             got = f"got {given[name]!r}" if name in given else "not given"
             raise UserError(
                 f"{files.where}: has depth routers, and no file says with which normalizers they were trained; "
-                f"normalizers: {name!r} must be one of {', '.join(allowed)}, {got}"
+                f"normalizers: {name!r} must be one of {', '.join(allowed)}, {got}; on the command line: oasis_jax "
+                "export SOURCE --out FOLDER --set model.normalizer=... --set model.depth_normalizer=..., then take FOLDER"
             )
     if unknown := sorted(set(given) - {*NORMALIZERS, *CLIPPING}):
         raise UserError(f"normalizers: unknown name {unknown[0]!r}; allowed: {', '.join((*NORMALIZERS, *CLIPPING))}")
