@@ -9,7 +9,8 @@ DIR holds the model's safetensors, config.json and tokenizer.json. The sizes bel
 file; what else it is comes from its config.json. OASIS' own wiring begins far from the model that it is put into: `--set
 model.preset=oasis_blocks` is near it at the first step, `attnres` is it. The paper's recipe ran one GPU in float16.
 
-Hardware: one GPU of 80 GB. Not trained here: there are no metrics of it.
+Hardware: one GPU of 40 GB or more; planned (h100:1, jax 0.12, 2026-11-27): 25.3 GiB. Not trained here: neither times nor
+metrics.
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
