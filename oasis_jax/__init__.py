@@ -2,6 +2,7 @@
 
 Modules (Flax NNX; native Linen twins in `oasis_jax.linen`): Attention, Router, Norm, MLP, Decoder.
 Configs: AttentionConfig, RouterConfig, NormConfig, MLPConfig, ModelConfig, PRESETS.
+In the places of other libraries: attention_fn for Flax' multi-head attention, dot_product_attention for `jax.nn`'s.
 What a forward pass needs beside activations: Context, with a Placement where arrays are sharded.
 Models that were trained elsewhere: load_pretrained, and more in `oasis_jax.pretrained`.
 The pure functions behind the modules: `oasis_jax.model`; the operators under those: `pallas_kernels`.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from oasis_jax.model.attention import Attention
     from oasis_jax.model.context import Context
     from oasis_jax.model.decoder import Decoder
+    from oasis_jax.model.drop_in import attention_fn, dot_product_attention
     from oasis_jax.model.mlp import MLP
     from oasis_jax.model.norms import Norm
     from oasis_jax.model.router import Router
@@ -43,6 +45,7 @@ _HOMES = {
     "oasis_jax.model.attention": ("Attention",),
     "oasis_jax.model.context": ("Context",),
     "oasis_jax.model.decoder": ("Decoder",),
+    "oasis_jax.model.drop_in": ("attention_fn", "dot_product_attention"),
     "oasis_jax.model.mlp": ("MLP",),
     "oasis_jax.model.norms": ("Norm",),
     "oasis_jax.model.router": ("Router",),
@@ -74,6 +77,8 @@ __all__ = [
     "RouterStatistics",
     "Statistics",
     "UserError",
+    "attention_fn",
+    "dot_product_attention",
     "linen",
     "load_pretrained",
 ]
