@@ -1,11 +1,15 @@
-"""Native Flax Linen modules over the same functions as the NNX modules, with the same parameters in the same shapes."""
+"""Native Flax Linen modules over the same functions as the NNX modules, with the same parameters in the same shapes.
 
-from collections.abc import Mapping
+`init` gives parameters with their logical axes, as `flax.linen.with_logical_partitioning` has them:
+`flax.linen.get_partition_spec` reads them, `flax.linen.unbox` takes them off.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, RouterConfig
 from oasis_jax.model.attention import attention, attention_parameters
@@ -15,7 +19,7 @@ from oasis_jax.model.head import Inputs, Outputs, embedding_parameters, head_par
 from oasis_jax.model.layout import STACKS
 from oasis_jax.model.mlp import mlp, mlp_parameters
 from oasis_jax.model.norms import norm, norm_parameters
-from oasis_jax.model.parameters import ParameterSpec
+from oasis_jax.model.parameters import ParameterSpec, with_initializers
 from oasis_jax.model.router import Evidence, Sources, route, router_parameters
 from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics, Statistics
 from oasis_jax.model.wiring import schedule
@@ -23,8 +27,13 @@ from oasis_jax.model.wiring import schedule
 _NO_CONTEXT = Context()
 
 
-def _declare(module: nn.Module, specs: Mapping[str, ParameterSpec]) -> dict[str, Array]:
-    return {name: module.param(name, spec.init, spec.shape, jnp.float32) for name, spec in specs.items()}
+def _declare(module: nn.Module, specs: Mapping[str, ParameterSpec], param_dtype: Any = jnp.float32) -> dict[str, Array]:
+    """The parameters by name, each with its logical axes."""
+
+    def declare(name: str, spec: ParameterSpec) -> Array:
+        return module.param(name, nn.with_logical_partitioning(spec.init, spec.axes), spec.shape, param_dtype)
+
+    return {name: declare(name, spec) for name, spec in specs.items()}
 
 
 class Norm(nn.Module):
@@ -41,17 +50,28 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """`oasis_jax.model.attention.attention`; see there for what comes back."""
+    """`oasis_jax.model.attention.attention`; the fields are those of the NNX module `oasis_jax.Attention`."""
 
     config: AttentionConfig
+    kv_width: int | None = None
+    kernel_init: Callable | None = None
+    bias_init: Callable | None = None
+    param_dtype: Any = jnp.float32
 
     def setup(self):
-        self.parameters = _declare(self, attention_parameters(self.config))
+        specs = attention_parameters(self.config, self.kv_width)
+        self.parameters = _declare(self, with_initializers(specs, self.kernel_init, self.bias_init), self.param_dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context = _NO_CONTEXT
+        self,
+        x: Float[Array, "B T D"],
+        context: Context = _NO_CONTEXT,
+        *,
+        inputs_kv: Float[Array, "B S C"] | None = None,
+        kv_segment_ids: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
-        return attention(self.parameters, self.config, x, context)
+        given = dict(inputs_kv=inputs_kv, kv_segment_ids=kv_segment_ids)
+        return attention(self.parameters, self.config, x, context, **given)
 
 
 class Router(nn.Module):
@@ -150,9 +170,9 @@ def params_from_nnx(parameters: Mapping) -> dict:
 
 
 def params_to_nnx(parameters: Mapping) -> dict:
-    """The inverse of `params_from_nnx`, for the parameters of a `Decoder`."""
+    """The inverse of `params_from_nnx`, for the parameters of a `Decoder`, with or without their logical axes."""
     nested: dict = {}
-    for name, value in parameters.items():
+    for name, value in nn.unbox(parameters).items():
         stem, _, index = name.rpartition("_")
         if stem in STACKS and index.isdigit():
             nested.setdefault(stem, {})[int(index)] = value

@@ -21,12 +21,18 @@ def as_statistics(found: Statistics | AttentionStatistics | Sequence[AttentionSt
     if isinstance(found, Statistics):
         return found
     layers = [found] if isinstance(found, AttentionStatistics) else list(found)
-    for layer in layers:
+    for number, layer in enumerate(layers):
         if not isinstance(layer, AttentionStatistics):
             raise UserError(
                 "measure: apply_fn has to return outputs, or (outputs, statistics) with the statistics an "
                 "oasis_jax.Statistics or a "
                 f"list of oasis_jax.AttentionStatistics, got {type(layer).__name__} among them"
+            )
+        queries, keys = layer.query.shape[1], layer.key.shape[1]
+        if queries != keys:
+            raise UserError(
+                f"measure: attention layer {number} has {queries} queries and {keys} keys; only self-attention without "
+                "a cache is measured: leave it out"
             )
     return Statistics(layers, {}, {})
 
@@ -61,7 +67,7 @@ def measure(
       `intervals()`, the confidence interval of each scalar. `oasis_jax.evaluation.DEFINITIONS` says what each value is.
 
     Raises:
-      UserError: an unknown measure, no batch, or statistics of another kind.
+      UserError: an unknown measure, no batch, or statistics of another kind or of cross-attention.
     """
     chosen, batches = choose(measures), list(batches)
     if not batches:

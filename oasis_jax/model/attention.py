@@ -1,19 +1,29 @@
-"""Self-attention that can say "nothing here": one pure function, one table of parameters, one NNX module."""
+"""Attention that can say "nothing here", to itself or to another sequence: one pure function, one table of parameters,
+one NNX module.
+"""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import AttentionConfig
-from oasis_jax.errors import unknown_name
+from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.model.context import Context
-from oasis_jax.model.masks import context_mask, first_in_document, first_key_scores, scores
+from oasis_jax.model.masks import allowed_keys, context_mask, first_keys, first_of_segment, scores, scores_at
 from oasis_jax.model.normalizers import DENSE_NORMALIZERS, NULL_LOGITS, null_softmax
 from oasis_jax.model.norms import rms_norm
-from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
+from oasis_jax.model.parameters import (
+    ParameterModule,
+    Parameters,
+    ParameterSpec,
+    constant,
+    matrix,
+    with_initializers,
+)
 from oasis_jax.model.rotary import rotary_angles, rotate
 from oasis_jax.model.statistics import AttentionStatistics, Static
 from pallas_kernels import NullAttention, implementations, null_attention
@@ -43,13 +53,31 @@ class Null(NamedTuple):
     value: Float[Array, "P K H"] | None = None
 
 
-def attention_parameters(config: AttentionConfig) -> dict[str, ParameterSpec]:
-    """The parameters of one attention layer; the optional ones only where the config asks for them."""
+class Keys(NamedTuple):
+    """What the queries of a layer attend to.
+
+    segments: ids of queries and keys; a query sees keys of its own id.
+    own: of the queries' own sequence, the cached ones first: a query sees none that comes after it. Those of another
+      sequence have no place in this one.
+    """
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
+    own: bool
+
+
+def attention_parameters(config: AttentionConfig, kv_width: int | None = None) -> dict[str, ParameterSpec]:
+    """The parameters of one attention layer; the optional ones only where the config asks for them.
+
+    kv_width: width of what keys and values are made of, where it is not config.width.
+    """
     width, heads, key_heads, size = config.width, config.num_heads, config.key_heads, config.head_size
+    kv_width = width if kv_width is None else kv_width
     specs = {
         "query": matrix((width, heads, size), ("embed", "heads", None), width),
-        "key": matrix((width, key_heads, size), ("embed", "kv_heads", None), width),
-        "value": matrix((width, key_heads, size), ("embed", "kv_heads", None), width),
+        "key": matrix((kv_width, key_heads, size), ("embed", "kv_heads", None), kv_width),
+        "value": matrix((kv_width, key_heads, size), ("embed", "kv_heads", None), kv_width),
         "output": matrix((heads, size, width), ("heads", None, "embed"), heads * size),
     }
     if config.qkv_bias:
@@ -88,41 +116,88 @@ def null_rows(config: AttentionConfig) -> ParameterSpec:
 
 
 def attention(
-    parameters: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], context: Context = _NO_CONTEXT
+    parameters: Parameters,
+    config: AttentionConfig,
+    x: Float[Array, "B T D"],
+    context: Context = _NO_CONTEXT,
+    *,
+    inputs_kv: Float[Array, "B S C"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
-    """Causal self-attention with the normalizer that `config.normalizer` names (OASIS, arXiv 2605.17887).
+    """Attention with the normalizer that `config.normalizer` names (OASIS, arXiv 2605.17887): causal self-attention, or
+    cross-attention to `inputs_kv`.
 
     Args:
       parameters: as `attention_parameters(config)` lists them.
       config: an AttentionConfig, or a ModelConfig.
       x: [B, T, D], normed already; computed in its type, probabilities in float32 or better.
       context: see Context.
+      inputs_kv: another sequence [B, S, C], of which keys and values are made; every query sees all of it. Rotary
+        positions (config.rope_theta), a window and a cache have no meaning there.
+      kv_segment_ids: its ids, where the context has segment_ids and only there: a query sees keys of its own id.
+        Padding has an id that no query has.
 
     Returns:
       [B, T, D] after the output projection, and the layer's AttentionStatistics.
 
     Raises:
-      UserError: positions or segment_ids that do not fit x.
+      UserError: positions, segment_ids or inputs_kv that do not fit x or the config.
     """
     context.check(*x.shape[:2])
     x = context.constrain(x, "batch", "length", None)
     p = {name: value if name in _WIDE else value.astype(x.dtype) for name, value in parameters.items()}
-    query, key, value = project(p, config, x, context)
-    key, value = context.with_cached(key, value)
+    source = x if inputs_kv is None else _checked_source(p, config, x, context, inputs_kv, kv_segment_ids)
+    query, key, value = project(p, config, x, source, context)
+    if inputs_kv is None:
+        segments = None if context.segment_ids is None else (context.segment_ids, context.key_segments)
+        keys = Keys(*context.with_cached(key, value), segments, own=True)
+    else:
+        segments = None if kv_segment_ids is None else (context.segment_ids, jnp.asarray(kv_segment_ids))
+        keys = Keys(key, value, segments, own=False)
     null = null_option(p, config, x, context)
     if config.normalizer in DENSE_NORMALIZERS or context.numerics.materializes_attention:
-        statistics = _dense(query, key, value, null, config, context)
+        statistics = _dense(query, keys, null, config, context)
     else:
-        statistics = _fused(query, key, value, null, config, context)
+        statistics = _fused(query, keys, null, config, context)
     heads = context.numerics.tap("context", statistics.head_output)
     return output_projection(p, config, x, heads, context), statistics
 
 
-def project(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], context: Context) -> tuple[Array, ...]:
-    """Queries [B, T, N, H], keys and values [B, T, K, H]: projected, normed and turned."""
+def _checked_source(p: Parameters, config: AttentionConfig, x, context: Context, inputs_kv, kv_segment_ids):
+    """inputs_kv in x's type.
+
+    Raises:
+      UserError: it, its ids or the config do not fit.
+    """
+    batch, width = x.shape[0], p["key"].shape[0]
+    inputs_kv = jnp.asarray(inputs_kv)
+    if inputs_kv.ndim != 3 or (inputs_kv.shape[0], inputs_kv.shape[2]) != (batch, width):
+        raise UserError(f"inputs_kv: must have the shape [{batch}, S, {width}], got {inputs_kv.shape}")
+    if (kv_segment_ids is None) != (context.segment_ids is None):
+        raise UserError("kv_segment_ids: must be given where the context has segment_ids, and only there")
+    if kv_segment_ids is not None:
+        ids = jnp.asarray(kv_segment_ids)
+        if ids.shape != inputs_kv.shape[:2] or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise UserError(
+                f"kv_segment_ids: must be integers of shape {inputs_kv.shape[:2]}, got {ids.dtype} of shape {ids.shape}"
+            )
+    for name in ("rope_theta", "window"):
+        if getattr(config, name):
+            raise UserError(
+                f"attention.{name}: must be 0 where keys come from another sequence, got {getattr(config, name)}"
+            )
+    if context.cache is not None:
+        raise UserError("context.cache: is of self-attention; keys of another sequence are made of inputs_kv")
+    return context.constrain(inputs_kv.astype(x.dtype), "batch", None, None)
+
+
+def project(
+    p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], source: Float[Array, "B S C"], context: Context
+) -> tuple[Array, ...]:
+    """Queries of x [B, T, N, H], keys and values of source [B, S, K, H]: projected, normed and turned."""
     found = []
-    for name in ("query", "key", "value"):
-        y = context.numerics.einsum(name, "BTD,DNH->BTNH", x, p[name])
+    for name, inputs in (("query", x), ("key", source), ("value", source)):
+        y = context.numerics.einsum(name, "BTD,DNH->BTNH", inputs, p[name])
         found.append(y + p[f"{name}_bias"] if config.qkv_bias else y)
     query, key, value = found
     if config.qk_norm:
@@ -132,7 +207,8 @@ def project(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], co
         cos, sin = rotary_angles(config, context.positions_of(x.shape[1]), x.dtype)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     query = context.constrain(query, "batch", "length", "heads", None)
-    key, value = (context.constrain(y, "batch", "length", "kv_heads", None) for y in (key, value))
+    length = "length" if source is x else None
+    key, value = (context.constrain(y, "batch", length, "kv_heads", None) for y in (key, value))
     return query, key, value
 
 
@@ -153,7 +229,8 @@ def null_option(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"]
     return null._replace(logit=logit if jnp.ndim(logit) else jnp.full(config.num_heads, logit))
 
 
-def _fused(query, key, value, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
+def _fused(query, keys: Keys, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
+    key, value = keys.key, keys.value
     output, null_mass, lse = null_attention(
         query,
         key,
@@ -161,22 +238,29 @@ def _fused(query, key, value, null: Null, config: AttentionConfig, context: Cont
         null_logit=null.logit,
         null_key=null.key,
         null_value=null.value,
-        is_causal=True,
+        is_causal=keys.own,
         window=config.window or None,
-        segment_ids=None if context.segment_ids is None else (context.segment_ids, context.key_segments),
+        segment_ids=keys.segments,
         logit_softcap=config.logit_softcap or None,
         scale=config.score_scale,
         sharding=context.placement.attention,
         implementation=backend("null_attention", config.attention_implementation),
     )
-    first, visible = first_key_scores(query, key, config, context)
-    first_token_mass = jnp.exp(jnp.where(visible, first - lse, -jnp.inf))
-    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, Static(config))
+    first, visible = _first_keys(keys, config, context, query.shape[1])
+    score = scores_at(query, key, None if keys.segments is None else first, config)
+    first_token_mass = jnp.exp(jnp.where(visible[:, None], score - lse, -jnp.inf))
+    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, _static(keys, config))
 
 
-def _dense(query, key, value, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
+def _dense(query, keys: Keys, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
     """Attention through materialized probabilities."""
-    allowed = context_mask(context, config, query.shape[1])
+    key, value = keys.key, keys.value
+    if keys.own:
+        allowed = context_mask(context, config, query.shape[1])
+    else:
+        places = jnp.arange(query.shape[1])[None], jnp.arange(key.shape[1])[None]
+        ids = {} if keys.segments is None else dict(zip(("query_segments", "key_segments"), keys.segments))
+        allowed = allowed_keys(*places, window=0, causal=False, **ids)
     logits, lse, shares = context.numerics.tap("scores", scores(query, key, config)), None, None
     if config.normalizer in DENSE_NORMALIZERS:
         p = DENSE_NORMALIZERS[config.normalizer](logits, allowed, config)
@@ -187,20 +271,29 @@ def _dense(query, key, value, null: Null, config: AttentionConfig, context: Cont
         )
         p, null_mass, lse = null_softmax(logits, allowed, null_logit)
     p = context.numerics.tap("probabilities", p)
-    batch, _, length, keys = p.shape
-    grouped = p.reshape(batch, key.shape[2], -1, length, keys).astype(value.dtype)
+    batch, _, length, count = p.shape
+    grouped = p.reshape(batch, key.shape[2], -1, length, count).astype(value.dtype)
     output = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, value).reshape(query.shape)
     if null.value is not None:
         output = add_null_value(NullAttention(output, null_mass, lse), null.value, shares).output
-    return AttentionStatistics(query, key, value, output, null_mass, _first_mass(p, context), lse, Static(config))
+    first, visible = _first_keys(keys, config, context, length)
+    at = jnp.broadcast_to(first[:, None, :, None], (*p.shape[:3], 1))
+    first_token_mass = jnp.where(visible[:, None], jnp.take_along_axis(p, at, axis=-1)[..., 0], 0.0)
+    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, _static(keys, config))
 
 
-def _first_mass(p: Float[Array, "B N T S"], context: Context) -> Float[Array, "B N T"]:
-    """Each query's probability of the first key of its own document."""
-    if context.segment_ids is None:
-        return p[..., 0]
-    first = jnp.broadcast_to(first_in_document(context, p.shape[2])[:, None, :, None], (*p.shape[:3], 1))
-    return jnp.take_along_axis(p, first, axis=-1)[..., 0]
+def _first_keys(keys: Keys, config: AttentionConfig, context: Context, length: int) -> tuple[Array, Array]:
+    """Where the first key of each query's own document lies, and whether the query may see it."""
+    if keys.own:
+        return first_keys(context, config, length)
+    if keys.segments is None:
+        return jnp.zeros((1, length), jnp.int32), jnp.ones((1, length), bool)
+    return first_of_segment(*keys.segments)
+
+
+def _static(keys: Keys, config: AttentionConfig) -> Static | None:
+    """How the probabilities follow from query and key, which is written down for self-attention only."""
+    return Static(config) if keys.own else None
 
 
 def output_projection(
@@ -225,14 +318,37 @@ def output_projection(
 class Attention(ParameterModule):
     """`attention` with its parameters, as an NNX module: `Attention(AttentionConfig(width=256, num_heads=8),
     rngs=rngs)`.
+
+    Args:
+      config: of the layer; biases are its qkv_bias and output_bias.
+      kv_width: width of `inputs_kv`, where it is another than config.width.
+      kernel_init, bias_init: initializers as Flax has them, of the projections (as matrices of inputs and outputs) and
+        of the biases; None: normal with standard deviation fan_in ** -0.5, and zero.
+      param_dtype: of the parameters; the layer computes in the type of its input.
     """
 
-    def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
-        super().__init__(attention_parameters(config), rngs=rngs)
+    def __init__(
+        self,
+        config: AttentionConfig,
+        *,
+        kv_width: int | None = None,
+        kernel_init: Callable | None = None,
+        bias_init: Callable | None = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        specs = with_initializers(attention_parameters(config, kv_width), kernel_init, bias_init)
+        super().__init__(specs, param_dtype=param_dtype, rngs=rngs)
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context = _NO_CONTEXT
+        self,
+        x: Float[Array, "B T D"],
+        context: Context = _NO_CONTEXT,
+        *,
+        inputs_kv: Float[Array, "B S C"] | None = None,
+        kv_segment_ids: Int[Array, "B S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
         """See `attention`."""
-        return attention(self.parameters, self.config, x, context)
+        given = dict(inputs_kv=inputs_kv, kv_segment_ids=kv_segment_ids)
+        return attention(self.parameters, self.config, x, context, **given)

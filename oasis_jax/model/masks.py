@@ -79,17 +79,30 @@ def first_in_document(context: Context, length: int) -> Int[Array, "#B T"]:
     return index_of[first][:, order[-length:]]
 
 
-def first_key_scores(
-    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], config: AttentionConfig, context: Context
-) -> tuple[Float[Array, "B N T"], Bool[Array, "#B 1 T"]]:
-    """Each query's score of the first key of its own document, and whether it may see it."""
-    length = query.shape[1]
+def first_keys(
+    context: Context, config: AttentionConfig, length: int
+) -> tuple[Int[Array, "#B T"], Bool[Array, "#B T"]]:
+    """`first_in_document`, and whether the window of each query reaches it."""
     first = first_in_document(context, length)
     distance = context.order(length) - context.key_order(length)[0][first]
-    visible = distance < config.window if config.window else jnp.ones_like(first, bool)
-    if context.segment_ids is None:
-        return scores(query, key[:, :1], config)[..., 0], visible[:, None]
-    keys = jnp.take_along_axis(key, first[..., None, None], axis=1)  # [B, T, K, H], one for each query
+    return first, distance < config.window if config.window else jnp.ones_like(first, bool)
+
+
+def first_of_segment(
+    query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """The first key with each query's id, and whether there is one."""
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    return same.argmax(-1), same.any(-1)
+
+
+def scores_at(
+    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], at: Int[Array, "#B T"] | None, config: AttentionConfig
+) -> Float[Array, "B N T"]:
+    """Each query's score of one key of its own; None: of the first."""
+    if at is None:
+        return scores(query, key[:, :1], config)[..., 0]
+    keys = jnp.take_along_axis(key, at[..., None, None], axis=1)  # [B, T, K, H], one for each query
     flat = lambda x: x.reshape(-1, 1, *x.shape[2:])
     found = scores(flat(query), flat(keys), config)[..., 0, 0]
-    return found.reshape(*query.shape[:3]).swapaxes(1, 2), visible[:, None]
+    return found.reshape(*query.shape[:3]).swapaxes(1, 2)

@@ -1,7 +1,8 @@
 """How a layer says which parameters it has, once, for NNX and Linen alike."""
 
+import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,19 +37,20 @@ ROLES = {
 
 
 class ParameterSpec(NamedTuple):
-    """One parameter: its shape, the logical axis of each dimension (None: never split), its initializer and
-    its role.
+    """One parameter: its shape, the logical axis of each dimension (None: never split), its initializer, its role and,
+    of a projection, the product of the leading dimensions that its input is summed over.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Callable
     role: str
+    fan_in: int | None = None
 
 
 def matrix(shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, role: str = "matrix") -> ParameterSpec:
     """A projection drawn from a normal distribution with standard deviation fan_in ** -0.5."""
-    return ParameterSpec(shape, axes, jax.nn.initializers.normal(fan_in**-0.5), role)
+    return ParameterSpec(shape, axes, jax.nn.initializers.normal(fan_in**-0.5), role, fan_in)
 
 
 def constant(
@@ -58,16 +60,43 @@ def constant(
     return ParameterSpec(shape, axes or (None,) * len(shape), jax.nn.initializers.constant(value), role)
 
 
+def with_initializers(
+    specs: Mapping[str, ParameterSpec], kernel_init: Callable | None, bias_init: Callable | None
+) -> dict[str, ParameterSpec]:
+    """The table with other initializers for its projections and its biases, as far as they are given.
+
+    Args:
+      specs: parameters by name.
+      kernel_init: (key, [inputs, outputs], dtype) -> a projection as one matrix, which Flax' initializers take fans
+        from.
+      bias_init: (key, shape, dtype) -> a bias.
+    """
+
+    def as_matrix(spec: ParameterSpec) -> Callable:
+        def init(key, shape, dtype):
+            return kernel_init(key, (spec.fan_in, math.prod(shape) // spec.fan_in), dtype).reshape(shape)
+
+        return init
+
+    found = dict(specs)
+    for name, spec in specs.items():
+        if kernel_init is not None and spec.role == "matrix":
+            found[name] = spec._replace(init=as_matrix(spec))
+        elif bias_init is not None and spec.role == "bias":
+            found[name] = spec._replace(init=bias_init)
+    return found
+
+
 class ParameterModule(nnx.Module):
     """An NNX module whose `nnx.Param`s follow a table of `ParameterSpec`s.
 
     Every `nnx.Param` carries its logical axes and its role as the metadata `axes` and `role`.
     """
 
-    def __init__(self, specs: Mapping[str, ParameterSpec], *, rngs: nnx.Rngs):
+    def __init__(self, specs: Mapping[str, ParameterSpec], *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.names = tuple(specs)
         for name, spec in specs.items():
-            value = spec.init(rngs.params(), spec.shape, jnp.float32)
+            value = spec.init(rngs.params(), spec.shape, param_dtype)
             setattr(self, name, nnx.Param(value, axes=spec.axes, role=spec.role))
 
     @property

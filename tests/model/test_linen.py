@@ -1,13 +1,28 @@
 """Linen twins: same parameters, same outputs, same gradients as NNX; and flax's own bridge still works."""
 
+import functools
+import re
+
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from sampling import sampled
 
-from oasis_jax import PRESETS, AttentionConfig, Context, Decoder, ModelConfig, NormConfig, RouterConfig, linen
+from oasis_jax import (
+    PRESETS,
+    AttentionConfig,
+    Context,
+    Decoder,
+    ModelConfig,
+    NormConfig,
+    Placement,
+    RouterConfig,
+    linen,
+)
 from oasis_jax.config import LayerPattern
 
 SMALL = dict(width=24, num_heads=3, num_layers=2, vocab_size=29)
@@ -35,7 +50,7 @@ def test_decoder_outputs_and_gradients_agree(options):
     module = linen.Decoder(config)
     params = linen.params_from_nnx(nnx.to_pure_dict(state))
     initial = jax.eval_shape(module.init, jax.random.key(1), INPUTS)["params"]
-    chex.assert_trees_all_equal_shapes_and_dtypes(initial, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(nn.unbox(initial), params)
 
     def nnx_loss(state):
         logits, statistics = nnx.merge(graphdef, state)(INPUTS)
@@ -53,9 +68,32 @@ def test_decoder_outputs_and_gradients_agree(options):
     )
 
 
+def test_parameters_carry_their_logical_axes():
+    """As Flax reads them; with a placement's rules they lie where the NNX parameters do."""
+    config = ModelConfig(preset="oasis", qkv_bias=True, **SMALL)
+    decoder = Decoder(config, rngs=nnx.Rngs(0))
+    initial = jax.eval_shape(linen.Decoder(config).init, jax.random.key(1), INPUTS)["params"]
+    specs = nn.get_partition_spec(initial)
+    for path, parameter in nnx.to_flat_state(nnx.state(decoder)):
+        names = re.sub(r"\.(\d+)", r"_\1", ".".join(map(str, path))).split(".")
+        spec = functools.reduce(lambda tree, name: tree[name], names, specs)
+        assert tuple(spec) == parameter.get_metadata("axes"), path
+    mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    rules = (("heads", ("tensor",)), ("mlp", ("tensor",)), ("embed", ("fsdp",)))
+    placed = nn.logical_to_mesh(specs, rules)
+    kernel = placed["layers_1"]["attention"]["output"]
+    assert kernel == PartitionSpec(("tensor",), None, ("fsdp",))
+    assert NamedSharding(mesh, kernel).is_equivalent_to(
+        NamedSharding(mesh, Placement(mesh, rules).spec(("heads", None, "embed"))), 3
+    )
+
+
 def test_parameters_survive_the_round_trip():
     pure = Decoder(ModelConfig(preset="oasis", **SMALL), rngs=nnx.Rngs(0)).parameters()
     chex.assert_trees_all_equal(linen.params_to_nnx(linen.params_from_nnx(pure)), pure)
+    module = linen.Decoder(ModelConfig(preset="oasis", **SMALL))
+    initial = jax.eval_shape(module.init, jax.random.key(1), INPUTS)["params"]  # with logical axes
+    chex.assert_trees_all_equal_shapes_and_dtypes(linen.params_to_nnx(initial), pure)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +127,9 @@ def test_parts_have_the_parameters_of_their_nnx_twins():
 
 def test_the_bridge_of_flax_still_wraps_the_linen_attention():
     x = jnp.ones((2, 5, 24))
-    wrapped = nnx.bridge.ToNNX(linen.Attention(AttentionConfig(width=24, num_heads=3)), rngs=nnx.Rngs(0)).lazy_init(x)
+    module = linen.Attention(AttentionConfig(width=24, num_heads=3))
+    with nnx.use_eager_sharding(False):  # parameters with logical axes, and no mesh
+        wrapped = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
     output, statistics = wrapped(x)
     chex.assert_shape(output, (2, 5, 24))
     chex.assert_tree_all_finite(statistics.null_mass)
