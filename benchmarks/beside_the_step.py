@@ -10,7 +10,7 @@ import pathlib
 import _harness as harness
 
 from oasis_jax.commands.config_file import load_config
-from oasis_jax.data import load_corpus, train_batches
+from oasis_jax.data import eval_batches, load_corpus, train_batches
 from oasis_jax.placement import make_mesh, place
 from oasis_jax.training.guard import floats
 from oasis_jax.training.loop import with_sizes
@@ -32,35 +32,37 @@ def main():
     config = with_sizes(config, corpus)
     mesh = make_mesh(config.mesh)
     step, telemetry, state = make_step(config, mesh), make_telemetry(config, mesh), new_state(config, mesh)
-    batches = train_batches(corpus.train, config.data, seed=0)
-    batch = place(config, mesh).put(next(batches))
+    (batch,) = eval_batches(corpus.train, config.data, num_batches=1)
+    batch = place(config, mesh).put(batch)
 
     def train():
         nonlocal state
         state, metrics = step(state, batch)
         return metrics
 
-    def draw():
-        for _ in range(arguments.batches):
-            next(batches)
-
-    runs = {"step": train, "telemetry": lambda: floats(telemetry(state, batch)), "pipeline": draw}
+    runs = {"step": train, "telemetry": lambda: floats(telemetry(state, batch))}
+    try:
+        batches = train_batches(corpus.train, config.data, seed=0)
+        runs["pipeline"] = lambda: [next(batches) for _ in range(arguments.batches)]
+    except ImportError as error:  # of grain, which nothing else here needs
+        print(f"pipeline: left out, {error}")
     results = harness.interleave(runs, repetitions=arguments.repetitions)
     tokens = config.data.batch_size * config.data.sequence_length
     rates = {"step": 1e3 * tokens / results["step"]["median_ms"]}
-    rates["pipeline"] = 1e3 * tokens * arguments.batches / results["pipeline"]["median_ms"]
     share = results["telemetry"]["median_ms"] / (config.run.telemetry_interval * results["step"]["median_ms"])
     facts = {
         "tokens_per_second": rates,
-        "pipeline_over_demo": rates["pipeline"] / rates["step"],
         "telemetry_interval": config.run.telemetry_interval,
         "telemetry_share_of_step_time": share,
     }
     print(f"step {results['step']['median_ms']:.1f} ms, {rates['step']:,.0f} tokens/s")
-    print(
-        f"pipeline alone {rates['pipeline']:,.0f} tokens/s: {facts['pipeline_over_demo']:.0f} times what the demo "
-        "consumes"
-    )
+    if "pipeline" in results:
+        rates["pipeline"] = 1e3 * tokens * arguments.batches / results["pipeline"]["median_ms"]
+        facts["pipeline_over_demo"] = rates["pipeline"] / rates["step"]
+        print(
+            f"pipeline alone {rates['pipeline']:,.0f} tokens/s: {facts['pipeline_over_demo']:.0f} times what the demo "
+            "consumes"
+        )
     print(
         f"telemetry {results['telemetry']['median_ms']:.1f} ms every {config.run.telemetry_interval} steps: "
         f"{100 * share:.2f} % of step time"

@@ -15,7 +15,7 @@ import jax
 
 from oasis_jax.commands.config_file import load_config
 from oasis_jax.config import PRESETS, Config
-from oasis_jax.data import load_corpus, train_batches
+from oasis_jax.data import eval_batches, load_corpus
 from oasis_jax.overrides import apply_overrides
 from oasis_jax.placement import make_mesh, place
 from oasis_jax.training.state import new_state
@@ -50,8 +50,8 @@ def main():
         config = preset_config(preset, arguments.set)
         mesh = make_mesh(config.mesh)
         steps[preset], states[preset] = make_step(config, mesh), new_state(config, mesh)
-    batches = train_batches(load_corpus(config.data, seed=0).train, config.data, seed=0)
-    batch = place(config, mesh).put(next(batches))
+    (batch,) = eval_batches(load_corpus(config.data, seed=0).train, config.data, num_batches=1)
+    batch = place(config, mesh).put(batch)
 
     def advance(preset):
         states[preset], metrics = steps[preset](states[preset], batch)

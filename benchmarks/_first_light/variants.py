@@ -51,7 +51,7 @@ def _route(constant: str, *values: int) -> list[Variant]:
 VARIANTS = (
     *_tiles(128, (64, 4), (64, 5)),  # keys a tile, a multiple of 64, and slots of the ring
     *_stages(128, 3),
-    *_tiles(64, (128, 3), (192, 2), (192, 3), (64, 8)),
+    *_tiles(64, (128, 3), (64, 8), (192, 2)),
     *_stages(64, 3, 4),
     *_route("_RING_BYTES", 24 * 1024, 64 * 1024, 96 * 1024),
     *_route("_MAX_STAGES", 2, 8),

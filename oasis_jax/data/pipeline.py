@@ -1,21 +1,25 @@
 """Batches: the shuffled, endless, checkpointable ones of training, and the fixed ones of evaluation."""
 
-import grain
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from oasis_jax.config import DataConfig
 from oasis_jax.data.corpus import ORDER, Source, seed_sequence
 from oasis_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import grain
+
 # Examples are slices of memory or a few microseconds of random numbers: one thread keeps a few batches ahead of the
 # step. Grain's own endless length, sys.maxsize, becomes one too many where it is divided into batches of one.
 _ENDLESS = 2**62
-_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+_READ_AHEAD = dict(num_threads=1, prefetch_buffer_size=4)
 
 
 def train_batches(
     source: Source, config: DataConfig, *, seed: int, part: int = 0, parts: int = 1
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """One of `parts` equal parts of every global batch, without end; each epoch has an order of its own.
 
     The examples are put in order first and split after, so the state, {"next_index": batches read}, means the
@@ -28,6 +32,8 @@ def train_batches(
     Raises:
       UserError: the batch cannot be split evenly.
     """
+    import grain  # here: evaluation and benchmarks run on machines without it
+
     if config.batch_size % parts:
         below = config.batch_size // parts * parts
         fitting = f"{below} or {below + parts}" if below else f"{parts}"
@@ -36,7 +42,7 @@ def train_batches(
     order = int(seed_sequence(seed, ORDER).generate_state(1)[0])
     examples = grain.MapDataset.source(source).shuffle(seed=order).repeat()
     own = examples[part:_ENDLESS:parts].batch(config.batch_size // parts)
-    return iter(own.to_iter_dataset(_READ_AHEAD))
+    return iter(own.to_iter_dataset(grain.ReadOptions(**_READ_AHEAD)))
 
 
 def eval_batches(source: Source, config: DataConfig, *, num_batches: int) -> list[dict[str, np.ndarray]]:
