@@ -1,5 +1,5 @@
-"""Depth routing for any platform: sums over the sources one by one, under one custom_vjp. (One array with a traced
-number of live sources: buffer.py.)
+"""Depth routing for any platform: sums over a list of sources one by one, under one custom_vjp. (One array of sources:
+buffer.py.)
 
 Each source is read where it lies and never stacked. Written as products and sums, XLA fuses them; as batched einsums
 over a stack of sources they made a training step on a CPU several times slower. With a_i the weights, omega the null
@@ -32,7 +32,7 @@ def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
     """
     check_axes(inputs.sources, inputs.query)
     inputs = inputs.trimmed()
-    if inputs.live is not None and not isinstance(inputs.sources, tuple):
+    if not isinstance(inputs.sources, tuple):
         return route_buffer(inputs._replace(sharding=None))  # XLA partitions it by itself
     query, normalize = inputs.query, inputs.key_norm_scale is not None
     if normalize:
@@ -123,8 +123,6 @@ def _route_backward(normalize, score_scale, saved, cotangents):
             d_source - along_source[i][..., None] * value for i, (d_source, value) in enumerate(zip(d_sources, values))
         ]
     d_sources = tuple(d_source.astype(source.dtype) for d_source, source in zip(d_sources, sources))
-    if not isinstance(sources, tuple):
-        d_sources = jnp.stack(d_sources)
     return d_sources, d_query.astype(query.dtype), d_scores, d_null_logit, None
 
 
