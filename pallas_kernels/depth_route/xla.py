@@ -31,9 +31,11 @@ def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
     are read and left out.
     """
     check_axes(inputs.sources, inputs.query)
-    inputs = inputs.trimmed()
+    if len(inputs.sources) == 1:  # which needs no loop
+        inputs = inputs._replace(sources=(inputs.sources[0],))
     if not isinstance(inputs.sources, tuple):
         return route_buffer(inputs._replace(sharding=None))  # XLA partitions it by itself
+    inputs = inputs.trimmed()
     query, normalize = inputs.query, inputs.key_norm_scale is not None
     if normalize:
         query = query.astype(inputs.wide) * lifted(inputs.key_norm_scale.astype(inputs.wide), query)

@@ -341,6 +341,26 @@ def test_a_list_is_never_stacked():
         assert batch * length * width <= max(sizes) < count * batch * length * width
 
 
+@pytest.mark.parametrize("live", [None, 37], ids=["all_live", "some_live"])
+def test_an_array_is_read_and_its_gradient_written_in_place(live):
+    count, batch, length, width = 53, 3, 41, 65
+    array = jax.ShapeDtypeStruct((count, batch, length, width), jnp.float32)
+    gain = jax.ShapeDtypeStruct((width,), jnp.float32)
+
+    def loss(sources, query, gain):
+        output, weights, null_mass = depth_route(
+            sources, query, key_norm_scale=gain, num_sources=live, implementation="xla"
+        )
+        return (output**2).sum() + (weights**2).sum() + null_mass.sum()
+
+    def used(sources):  # by the program beside its arguments, in units of one source
+        memory = jax.jit(jax.grad(loss)).lower(sources, gain, gain).compile().memory_analysis()
+        return (memory.temp_size_in_bytes + memory.output_size_in_bytes) / (4 * batch * length * width)
+
+    as_list = [jax.ShapeDtypeStruct(array.shape[1:], jnp.float32)] * count
+    assert used(array) <= 1.2 * used(as_list)
+
+
 GOOD = dict(sources=np.ones((3, 2, 5, 7), np.float32), query=np.ones((7,), np.float32))
 
 
