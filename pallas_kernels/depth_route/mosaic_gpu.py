@@ -12,7 +12,8 @@ from pallas_kernels.sharding import unmapped_axes
 _OLDEST_JAX = (0, 11, 2)
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 _DTYPES = ("bfloat16", "float16", "float32")
-_WIDTH_UNIT, _MAX_WIDTH = 128, 8192
+WARPS, LANES = 4, 32
+_ELEMENTS_PER_THREAD = 64
 
 
 def depth_route_mosaic_gpu(inputs: RouteInputs) -> DepthRoute:
@@ -42,8 +43,21 @@ def check_mosaic_gpu(inputs: RouteInputs) -> None:
     if jnp.dtype(inputs.dtype).name not in _DTYPES:
         raise Unavailable(f"takes sources of {', '.join(_DTYPES)}, got {inputs.dtype}")
     width = inputs.sources[0].shape[-1]
-    if width % _WIDTH_UNIT or width > _MAX_WIDTH:
-        raise Unavailable(f"takes widths that are multiples of {_WIDTH_UNIT} up to {_MAX_WIDTH}, got {width}")
+    if not tile_rows(width):
+        allowed = ", ".join(f"of {unit} up to {limit}" for unit, limit in _widths())
+        raise Unavailable(f"takes widths that are multiples {allowed}, got {width}")
+
+
+def _widths() -> list[tuple[int, int]]:
+    """(unit, the largest width) where 4, 2 or 1 tokens share a program."""
+    return [(WARPS // rows * LANES, WARPS // rows * LANES * _ELEMENTS_PER_THREAD) for rows in (4, 2, 1)]
+
+
+def tile_rows(width: int) -> list[int]:
+    """How many tokens a program may own at this width, the best first: a warp each, or two or four of them, whose
+    threads share a row evenly. None at a width that the kernels do not take.
+    """
+    return [rows for rows, (unit, limit) in zip((4, 2, 1), _widths()) if width % unit == 0 and width <= limit]
 
 
 @functools.cache

@@ -27,10 +27,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE
+from pallas_kernels.depth_route.mosaic_gpu import LANES, WARPS, tile_rows
 from pallas_kernels.dispatch import interpreting
 
-_WARPS, _LANES = 4, 32
-_ELEMENTS_PER_THREAD = 64
 _RING_BYTES = (
     48 * 1024
 )  # of sources in flight; with the query and dO beside it, two programs of half precision share a multiprocessor
@@ -42,13 +41,15 @@ class _Tile:
     """How a block of `rows` tokens lies in registers: [rows, width], or [width] and scalars for one token."""
 
     def __init__(self, tokens: int, width: int):
-        limit = _ELEMENTS_PER_THREAD * _WARPS * _LANES
-        self.rows = next(rows for rows in (4, 2, 1) if rows == 1 or (tokens % rows == 0 and rows * width <= limit))
-        warps = _WARPS // self.rows
+        possible = [rows for rows in tile_rows(width) if rows <= tokens]
+        self.rows = next((rows for rows in possible if tokens % rows == 0), possible[0])
+        warps = WARPS // self.rows
         # neighbouring elements of a thread: with 4, half precision and float32 alike are read from shared memory
         # without bank conflicts
-        vector = next(n for n in (4, 2, 1) if width % (warps * _LANES * n) == 0)
-        chunk = _LANES * vector
+        vector = next(n for n in (4, 2, 1) if width % (warps * LANES * n) == 0)
+        chunk = LANES * vector
+        self.whole, self.blocks = tokens // self.rows, pl.cdiv(tokens, self.rows)
+        self.ragged, self.last = self.whole < self.blocks, tokens - self.rows
         self.shape = (width,) if self.rows == 1 else (self.rows, width)
         outer = (warps * chunk,) if self.rows == 1 else (self.rows, warps * chunk)
         tiling = [outer, *([(chunk,)] if warps > 1 else []), (vector,)]
@@ -56,8 +57,13 @@ class _Tile:
         self.layout = plgpu.Layout.TILED(plgpu.Tiling(tuple(tiling)), across, (-2,), -1)
 
     def tokens(self, block):
-        """The index of a block's tokens in [tokens, width]."""
-        return block if self.rows == 1 else pl.ds(block * self.rows, self.rows)
+        """The index of a block's tokens in [tokens, width]. Where they do not come out even, the last block begins among
+        the tokens of the one before, and the same program writes both.
+        """
+        if self.rows == 1:
+            return block
+        first = block * self.rows
+        return pl.ds(jnp.minimum(first, self.last) if self.ragged else first, self.rows)
 
     def load(self, ref):
         """Rows as float32; a static query [width] is repeated for every token."""
@@ -95,7 +101,6 @@ class _Route:
         batch, length, self.width = sources[0].shape
         self.tokens, self.dtype = batch * length, sources[0].dtype
         self.tile = _Tile(self.tokens, self.width)
-        self.blocks = self.tokens // self.tile.rows
         self.per_token = query.ndim == 3
         block_bytes = self.tile.rows * self.width * self.dtype.itemsize
         self.stages = min(max(_RING_BYTES // block_bytes, 2), _MAX_STAGES)
@@ -177,34 +182,61 @@ def _live(num_sources, count: int):
     return jnp.full((1,), count if num_sources is None else jnp.clip(num_sources, 0, count), jnp.int32)
 
 
+def _missing(sources) -> int:
+    """How many positions a call with fewer tokens than a program's lacks."""
+    batch, length, width = sources[0].shape
+    return max(pl.cdiv(tile_rows(width)[-1], batch) - length, 0)
+
+
+def _lengthened(x, by: int):
+    """[..., B, T, D] with zeros for `by` more positions; so is a tuple of them. A static query stays."""
+    pad = lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, by), (0, 0)]) if x.ndim > 1 else x
+    return jax.tree.map(pad, x)
+
+
 def forward(options, sources, query, shift, null_logit, num_sources):
     """The forward kernel of `differentiable` (vjp.py)."""
+    if by := _missing(sources):
+        longer = (*_lengthened((sources, query), by), _lengthened(shift[..., None], by)[..., 0])
+        output, weights, null_mass = forward(options, *longer, null_logit, num_sources)
+        return output[:, :-by], weights[..., :-by], null_mass[:, :-by]
     route = _Route(options, sources, query)
     tile = route.tile
 
     def body(
         sources, query, shift, top, null, live, output, exponentials, total, ring, arrived, query_here, query_arrived
     ):
-        at, live = tile.tokens(lax.axis_index("program")), live[0]
-        route.fetch_first(sources, live, at, ring, arrived)
-        _copy(query.at[at] if route.per_token else query, query_here, query_arrived)
-        plgpu.barrier_wait(query_arrived)
+        live = live[0]
 
-        def step(i, carry):
-            accumulated, z, shift_now = carry
-            shift_next = tile.load_each(shift.at[jnp.minimum(i + 1, route.count - 1), at])
-            value = route.next_row(sources, i, live, at, ring, arrived)
-            raw, _, _ = route.score(value, tile.load(query_here), shift_now)
-            e = jnp.exp(jnp.clip(raw, -MAX_SCORE, MAX_SCORE) - top[0])
-            _store(exponentials.at[i, at], e)
-            return accumulated + value * tile.along(e), z + e, shift_next
+        def block(b, _):
+            at = tile.tokens(b)
+            if tile.ragged:
+                plgpu.commit_smem()  # orders the last block's reads before the copies' writes
+            route.fetch_first(sources, live, at, ring, arrived)
+            _copy(query.at[at] if route.per_token else query, query_here, query_arrived)
+            plgpu.barrier_wait(query_arrived)
 
-        start = tile.zeros(), tile.zeros_each(), tile.load_each(shift.at[0, at])
-        accumulated, z, _ = lax.fori_loop(0, live, step, start)
-        z = z + null[0]
-        _store(total.at[at], z)
-        inverse = 1.0 / jnp.where(z == 0.0, 1.0, z)  # neither a live source nor a null
-        _store(output.at[at], (accumulated * tile.along(inverse)).astype(route.dtype))
+            def step(i, carry):
+                accumulated, z, shift_now = carry
+                shift_next = tile.load_each(shift.at[jnp.minimum(i + 1, route.count - 1), at])
+                value = route.next_row(sources, i, live, at, ring, arrived)
+                raw, _, _ = route.score(value, tile.load(query_here), shift_now)
+                e = jnp.exp(jnp.clip(raw, -MAX_SCORE, MAX_SCORE) - top[0])
+                _store(exponentials.at[i, at], e)
+                return accumulated + value * tile.along(e), z + e, shift_next
+
+            start = tile.zeros(), tile.zeros_each(), tile.load_each(shift.at[0, at])
+            accumulated, z, _ = lax.fori_loop(0, live, step, start)
+            z = z + null[0]
+            _store(total.at[at], z)
+            inverse = 1.0 / jnp.where(z == 0.0, 1.0, z)  # neither a live source nor a null
+            _store(output.at[at], (accumulated * tile.along(inverse)).astype(route.dtype))
+
+        program = lax.axis_index("program")
+        if tile.ragged:
+            lax.fori_loop(program, program + jnp.where(program == tile.whole - 1, 2, 1), block, None)
+        else:
+            block(program, None)
 
     count, tokens = route.count, route.tokens
     each = jax.ShapeDtypeStruct((tokens,), jnp.float32)
@@ -215,7 +247,7 @@ def forward(options, sources, query, shift, null_logit, num_sources):
     )
     top = jnp.maximum(null_logit, 0.0)
     null = jnp.exp(jnp.minimum(null_logit, 0.0))
-    output, exponentials, z = route.call(body, "depth_route_forward", out_type, route.blocks, route.ring + route.query)(
+    output, exponentials, z = route.call(body, "depth_route_forward", out_type, tile.whole, route.ring + route.query)(
         route.flat(sources),
         route.flat(query),
         shift.reshape(count, tokens),
@@ -233,12 +265,22 @@ def forward(options, sources, query, shift, null_logit, num_sources):
 
 def backward(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights):
     """The backward kernel of `differentiable` (vjp.py)."""
+    if by := _missing(sources):
+        sources, query, d_output = _lengthened((sources, query, d_output), by)
+        each = (x[..., 0] for x in _lengthened([x[..., None] for x in (shift, weights, delta, d_weights)], by))
+        shift, weights, delta, d_weights = each
+        d_sources, d_query, d_shift = backward(
+            options, sources, query, shift, num_sources, weights, delta, d_output, d_weights
+        )
+        cut = lambda x: x[..., :-by, :] if x.ndim > 1 else x
+        return jax.tree.map(cut, d_sources), cut(d_query), d_shift[..., :-by]
     route = _Route(options, sources, query)
     tile, count, tokens = route.tile, route.count, route.tokens
     blocks_each = 1 if route.per_token else _BLOCKS_PER_PARTIAL
+    programs = pl.cdiv(tile.whole, blocks_each)
 
     def body(
-        sources, query, shift, weights, lift, d_output, live, d_sources, d_query, d_shift,
+        sources, query, shift, weights, lift, d_output, fresh, live, d_sources, d_query, d_shift,
         ring, arrived, query_here, query_arrived, d_output_here, d_output_arrived,
     ):  # fmt: skip
         program, live = lax.axis_index("program"), live[0]
@@ -255,6 +297,10 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
                 plgpu.barrier_wait(query_arrived)
             route.fetch_first(sources, live, at, ring, arrived)
             plgpu.barrier_wait(d_output_arrived)
+            # a sum over all tokens counts each of them once
+            new = None
+            if tile.ragged and not route.per_token:
+                new = tile.load_each(fresh.at[pl.ds(jnp.where(b == tile.blocks - 1, tile.rows, 0), tile.rows)])
 
             def given(i):
                 return tuple(tile.load_each(x.at[i, at]) for x in (shift, weights, lift))
@@ -275,24 +321,27 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
                     d_value = d_value - tile.along(along_query * dot * inverse_rms * inverse_rms / route.width) * value
                 d_value = d_value.astype(route.dtype)
                 route.of_source(d_sources, i, lambda ref: _store(ref.at[at], d_value))
+                if new is not None:
+                    along_query = along_query * new
                 return d_query_sum + tile.along(along_query) * value, following
 
-            d_query_sum, _ = lax.fori_loop(0, live, step, (d_query_sum, given(0)))
+            start = tile.zeros() if route.per_token else d_query_sum
+            d_query_sum, _ = lax.fori_loop(0, live, step, (start, given(0)))
+            if route.per_token:
+                _store(d_query.at[at], d_query_sum)
 
             def dead(i, _):
                 route.of_source(d_sources, i, lambda ref: _store(ref.at[at], tile.zeros().astype(route.dtype)))
 
             lax.fori_loop(live, count, dead, None)
-            return d_query_sum
+            return None if route.per_token else d_query_sum
 
         first = program * blocks_each
-        d_query_sum = lax.fori_loop(first, jnp.minimum(first + blocks_each, route.blocks), block, tile.zeros())
-        if route.per_token:
-            _store(d_query.at[tile.tokens(program)], d_query_sum)
-        else:
+        stop = jnp.where(program == programs - 1, tile.blocks, first + blocks_each)
+        d_query_sum = lax.fori_loop(first, stop, block, None if route.per_token else tile.zeros())
+        if not route.per_token:
             _store(d_query.at[program], d_query_sum if tile.rows == 1 else d_query_sum.sum(0))
 
-    programs = pl.cdiv(route.blocks, blocks_each)
     one = jax.ShapeDtypeStruct((tokens, route.width), route.dtype)
     out_type = (
         jax.ShapeDtypeStruct((count, *one.shape), route.dtype) if route.stacked else (one,) * count,
@@ -300,9 +349,12 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
         jax.ShapeDtypeStruct((count, tokens), jnp.float32),
     )
     scratch = [*route.ring, *route.query, plgpu.SMEM(tile.shape, route.dtype), plgpu.Barrier()]
+    # of any block but the last, and of the last: which tokens no other block has
+    fresh = jnp.arange(2 * tile.rows) % tile.rows + tile.last >= (tile.blocks - 1) * tile.rows
+    fresh = jnp.where(jnp.arange(2 * tile.rows) < tile.rows, 1.0, fresh).astype(jnp.float32)
     each = [x.reshape(count, tokens) for x in (shift, weights, d_weights - delta[None])]
     d_sources, d_query, d_shift = route.call(body, "depth_route_backward", out_type, programs, scratch)(
-        route.flat(sources), route.flat(query), *each, route.flat(d_output), _live(num_sources, count)
+        route.flat(sources), route.flat(query), *each, route.flat(d_output), fresh, _live(num_sources, count)
     )
     d_sources = jax.tree.map(lambda new, old: new.reshape(old.shape), d_sources, sources)
     d_query = d_query.reshape(query.shape) if route.per_token else d_query.sum(0)
