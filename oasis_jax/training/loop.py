@@ -101,14 +101,14 @@ def fit(
             return _last_line(workdir)
         state = resumed.state if resumed else new_state(config, mesh)
         if start:
-            examples = lambda rows: _examples(corpus, config, rows)
+            examples = lambda rows: training_examples(corpus, config, rows)
             state = state._replace(params=starting_parameters(start, config, state.params, examples, progress.say))
         run = _Run(config, mesh, corpus, checkpoints, progress, preemption, evaluators or {})
         _log_and_train(run, workdir, state, resumed, profile, stack)
     return _last_line(workdir)
 
 
-def _examples(corpus: Corpus, config: Config, rows: int) -> dict[str, np.ndarray]:
+def training_examples(corpus: Corpus, config: Config, rows: int) -> dict[str, np.ndarray]:
     """So many training examples, spread over the corpus, the same in every process; repeated where there are fewer."""
     found = eval_batches(corpus.train, dataclasses.replace(config.data, batch_size=rows), num_batches=1)[0]
     return {name: x[np.arange(rows) % len(x)] for name, x in found.items()}
