@@ -6,8 +6,8 @@ warm-up, of 192 sequences of 512 tokens.
     python train.py --config=configs/finetune_llama3_1b.py --plan=h100:1
 
 DIR holds the model's safetensors, config.json and tokenizer.json. The sizes below are its own, so that a plan needs no
-file; what else it is comes from its config.json. OASIS' own wiring begins far from the model that it is put into: `--set
-model.preset=oasis_blocks` is near it at the first step, `attnres` is it. The paper's recipe ran one GPU in float16.
+file; what else it is comes from its config.json. OASIS' own wiring begins far from the model that it is put into;
+`--set model.preset=attnres` begins as the model itself. The paper's recipe ran one GPU in float16.
 
 Hardware: one GPU of 40 GB or more; planned (h100:1, jax 0.12, 2026-11-27): 25.3 GiB. Not trained here: neither times nor
 metrics.

@@ -6,8 +6,8 @@
     python train.py --config=configs/finetune_phi4_mini.py --plan=h200:1
 
 DIR holds the model's safetensors, config.json and tokenizer.json. The sizes below are its own, so that a plan needs no
-file; what else it is comes from its config.json. OASIS' own wiring begins far from the model that it is put into: `--set
-model.preset=oasis_blocks` is near it at the first step, `attnres` is it.
+file; what else it is comes from its config.json. OASIS' own wiring begins far from the model that it is put into;
+`--set model.preset=attnres` begins as the model itself.
 
 Hardware: one GPU of 141 GB; planned (h200:1, jax 0.12, 2026-11-27): 78.4 GiB. Not trained here: neither times nor
 metrics.
