@@ -136,6 +136,25 @@ def dispatch(operator: str, table: Mapping[str, Callable], implementation: str |
     return serve
 
 
+def differentiated_once(operator: str, name: str, function: Callable) -> Callable:
+    """function(options, *arrays) of kernels that JAX cannot differentiate: where a second derivative of the operator
+    (`jax.hessian`, a gradient of a gradient) would, a TypeError says what can.
+    """
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def once(options, *arrays):
+        return function(options, *arrays)
+
+    @once.defjvp
+    def refuse(options, primals, tangents):
+        raise TypeError(
+            f"implementation: {operator} by {name} has first derivatives only; a second one (jax.hessian, jax.jvp of "
+            'jax.grad) needs implementation="reference" or "xla"'
+        )
+
+    return once
+
+
 class Explanation(NamedTuple):
     """Which backend serves a call.
 

@@ -66,4 +66,4 @@ def _serve():
     from pallas_kernels.depth_route.mosaic_gpu_kernels import backward, forward
     from pallas_kernels.depth_route.vjp import differentiable
 
-    return differentiable(forward, backward)
+    return differentiable(forward, backward, kernels="mosaic_gpu")

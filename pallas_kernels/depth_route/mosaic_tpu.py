@@ -363,7 +363,8 @@ def _backward(options, sources, query, shift, num_sources, weights, delta, d_out
     return d_sources, d_query, jnp.moveaxis(d_shift.reshape(*sources[0].shape[:2], plan.count), -1, 0)
 
 
-_serve, _sharded_backward = differentiable(_forward, _backward), sharded_backward(_backward)
+_serve = differentiable(_forward, _backward, kernels="mosaic_tpu")
+_sharded_backward = sharded_backward(_backward)
 
 
 def depth_route_mosaic_tpu(inputs: RouteInputs) -> DepthRoute:

@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, lifted, score_shift
+from pallas_kernels.dispatch import differentiated_once
 from pallas_kernels.sharding import OperatorSharding, varying_alike
 
 
@@ -37,7 +38,7 @@ class RouteOptions(NamedTuple):
         return cls(inputs.key_norm_scale is not None, inputs.score_scale, inputs.sharding)
 
 
-def differentiable(forward: Callable, backward: Callable) -> Callable:
+def differentiable(forward: Callable, backward: Callable, kernels: str | None = None) -> Callable:
     """Joins two kernels into a differentiable backend.
 
     Args:
@@ -47,11 +48,14 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
         scalar; num_sources None or an int32 scalar.
       backward: backward(options, sources, query, shift, num_sources, weights, delta [B, T], d_output [B, T, D],
         d_weights [L, B, T]) -> (d_sources like sources, zero for the dead, d_query like query, d_shift [L, B, T]).
+      kernels: name of a backend whose functions JAX cannot differentiate: a second derivative is refused.
 
     Returns:
       serve(inputs: RouteInputs) -> DepthRoute.
     """
     forward, backward = _sharded_forward(forward), sharded_backward(backward)
+    if kernels is not None:
+        forward, backward = (differentiated_once("depth_route", kernels, f) for f in (forward, backward))
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def route(options, sources, query, shift, null_logit, num_sources):

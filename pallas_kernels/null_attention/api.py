@@ -57,9 +57,9 @@ def null_attention(
     bias (arXiv 2410.10781). A query without any key has null mass 1, output v_0 or 0 and lse b; for b = -inf null mass
     and output 0, lse -inf and zero gradients. Statistics are float32 or better, whatever the inputs.
 
-    A key or value that no query of its head may see reaches neither a result nor a gradient of "xla" and "reference",
-    whatever it holds. Derivatives are for reverse mode: forward mode (`jax.jvp`, `jax.jacfwd`) needs
-    implementation="reference".
+    A key or value that no query of its head may see reaches neither a result nor a gradient, whatever it holds.
+    Derivatives are for reverse mode: forward mode (`jax.jvp`, `jax.jacfwd`) needs implementation="reference", second
+    derivatives (`jax.hessian`) that or "xla".
 
     Args:
       query: N query heads of size H; N is a multiple of K: N // K consecutive query heads share a key head.

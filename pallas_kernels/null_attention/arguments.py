@@ -91,10 +91,11 @@ def _check_arrays(query, key, value) -> None:
 def _check_segments(segment_ids, query, key) -> Segments | None:
     if segment_ids is None:
         return None
-    pair = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
-    if len(pair) != 2:
-        raise ValueError(f"segment_ids: must be one array or a pair (queries, keys), got {len(pair)} arrays")
-    pair = tuple(_array("segment_ids", ids) for ids in pair)
+    given = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids,)
+    if len(given) not in (1, 2) or (len(given) == 1 and given is segment_ids):
+        raise ValueError(f"segment_ids: must be one array or a pair (queries, keys), got {len(given)} arrays")
+    given = tuple(_array("segment_ids", ids) for ids in given)
+    pair = (given[0], given[-1])  # one array stays one: every key is seen by the query at its place
     for ids, owner, wanted in zip(pair, ("queries", "keys"), (query.shape[:2], key.shape[:2])):
         if ids.shape != wanted or not _is(ids, jnp.integer):
             raise ValueError(

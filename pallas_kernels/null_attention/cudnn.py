@@ -172,12 +172,12 @@ def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_o
     return softmax_attention_backward(options, query, key, value, lse, output, d_output)
 
 
-_serve = differentiable(_forward, _backward)
+_serve = differentiable(_forward, _backward, kernels="cudnn")
 
 
 def null_attention_cudnn(inputs: AttentionInputs) -> NullAttention:
     """The contract of `null_attention` through cuDNN: bfloat16 or float16, causal, windowed or neither, no
-    segments and no soft cap.
+    segments and no soft cap: some query sees every key.
     """
     _check_available(inputs)
     return _serve(inputs)

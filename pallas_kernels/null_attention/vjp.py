@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import differentiated_once
 from pallas_kernels.null_attention.base import AttentionInputs, Masks, NullAttention, wide_dtype
 from pallas_kernels.null_attention.sharded import sharded_backward, sharded_forward
 from pallas_kernels.sharding import varying_alike
 
 
-def differentiable(forward: Callable, backward: Callable) -> Callable:
+def differentiable(forward: Callable, backward: Callable, kernels: str | None = None) -> Callable:
     """Joins two kernels into a differentiable backend.
 
     Args:
@@ -28,11 +29,14 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
       backward: backward(options, query, key, value, masks, lse [B, N, T], delta [B, N, T], d_output [B, T, N, H]) ->
         gradients of query, key and value in their dtypes and, where there is a bias, of the bias. lse is finite: rows
         without key and null carry 0, and all their scores are masked.
+      kernels: name of a backend whose functions JAX cannot differentiate: a second derivative is refused.
 
     Returns:
       serve(AttentionInputs) -> NullAttention.
     """
     forward, backward = sharded_forward(forward), sharded_backward(backward)
+    if kernels is not None:
+        forward, backward = (differentiated_once("null_attention", kernels, f) for f in (forward, backward))
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attention(options, query, key, value, null_logit, masks):

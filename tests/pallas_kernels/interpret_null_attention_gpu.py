@@ -106,6 +106,39 @@ def empty_rows() -> dict:
     return found
 
 
+def unseen() -> dict:
+    """Keys and values that no query may see, by a window, by segment ids and in decoding, hold NaN: differences to
+    zeros.
+    """
+    found = {}
+    cases = dict(
+        window=((1, 70, 203), dict(window=45), np.arange(203) < 203 - 70 - 45 + 1),
+        segments=((1, 70, 203), dict(segment_ids="third", is_causal=False), np.arange(203) % 3 != 0),
+        decoding=(
+            (1, 2, 531),
+            dict(segment_ids="third", window=300),
+            (np.arange(531) % 3 != 0) | (np.arange(531) < 230),
+        ),
+    )
+    for name, ((batch, length, keys), options, hidden) in cases.items():
+        query, key, value, b = make((batch, length, keys, 2, 1, 64), per_head=True)[0]
+        if "segment_ids" in options:
+            ids = np.zeros((batch, length), np.int32), np.arange(keys, dtype=np.int32)[None] % 3
+            options = options | dict(segment_ids=ids)
+
+        def loss(query, key, value, options=options, b=b):
+            result = null_attention(query, key, value, null_logit=b, implementation="mosaic_gpu", **options)
+            return (result.output.astype(jnp.float32) ** 2).sum() + (result.null_mass * result.lse).sum(), result
+
+        run, both = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True)), []
+        for held in (0.0, np.nan):
+            arrays = (query, *(np.where(hidden[None, :, None, None], held, x) for x in (key, value)))
+            with interpret_kernels():
+                both.append(jax.block_until_ready(run(*(jnp.asarray(x, jnp.bfloat16) for x in arrays))))
+        found[name] = max(difference(y, x) for x, y in zip(*map(jax.tree.leaves, both)))
+    return found
+
+
 def vmapped() -> dict:
     """Gradients of a call mapped over queries and nulls by vmap, against one call at a time (the interpreter refuses
     remat).
@@ -125,7 +158,7 @@ def vmapped() -> dict:
 
 
 if __name__ == "__main__":
-    programs = dict(extreme_scores=extreme_scores, empty_rows=empty_rows, vmapped=vmapped)
+    programs = dict(extreme_scores=extreme_scores, empty_rows=empty_rows, vmapped=vmapped, unseen=unseen)
     report = {}
     for name in sys.argv[1:]:
         report[name] = programs[name]() if name in programs else compare(**CASES[name])

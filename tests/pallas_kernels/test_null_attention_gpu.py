@@ -326,5 +326,11 @@ def test_kernels_at_extreme_scores_and_rows_without_keys():
 
 @needs_interpreter
 @pytest.mark.slow
+def test_what_no_query_may_see_never_matters():
+    assert interpreted("unseen")["unseen"] == {"window": 0.0, "segments": 0.0, "decoding": 0.0}
+
+
+@needs_interpreter
+@pytest.mark.slow
 def test_kernels_under_vmap():
     assert interpreted("vmapped")["vmapped"] == {"query": 0.0, "null_logit": 0.0}

@@ -153,6 +153,77 @@ def test_forward_mode_names_the_implementation_that_has_it(operator):
     np.testing.assert_allclose(tangent, jnp.vdot(gradient, x), rtol=1e-4)
 
 
+def second_derivatives(operator):
+    """A loss of x through every result, and ways to its second derivatives."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 3)).astype("f"))
+
+    def loss(x, implementation):
+        if operator == "null_attention":
+            result = null_attention(x, 0.7 * x, x + 0.1, null_logit=0.2, implementation=implementation)
+        else:
+            gain = jnp.ones(3)
+            result = depth_route(x, 0.3 * jnp.arange(3.0), key_norm_scale=gain, implementation=implementation)
+        return sum((y**2).sum() for y in result)
+
+    def ways(implementation):
+        gradient = jax.grad(lambda x: loss(x, implementation))
+        yield lambda: jax.jit(jax.hessian(lambda x: loss(x, implementation)))(x)
+        yield lambda: jax.jit(lambda x: jax.jvp(gradient, (x,), (x,))[1])(x)
+        yield lambda: jax.jit(jax.grad(lambda x: (gradient(x) ** 2).sum()))(x)
+
+    return ways
+
+
+@pytest.mark.parametrize("operator", ["null_attention", "depth_route"])
+def test_second_derivatives_are_right_or_refused_by_name(operator):
+    """jax.hessian, forward over reverse and reverse over reverse: plain JAX has them, kernels say who does."""
+    ways = second_derivatives(operator)
+    for found, wanted in zip(ways("xla"), ways("reference")):
+        wanted = wanted()
+        np.testing.assert_allclose(found(), wanted, atol=3e-6 * np.abs(wanted).max())
+    with interpret_kernels():
+        for found in ways("mosaic_tpu"):
+            with pytest.raises(TypeError, match=f'implementation: {operator} by mosaic_tpu has .*"reference" or'):
+                found()
+
+
+# Of 13 keys of which the last is at the place of the last of 7 queries.
+UNSEEN = {
+    "window": (dict(window=3), np.arange(13)[None] < 4),
+    "pair_of_segments": (
+        dict(segment_ids=(np.array([[0] * 7, [0, 0, 1, 1, 1, 5, 5]]), np.stack([np.arange(13) % 3, np.arange(13) // 3]))),
+        np.stack([np.arange(13) % 3 != 0, ~np.isin(np.arange(13), [0, 1, 2, 3, 4, 5])]),
+    ),
+    "both": (
+        dict(segment_ids=(np.full((2, 7), 2), np.stack([np.arange(13) % 3, np.full(13, 2)])), window=4),
+        np.stack([(np.arange(13) % 3 != 2) | (np.arange(13) < 3), np.arange(13) < 3]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", [*PLAIN_JAX, "mosaic_tpu"])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_no_query_may_see_never_matters(name, implementation):
+    options, unseen = UNSEEN[name]
+    random, differentiate = np.random.default_rng(0), jax.value_and_grad
+    q, k, v = (random.normal(size=(2, n, heads, 5)).astype("f") for n, heads in ((7, 4), (13, 2), (13, 2)))
+
+    def loss(*arrays):
+        result = null_attention(*arrays, **options, implementation=implementation)
+        return sum((x**2).sum() for x in result), result
+
+    with interpret_kernels() if implementation == "mosaic_tpu" else contextlib.nullcontext():
+        run, found = jax.jit(differentiate(loss, (0, 1, 2), has_aux=True)), []
+        for held in (0.0, np.nan, np.inf):
+            spoiled = (np.where(unseen[..., None, None], np.float32(held), x) for x in (k, v))
+            found.append(jax.tree.map(np.asarray, run(q, *spoiled)))
+    for spoiled in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, spoiled, found[0])
+    for gradient in found[0][1][1:]:
+        assert not gradient[np.broadcast_to(unseen, (2, 13))].any()
+        assert (np.abs(gradient).sum((2, 3)) > 0)[~np.broadcast_to(unseen, (2, 13))].all()
+
+
 @pytest.mark.parametrize("as_list", [False, True], ids=["array", "list"])
 @pytest.mark.parametrize("implementation", PLAIN_JAX)
 def test_a_traced_number_of_sources_that_there_are_not_gives_nan(implementation, as_list):

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import Unavailable, interpreting, target_device
 from pallas_kernels.null_attention.base import AttentionInputs, Masks, NullAttention, Options, check_kernel
 from pallas_kernels.null_attention.merge import merge_partials
+from pallas_kernels.null_attention.unseen import without_unseen
 from pallas_kernels.null_attention.vjp import differentiable
 
 HEAD_SIZES = (64, 128, 256)
@@ -143,13 +144,13 @@ def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_o
     return backward_kernels(problem, query, key, value, _ids(masks.segments), lse, delta, d_output)
 
 
-_serve = differentiable(_forward, _backward)
+_serve = differentiable(_forward, _backward, kernels="mosaic_gpu")
 
 
 @functools.wraps(_serve)
 def null_attention_mosaic_gpu(inputs):
     check_available(inputs)
-    return _serve(inputs)
+    return _serve(without_unseen(inputs))
 
 
 null_attention_mosaic_gpu.__doc__ = "The contract of `null_attention` on Hopper GPUs, in bfloat16 or float16."

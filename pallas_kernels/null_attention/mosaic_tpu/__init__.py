@@ -44,6 +44,7 @@ from pallas_kernels.null_attention.mosaic_tpu.tiles import (
     longest_run,
     row_range,
 )
+from pallas_kernels.null_attention.unseen import without_unseen
 from pallas_kernels.null_attention.vjp import differentiable
 
 _LARGEST_HEAD = 256
@@ -197,10 +198,10 @@ def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_o
     return tuple(x.astype(query.dtype) for x in (from_rows(d_query, query, shape, key_heads), d_key, d_value))
 
 
-_serve = differentiable(_forward, _backward)
+_serve = differentiable(_forward, _backward, kernels="mosaic_tpu")
 
 
 def null_attention_mosaic_tpu(inputs: AttentionInputs) -> NullAttention:
     """The contract of `null_attention` on TPUs."""
     check_available(inputs)
-    return _serve(inputs)
+    return _serve(without_unseen(inputs))
