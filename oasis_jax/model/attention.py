@@ -59,12 +59,14 @@ class Keys(NamedTuple):
     segments: ids of queries and keys; a query sees keys of its own id.
     own: of the queries' own sequence, the cached ones first: a query sees none that comes after it. Those of another
       sequence have no place in this one.
+    lengths: how many of a cache's places hold tokens, the queries' own among them.
     """
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K H"]
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
     own: bool
+    lengths: Int[Array, " B"] | None = None
 
 
 def attention_parameters(config: AttentionConfig, kv_width: int | None = None) -> dict[str, ParameterSpec]:
@@ -149,8 +151,7 @@ def attention(
     source = x if inputs_kv is None else _checked_source(p, config, x, context, inputs_kv, kv_segment_ids)
     query, key, value = project(p, config, x, source, context)
     if inputs_kv is None:
-        segments = None if context.segment_ids is None else (context.segment_ids, context.key_segments)
-        keys = Keys(*context.with_cached(key, value), segments, own=True)
+        keys = _own_keys(key, value, context)
     else:
         segments = None if kv_segment_ids is None else (context.segment_ids, jnp.asarray(kv_segment_ids))
         keys = Keys(key, value, segments, own=False)
@@ -161,6 +162,17 @@ def attention(
         statistics = _fused(query, keys, null, config, context)
     heads = context.numerics.tap("context", statistics.head_output)
     return output_projection(p, config, x, heads, context), statistics
+
+
+def _own_keys(key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], context: Context) -> Keys:
+    """The keys of a pass's own tokens, in the cache where there is one."""
+    ids, cache = context.segment_ids, context.cache
+    if cache is None:
+        return Keys(key, value, None if ids is None else (ids, ids), own=True)
+    cache = cache.extended(key, value, ids)
+    segments = None if ids is None else (ids, cache.segment_ids)
+    lengths = jnp.broadcast_to(cache.length, key.shape[:1])
+    return Keys(cache.key, cache.value, segments, own=True, lengths=lengths)
 
 
 def _checked_source(p: Parameters, config: AttentionConfig, x, context: Context, inputs_kv, kv_segment_ids):
@@ -241,6 +253,8 @@ def _fused(query, keys: Keys, null: Null, config: AttentionConfig, context: Cont
         is_causal=keys.own,
         window=config.window or None,
         segment_ids=keys.segments,
+        query_offset=None if keys.lengths is None else context.cached,
+        kv_lengths=keys.lengths,
         logit_softcap=config.logit_softcap or None,
         scale=config.score_scale,
         sharding=context.placement.attention,
@@ -261,6 +275,9 @@ def _dense(query, keys: Keys, null: Null, config: AttentionConfig, context: Cont
         places = jnp.arange(query.shape[1])[None], jnp.arange(key.shape[1])[None]
         ids = {} if keys.segments is None else dict(zip(("query_segments", "key_segments"), keys.segments))
         allowed = allowed_keys(*places, window=0, causal=False, **ids)
+    if keys.lengths is not None:  # a probability of zero does not hide what lies in a cache's empty places
+        live = (jnp.arange(key.shape[1]) < keys.lengths[:, None])[:, :, None, None]
+        key, value = (jnp.where(live, x, jnp.zeros((), x.dtype)) for x in (key, value))
     logits, lse, shares = context.numerics.tap("scores", scores(query, key, config)), None, None
     if config.normalizer in DENSE_NORMALIZERS:
         p = DENSE_NORMALIZERS[config.normalizer](logits, allowed, config)
@@ -279,7 +296,9 @@ def _dense(query, keys: Keys, null: Null, config: AttentionConfig, context: Cont
     first, visible = _first_keys(keys, config, context, length)
     at = jnp.broadcast_to(first[:, None, :, None], (*p.shape[:3], 1))
     first_token_mass = jnp.where(visible[:, None], jnp.take_along_axis(p, at, axis=-1)[..., 0], 0.0)
-    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, _static(keys, config))
+    return AttentionStatistics(
+        query, keys.key, keys.value, output, null_mass, first_token_mass, lse, _static(keys, config)
+    )
 
 
 def _first_keys(keys: Keys, config: AttentionConfig, context: Context, length: int) -> tuple[Array, Array]:

@@ -1,10 +1,13 @@
 """What a forward pass needs beside activations and parameters, as one value that every function passes on."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.errors import UserError
@@ -12,16 +15,65 @@ from oasis_jax.model.numerics import FLOAT, Numerics
 from oasis_jax.placement import UNSHARDED, Placement
 
 
-class Cache(NamedTuple):
-    """Keys and values of S tokens that come before a pass's own, of one layer, as `AttentionStatistics` of
-    their pass has them.
+class KVCache(NamedTuple):
+    """Keys and values of one layer in arrays of S places, of which the first `length` hold tokens.
 
-    segment_ids: theirs, where the pass has segment_ids.
+    A pass writes its own keys behind those and reads all where they lie. Where the caller's `jax.jit` is given the
+    arrays away (`donate_argnums`) nothing is copied.
+
+    key, value: of the type that the layer computes in; what lies beyond the length never matters.
+    length: of all rows, or of each.
+    segment_ids: of the tokens, where the passes have segment_ids.
     """
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K H"]
+    length: Int[Array, ""] | Int[Array, " B"]
     segment_ids: Int[Array, "B S"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        key: Float[Array, "B t K H"],
+        value: Float[Array, "B t K H"],
+        size: int,
+        segment_ids: Int[Array, "B t"] | None = None,
+    ) -> "KVCache":
+        """A cache of `size` places that holds these t tokens, as a pass without a cache has them in its statistics;
+        with t = 0 it is empty.
+        """
+        length = key.shape[1]
+        grow = lambda x: jnp.pad(x, [(0, 0), (0, size - length)] + [(0, 0)] * (x.ndim - 2))
+        ids = None if segment_ids is None else grow(jnp.asarray(segment_ids))
+        return cls(grow(key), grow(value), jnp.int32(length), ids)
+
+    def extended(
+        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], segment_ids: Int[Array, "B T"] | None
+    ) -> "KVCache":
+        """With T more tokens behind the others. Where there is no room, which a traced length does not tell, what is
+        written is NaN, never a plausible number.
+
+        Raises:
+          UserError: they have another type.
+        """
+        if key.dtype != self.key.dtype:
+            raise UserError(f"context.cache: must have the type of its layer's keys, {key.dtype}, got {self.key.dtype}")
+        length = self.length + key.shape[1]
+        fits = jnp.reshape(length <= self.key.shape[1], (-1, 1, 1, 1))
+        key, value = (self._put(old, jnp.where(fits, x, jnp.nan)) for old, x in ((self.key, key), (self.value, value)))
+        ids = None if segment_ids is None else self.with_segments(segment_ids)
+        return KVCache(key, value, length, ids)
+
+    def with_segments(self, segment_ids: Int[Array, "B T"]) -> Int[Array, "B S"]:
+        """The ids of all tokens, T more behind the others."""
+        return self._put(self.segment_ids, jnp.asarray(segment_ids))
+
+    def _put(self, into: Array, x: Array) -> Array:
+        """`into` with x [B, T, ...] behind the tokens of every row."""
+        x = x.astype(into.dtype)
+        if self.length.ndim == 0:
+            return lax.dynamic_update_slice_in_dim(into, x, self.length, 1)
+        return jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))(into, x, self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +87,7 @@ class Context:
         row. They confine nothing: which keys a query sees follows from places and segment_ids.
       segment_ids: [B, T]; attention stays within equal ids. Documents lie in a row one after the other.
       cache: keys and values of earlier tokens: of one layer for `attention`, of all layers, in order, for a decoder.
+        The pass adds its own; `after` has the caches of the next pass.
       null_weight: in place of the config's, where it changes while a model trains.
       placement: how arrays and operators are split over devices. With a zigzag layout all arrays [B, T, ...] are in its
         order.
@@ -43,7 +96,7 @@ class Context:
 
     positions: Int[Array, "#B T"] | None = None
     segment_ids: Int[Array, "B T"] | None = None
-    cache: Cache | tuple[Cache, ...] | None = None
+    cache: KVCache | tuple[KVCache, ...] | None = None
     null_weight: Float[Array, ""] | None = None
     placement: Placement = UNSHARDED
     numerics: Numerics = FLOAT
@@ -66,53 +119,76 @@ class Context:
                     f"context.cache: key and value must have one shape [{batch}, S, K, H], "
                     f"got {cache.key.shape} and {cache.value.shape}"
                 )
+            if jnp.shape(cache.length) not in ((), (batch,)) or not jnp.issubdtype(
+                jnp.result_type(cache.length), jnp.integer
+            ):
+                raise UserError(
+                    f"context.cache: length must be one integer or {batch} of them, got "
+                    f"{jnp.result_type(cache.length)} of shape {jnp.shape(cache.length)}"
+                )
             wanted = cache.key.shape[:2] if self.segment_ids is not None else None
             if (cache.segment_ids is None) != (wanted is None) or (wanted and cache.segment_ids.shape != wanted):
                 raise UserError(
                     "context.cache: needs segment_ids [B, S] where the context has segment_ids, and only there"
                 )
+        if self._caches and self.cached_at_most is not None:
+            size = self._caches[0].key.shape[1]
+            if self.cached_at_most + length > size:
+                raise UserError(
+                    f"context.cache: has {size} places, of which {self.cached_at_most} are taken; {length} more tokens "
+                    "do not fit"
+                )
         if self._caches and self.placement.attention and self.placement.attention.sequence:
             raise UserError("context.cache: a sequence that is split over devices cannot follow a cache")
 
     @property
-    def _caches(self) -> tuple[Cache, ...]:
-        return () if self.cache is None else (self.cache,) if isinstance(self.cache, Cache) else self.cache
+    def _caches(self) -> tuple[KVCache, ...]:
+        return () if self.cache is None else (self.cache,) if isinstance(self.cache, KVCache) else self.cache
 
     @property
-    def cached(self) -> int:
-        """How many tokens come before this pass's own."""
-        return self._caches[0].key.shape[1] if self._caches else 0
+    def cached(self) -> int | Int[Array, ""] | Int[Array, " B"]:
+        """How many tokens come before this pass's own, in all rows or in each."""
+        return self._caches[0].length if self._caches else 0
+
+    @property
+    def cached_at_most(self) -> int | None:
+        """How many they are in the row that has most; None where that is traced."""
+        return None if isinstance(self.cached, jax.core.Tracer) else int(np.max(self.cached))
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
         """x with its sharding pinned; axes are the logical names of its dimensions."""
         return self.placement.constrain(x, axes)
 
-    def order(self, length: int) -> Int[Array, "1 T"]:
+    def order(self, length: int) -> Int[Array, "#B T"]:
         """The place of every token in its row, in the order in which the tokens lie on the devices."""
-        return self.cached + self.placement.order(length)
+        order = self.placement.order(length)
+        return jnp.reshape(self.cached, (-1, 1)) + order if self._caches else order
 
     def key_order(self, length: int) -> Int[Array, "1 S"]:
-        """The places of all keys, the cached ones first."""
-        return jnp.concatenate([jnp.arange(self.cached)[None], self.order(length)], axis=1)
+        """The places of all keys: those of the cache, in which this pass's own are, or this pass's own."""
+        return jnp.arange(self._caches[0].key.shape[1])[None] if self._caches else self.order(length)
 
     @property
     def key_segments(self) -> Int[Array, "B S"] | None:
-        """The segment ids of all keys, the cached ones first."""
-        if self.segment_ids is None or not self.cached:
+        """The segment ids of all keys."""
+        if self.segment_ids is None or not self._caches:
             return self.segment_ids
-        return jnp.concatenate([self._caches[0].segment_ids, self.segment_ids], axis=1)
+        return self._caches[0].with_segments(self.segment_ids)
+
+    def after(self, layers: Sequence[Any], length: int) -> tuple[KVCache, ...]:
+        """The caches of the next pass.
+
+        Args:
+          layers: the AttentionStatistics of a pass of `length` tokens in this context, layer by layer.
+        """
+        changes = dict(length=self.cached + length, segment_ids=self.key_segments)
+        return tuple(
+            cache._replace(key=layer.key, value=layer.value, **changes) for cache, layer in zip(self._caches, layers)
+        )
 
     def positions_of(self, length: int) -> Int[Array, "#B T"]:
         """What rotary and learned positions see."""
         return self.order(length) if self.positions is None else self.positions
-
-    def with_cached(
-        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
-    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """The keys and values that queries see: the cached ones, then these."""
-        if self.cache is None:
-            return key, value
-        return tuple(jnp.concatenate([x.astype(y.dtype), y], axis=1) for x, y in zip(self.cache, (key, value)))
 
     def replace(self, **changes) -> "Context":
         """This context with other values for some of its fields."""

@@ -63,8 +63,9 @@ def embed(params: Params, config: ModelConfig, inputs: Inputs, context: Context)
         x = x * config.embedding_multiplier
     if config.learned_positions:
         rows, length = config.learned_positions, x.shape[1]
-        first = context.cached + config.position_offset
-        if context.positions is None and first + length > rows:
+        cached = context.cached_at_most
+        first = None if cached is None else cached + config.position_offset
+        if context.positions is None and first is not None and first + length > rows:
             raise UserError(
                 f"model.learned_positions: {rows} rows do not hold {length} positions from {first} on; "
                 f"at most {max(rows - first, 0)} tokens"

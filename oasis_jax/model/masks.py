@@ -56,7 +56,7 @@ def scores(
 
 def context_mask(context: Context, config: AttentionConfig, length: int) -> Bool[Array, "#B 1 T S"]:
     """Which keys, the cached ones first, each of a pass's own queries may see, in the order in which they lie on the
-    devices.
+    devices. The places of a cache that hold no token are later than any query's.
     """
     return allowed_keys(
         context.order(length),
@@ -75,8 +75,8 @@ def first_in_document(context: Context, length: int) -> Int[Array, "#B T"]:
     index_of = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
     ids = jnp.asarray(context.key_segments)[:, index_of]  # in the order of the text
     starts = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
-    first = lax.cummax(jnp.where(starts, jnp.arange(order.shape[0]), 0), axis=1)
-    return index_of[first][:, order[-length:]]
+    first = index_of[lax.cummax(jnp.where(starts, jnp.arange(order.shape[0]), 0), axis=1)]
+    return jnp.take_along_axis(first, jnp.broadcast_to(context.order(length), (len(first), length)), axis=1)
 
 
 def first_keys(

@@ -34,7 +34,7 @@ class AttentionStatistics(NamedTuple):
     """One attention layer. N query heads, K key heads, H head size; masses in float32 or better."""
 
     query: Float[Array, "B T N H"]  # after QK-norm and rotary positions
-    key: Float[Array, "B S K H"]  # S = T but for cached keys, which come first, and keys of another sequence
+    key: Float[Array, "B S K H"]  # S = T but for a cache, which holds the pass's own, and keys of another sequence
     value: Float[Array, "B S K H"]
     head_output: Float[Array, "B T N H"]  # before the gate and the output projection
     null_mass: Float[Array, "B N T"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from oasis_jax import PRESETS, Context, Decoder, LayerPattern, ModelConfig, UserError
-from oasis_jax.model.context import Cache
+from oasis_jax import PRESETS, Attention, AttentionConfig, Context, Decoder, LayerPattern, ModelConfig, UserError
+from oasis_jax.model.context import KVCache
 from oasis_jax.model.loop import run_loop
 
 B, T, CUT, VOCAB = 2, 11, 7, 29
@@ -24,8 +24,11 @@ def moved(config):
     return nnx.merge(graphdef, tree.unflatten([np.asarray(x) + 0.3 * random.normal(size=x.shape) for x in leaves]))
 
 
-def caches(statistics, segment_ids):
-    return tuple(Cache(layer.key, layer.value, segment_ids) for layer in statistics.attention)
+def caches(statistics, segment_ids, size=T + 2, rest=jnp.nan):
+    """With room for more than is needed; what holds no token is NaN."""
+    made = [KVCache.of(layer.key, layer.value, size, segment_ids) for layer in statistics.attention]
+    dead = (jnp.arange(size) >= statistics.attention[0].key.shape[1])[:, None, None]
+    return tuple(c._replace(key=jnp.where(dead, rest, c.key), value=jnp.where(dead, rest, c.value)) for c in made)
 
 
 CASES = [
@@ -78,11 +81,82 @@ def compare(model, segments):
 def test_what_does_not_fit_says_so():
     model = Decoder(ModelConfig(preset="oasis", **SMALL), rngs=nnx.Rngs(0))
     tokens = jnp.zeros((B, 3), jnp.int32)
-    statistics = model(tokens)[1]
-    short = tuple(Cache(layer.key[:1], layer.value[:1]) for layer in statistics.attention)
+    statistics = nnx.jit(lambda model: model(tokens)[1])(model)
+    short = tuple(KVCache.of(layer.key[:1], layer.value[:1], 9) for layer in statistics.attention)
     with pytest.raises(UserError, match=r"context.cache: key and value must have one shape \[2, S, K, H\]"):
         model(tokens, Context(cache=short))
     with pytest.raises(UserError, match=r"context\.cache: needs segment_ids"):
         model(tokens, Context(segment_ids=jnp.zeros((B, 3), jnp.int32), cache=caches(statistics, None)))
     with pytest.raises(UserError, match=r"context\.cache: layers run as a loop have none"):
         run_loop({}, model.config, jnp.ones((B, 3, 16)), Context(cache=caches(statistics, None)))
+    with pytest.raises(
+        UserError, match=r"context\.cache: has 5 places, of which 3 are taken; 3 more tokens do not fit"
+    ):
+        model(tokens, Context(cache=caches(statistics, None, size=5)))
+    odd = tuple(c._replace(length=jnp.arange(3)) for c in caches(statistics, None))
+    with pytest.raises(UserError, match=r"context\.cache: length must be one integer or 2 of them, got int32 of shape"):
+        model(tokens, Context(cache=odd))
+    half = tuple(
+        c._replace(key=c.key.astype("bfloat16"), value=c.value.astype("bfloat16")) for c in caches(statistics, None)
+    )
+    with pytest.raises(
+        UserError, match=r"context\.cache: must have the type of its layer's keys, float32, got bfloat16"
+    ):
+        model(tokens, Context(cache=half))
+
+
+@pytest.mark.parametrize("options", [dict(preset="oasis", window=3), dict(preset="entmax15")], ids=["fused", "dense"])
+def test_rows_of_unequal_length_step_by_step(options):
+    """Two prompts, of 7 and of 4 tokens, then token by token: every row as if it were alone."""
+    with jax.enable_x64(True):
+        model = moved(ModelConfig(**SMALL, **options))
+        tokens, lengths = jax.random.randint(jax.random.key(1), (B, T), 0, VOCAB), np.array([CUT, 4])
+        whole = nnx.jit(lambda model: model(tokens)[0])(model)
+        _, statistics = nnx.jit(lambda model: model(tokens[:, :CUT]))(model)
+        filled = tuple(c._replace(length=jnp.asarray(lengths)) for c in caches(statistics, None))
+
+        @nnx.jit
+        def step(model, filled, tokens):
+            context = Context(cache=filled)
+            logits, statistics = model(tokens, context)
+            return logits, context.after(statistics.attention, tokens.shape[1])
+
+        for number in range(T - CUT):
+            at = lengths + number
+            logits, filled = step(model, filled, tokens[np.arange(B), at][:, None])
+            np.testing.assert_allclose(logits[:, 0], whole[np.arange(B), at], atol=1e-11, rtol=1e-10)
+        assert (np.asarray(filled[0].length) == lengths + T - CUT).all()
+
+
+def test_a_cache_that_is_full_gives_nan_where_its_length_is_traced():
+    model = Decoder(ModelConfig(preset="oasis", **SMALL), rngs=nnx.Rngs(0))
+    tokens = jnp.zeros((B, 3), jnp.int32)
+    full = caches(model(tokens)[1], None, size=5, rest=0.0)
+    step = nnx.jit(lambda model, full, tokens: model(tokens, Context(cache=full))[0])
+    assert np.isfinite(step(model, full, tokens[:, :2])).all() and np.isnan(step(model, full, tokens)).all()
+    rows = tuple(c._replace(length=jnp.array([2, 3])) for c in full)
+    logits = np.asarray(step(model, rows, tokens))
+    assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_a_step_copies_no_cache(segments):
+    """By the compiler's figures, where the cache is given away: what comes back lies where the cache was, and what
+    is needed beside it is far less than one more.
+    """
+    size, heads, head = 8192, 2, 16
+    layer = Attention(AttentionConfig(width=32, num_heads=4, num_kv_heads=heads, head_dim=head), rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+    shape = lambda *sizes, dtype="float32": jax.ShapeDtypeStruct(sizes, dtype)
+    entries, ids = shape(B, size, heads, head), shape(B, size, dtype="int32") if segments else None
+    cache = KVCache(entries, entries, shape(dtype="int32"), ids)
+
+    def step(state, cache, x):
+        context = Context(cache=cache, segment_ids=jnp.ones(x.shape[:2], jnp.int32) if segments else None)
+        y, statistics = nnx.merge(graphdef, state)(x, context)
+        return y, context.after([statistics], 1)[0]
+
+    compiled = jax.jit(step, donate_argnums=1).lower(state, cache, shape(B, 1, 32)).compile()
+    memory, bytes_of_one = compiled.memory_analysis(), 4 * B * size * heads * head
+    assert memory.alias_size_in_bytes >= 2 * bytes_of_one
+    assert memory.temp_size_in_bytes < bytes_of_one / 4

@@ -9,7 +9,7 @@ from sampling import sampled
 
 from oasis_jax import Attention, AttentionConfig, Context, UserError, linen
 from oasis_jax.evaluation import measure
-from oasis_jax.model.context import Cache
+from oasis_jax.model.context import KVCache
 from oasis_jax.model.normalizers import DENSE_NORMALIZERS
 
 B, T, S, D, C, N, K, H = 2, 5, 9, 12, 7, 6, 3, 4
@@ -162,7 +162,7 @@ def test_mistakes_are_named():
             inputs_kv=OTHER, kv_segment_ids=QUERY_IDS, context=Context(segment_ids=ids)
         ),
         "context.cache: is of self-attention": dict(
-            inputs_kv=OTHER, context=Context(cache=Cache(*(jnp.zeros((B, 3, K, H)),) * 2))
+            inputs_kv=OTHER, context=Context(cache=KVCache(*(jnp.zeros((B, 3, K, H)),) * 2, jnp.int32(0)))
         ),
     }
     for says, given in wrong.items():
