@@ -20,6 +20,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             preset="oasis",
+            router_init_std=0.02 / 512**0.5,
             num_layers=16,
             width=2048,
             num_heads=32,

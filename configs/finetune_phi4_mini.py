@@ -20,6 +20,8 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             preset="oasis",
+            recency_bias_init=8.0,
+            router_init_std=0.02 / 768**0.5,
             num_layers=32,
             width=3072,
             num_heads=24,

@@ -20,6 +20,8 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             preset="oasis",
+            recency_bias_init=8.0,
+            router_init_std=0.02 / 256**0.5,
             num_layers=28,
             width=1024,
             num_heads=16,

@@ -4,7 +4,7 @@ Modules (Flax NNX; native Linen twins in `oasis_jax.linen`): Attention, Router, 
 Configs: AttentionConfig, RouterConfig, NormConfig, MLPConfig, ModelConfig, PRESETS.
 In the places of other libraries: attention_fn for Flax' multi-head attention, dot_product_attention for `jax.nn`'s.
 What a forward pass needs beside activations: Context, with a Placement where arrays are sharded.
-Models that were trained elsewhere: load_pretrained, and more in `oasis_jax.pretrained`.
+Models that were trained elsewhere: load_pretrained, and more in `oasis_jax.pretrained`; their text: generate, Sampling.
 The pure functions behind the modules: `oasis_jax.model`; the operators under those: `pallas_kernels`.
 """
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RopeScaling,
         RouterConfig,
     )
+    from oasis_jax.decoding import Sampling, generate
     from oasis_jax.errors import UserError
     from oasis_jax.model.attention import Attention
     from oasis_jax.model.context import Context
@@ -41,6 +42,7 @@ _HOMES = {
         "PRESETS", "AttentionConfig", "LayerPattern", "MLPConfig", "ModelConfig", "NormConfig", "RopeScaling",
         "RouterConfig",
     ),
+    "oasis_jax.decoding": ("Sampling", "generate"),
     "oasis_jax.errors": ("UserError",),
     "oasis_jax.model.attention": ("Attention",),
     "oasis_jax.model.context": ("Context",),
@@ -75,10 +77,12 @@ __all__ = [
     "Router",
     "RouterConfig",
     "RouterStatistics",
+    "Sampling",
     "Statistics",
     "UserError",
     "attention_fn",
     "dot_product_attention",
+    "generate",
     "linen",
     "load_pretrained",
 ]
@@ -87,7 +91,18 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         found = getattr(importlib.import_module(_HOME_OF[name]), name)
-    elif name in ("linen", "model", "config", "evaluation", "pretrained", "training", "data", "placement", "errors"):
+    elif name in (
+        "linen",
+        "model",
+        "config",
+        "evaluation",
+        "pretrained",
+        "training",
+        "data",
+        "decoding",
+        "placement",
+        "errors",
+    ):
         return importlib.import_module(f"oasis_jax.{name}")
     else:
         raise AttributeError(f"module 'oasis_jax' has no attribute {name!r}")

@@ -8,6 +8,7 @@ JAX it imports inside, so that --help and mistakes in flags do not wait.
 COMMANDS = {
     "train": "trains the model of a config, or plans whether that fits on some hardware",
     "eval": "measures trained runs and pretrained models and writes a report",
+    "generate": "continues texts with a trained run or a pretrained model",
     "export": "writes a model as safetensors, for this library and, where its family is known, for others",
     "show": "prints a model's parameters and what each of its sublayers reads",
 }

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from oasis_jax.commands.options import add_set
+from oasis_jax.commands.options import add_set, read_set
 from oasis_jax.commands.parser import Parser
-from oasis_jax.overrides import parse_overrides
 
 # What the files of OASIS' published code do not say.
 FIELDS = tuple(f"model.{x}" for x in ("normalizer", "depth_normalizer", "clip_gamma", "clip_zeta", "clip_alpha"))
@@ -34,11 +33,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax export") -> None:
     """Writes the folder and says what it is."""
     parser = make_parser(program)
     args = parser.parse_args(argv)
-    given = parse_overrides(args.set)
-    if other := [
-        f"{part}.{name}" for part, fields in given.items() for name in fields if f"{part}.{name}" not in FIELDS
-    ]:
-        parser.error(f"--set: {other[0]} cannot be set here; allowed: {', '.join(FIELDS)}")
+    given = read_set(parser, args, FIELDS)
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
     from oasis_jax.errors import UserError

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.table import aligned, terminal_width
 from oasis_jax.config import METHOD_FIELDS, field_type
-from oasis_jax.overrides import all_fields, is_table
+from oasis_jax.overrides import all_fields, is_table, parse_overrides
 
 # --set
 
@@ -20,6 +20,15 @@ def add_set(parser: Parser, help: str, fields: Collection[str] | None = None) ->
     parser.epilog = (
         f"fields of a config, for --set (number, true or false, or a name):\n\n{describe_fields(fields=fields)}"
     )
+
+
+def read_set(parser: Parser, args: argparse.Namespace, fields: Collection[str]) -> dict[str, dict[str, object]]:
+    """What --set gives, {section: {field: value}}; exits with one line for a field that cannot be set here."""
+    given = parse_overrides(args.set)
+    names = [f"{section}.{name}" for section, values in given.items() for name in values]
+    if other := [name for name in names if name not in fields]:
+        parser.error(f"--set: {other[0]} cannot be set here; allowed: {', '.join(fields)}")
+    return given
 
 
 def describe_fields(width: int | None = None, fields: Collection[str] | None = None) -> str:

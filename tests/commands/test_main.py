@@ -59,10 +59,13 @@ def test_help_lists_the_commands(flag, capsys):
     [
         (
             ["trian"],
-            "oasis_jax: error: unknown command 'trian' (did you mean 'train'?); allowed: train, eval, export, show\n",
+            "oasis_jax: error: unknown command 'trian' (did you mean 'train'?); allowed: train, eval, generate, export, show\n",
         ),
-        (["--config=x"], "oasis_jax: error: unknown command '--config=x'; allowed: train, eval, export, show\n"),
-        ([], "oasis_jax: error: which command?; allowed: train, eval, export, show\n"),
+        (
+            ["--config=x"],
+            "oasis_jax: error: unknown command '--config=x'; allowed: train, eval, generate, export, show\n",
+        ),
+        ([], "oasis_jax: error: which command?; allowed: train, eval, generate, export, show\n"),
         (["eval", "--workdir=x"], "oasis_jax eval: error: the following arguments are required: --report\n"),
         (["eval", "--workdir=x", "--report=y", "--set=mesh.fdsp=8"], "oasis_jax eval: error: --set: unknown name"),
         (["show"], "oasis_jax show: error: the following arguments are required: CONFIG\n"),

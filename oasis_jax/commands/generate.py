@@ -1,0 +1,71 @@
+"""`oasis_jax generate`: continues texts with a trained run or a pretrained model."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from oasis_jax.commands.options import add_set, read_set
+from oasis_jax.commands.parser import Parser
+from oasis_jax.overrides import apply_overrides
+
+FIELDS = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+
+
+def make_parser(program: str) -> Parser:
+    """The flags of the command."""
+    parser = Parser(prog=program, description="Continues texts; a single one is written as it is made.")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to continue; several: all at once")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="SOURCE", help="a folder of safetensors, a .gguf file, owner/name on a hub")
+    source.add_argument("--workdir", metavar="FOLDER", help="a trained run")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many; 128")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="0, the default: the likeliest token"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest tokens; 0: all")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="draw from the likeliest with this probability together"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="draw from those with this share of the likeliest one's"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="divides logits of tokens that were there"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text before it; repeatable")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; 0")
+    parser.add_argument("--dtype", metavar="NAME", help="of parameters and computations: float32 or bfloat16")
+    parser.add_argument("--transplant", action="store_true", help="with its begin token as the null of its attention")
+    add_set(parser, "how a model is split over devices, such as mesh.tensor=2", FIELDS)
+    return parser
+
+
+def main(argv: Sequence[str], program: str = "oasis_jax generate") -> None:
+    """Writes the texts to standard output."""
+    parser = make_parser(program)
+    args = parser.parse_args(argv)
+    given = read_set(parser, args, FIELDS)
+
+    # Imported here, so that --help and mistakes in flags do not wait for JAX.
+    from oasis_jax.config import Config
+    from oasis_jax.decoding import Sampling, generate
+    from oasis_jax.pretrained import load_pretrained, transplant_sink
+
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
+    mesh = apply_overrides(Config(), args.set).mesh if given else None
+    model = load_pretrained(args.model or args.workdir, dtype=args.dtype, mesh=mesh)
+    if args.transplant:
+        model = transplant_sink(model)
+    options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop, seed=args.seed)
+    if len(args.prompts) == 1:
+        _stream(args, lambda say: generate(model, args.prompts, on_text=say, **options))
+        return
+    for prompt, found in zip(args.prompts, generate(model, args.prompts, **options)):
+        print(f"{prompt}{found.text}\n")
+
+
+def _stream(args: argparse.Namespace, run) -> None:
+    print(args.prompts[0], end="", flush=True)
+    run(lambda _, text: (sys.stdout.write(text), sys.stdout.flush()))
+    print()

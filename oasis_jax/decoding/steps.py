@@ -1,0 +1,97 @@
+"""The two programs of decoding: prompts of unequal length at once, and one more token a row behind a cache."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from oasis_jax.config import ModelConfig
+from oasis_jax.errors import UserError
+from oasis_jax.model.context import Context, KVCache
+from oasis_jax.model.decoder import final_stream
+from oasis_jax.model.head import head_kernel, project_outputs
+
+Caches = tuple[KVCache, ...]
+
+
+def for_length(config: ModelConfig, length: int) -> ModelConfig:
+    """The config that decodes up to so many tokens.
+
+    LongRoPE's list of factors depends on the longest position of a text: the one of all `length` tokens serves from the
+    first on, or keys in the cache would be turned otherwise than later ones.
+
+    Raises:
+      UserError: the model cannot decode, or not so far.
+    """
+    if config.inputs != "tokens":
+        raise UserError(f"generate: needs a model of tokens, but model.inputs={config.inputs}")
+    if config.normalizer == "clipped" and not config.clip_gamma:
+        raise UserError(
+            "generate: clipped softmax with gamma = -clip_alpha / number of keys changes with every token; "
+            "set model.clip_gamma"
+        )
+    if config.context_length and length > config.context_length:
+        raise UserError(
+            f"generate: prompt and new tokens are {length} together, but the model was made for {config.context_length}"
+        )
+    room = config.learned_positions - config.position_offset
+    if config.learned_positions and length > room:
+        raise UserError(f"generate: prompt and new tokens are {length} together, but the model has {room} positions")
+    scaling = config.rope_scaling
+    if scaling and scaling.kind == "longrope" and length + config.position_offset > scaling.original_length:
+        scaling = dataclasses.replace(scaling, short_factors=scaling.long_factors)
+        return dataclasses.replace(config, rope_scaling=scaling)
+    return config
+
+
+def prefill(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    size: int,
+    context: Context,
+) -> tuple[Float[Array, "B V"], Caches]:
+    """Runs prompts.
+
+    Args:
+      ids: of every row the first `lengths` are its prompt; what follows is anything below the vocabulary's size.
+      size: places of the caches.
+      context: placement and numerics.
+
+    Returns:
+      Logits [B, V], float32 or better, of the token behind each prompt, and the caches of all layers.
+    """
+    length = ids.shape[1]
+
+    def caches(_, layer):
+        attention = layer.attention
+        return attention.key, attention.value
+
+    final, run = final_stream(params, config, ids, context, on_layer=caches, loop=True)
+    last = jnp.take_along_axis(final, (lengths - 1)[:, None, None], axis=1)
+    room = [(0, 0), (0, size - length), (0, 0), (0, 0)]
+    found = tuple(KVCache(jnp.pad(key, room), jnp.pad(value, room), lengths) for key, value in run.layers)
+    return _logits(params, config, last, context), found
+
+
+def step(
+    params: Mapping[str, Any], config: ModelConfig, tokens: Int[Array, " B"], caches: Caches, context: Context
+) -> tuple[Float[Array, "B V"], Caches]:
+    """Reads one more token a row.
+
+    Returns:
+      Logits [B, V], float32 or better, of the token behind it, and the caches with it.
+    """
+    context = context.replace(cache=caches)
+    arrays = lambda _, layer: layer.attention
+    final, run = final_stream(params, config, tokens[:, None], context, on_layer=arrays)
+    return _logits(params, config, final, context), context.after(run.layers, 1)
+
+
+def _logits(params, config: ModelConfig, final: Float[Array, "B 1 D"], context: Context) -> Float[Array, "B V"]:
+    """Without the padding of the vocabulary."""
+    outputs = project_outputs(head_kernel(params), config, final, context.replace(cache=None))
+    return outputs[:, 0, : config.vocab_size]
