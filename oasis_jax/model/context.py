@@ -131,12 +131,11 @@ class Context:
                 raise UserError(
                     "context.cache: needs segment_ids [B, S] where the context has segment_ids, and only there"
                 )
-        if self._caches and self.cached_at_most is not None:
-            size = self._caches[0].key.shape[1]
-            if self.cached_at_most + length > size:
+        if self._caches:
+            size, taken = self._caches[0].key.shape[1], self.cached_at_most or 0
+            if taken + length > size:
                 raise UserError(
-                    f"context.cache: has {size} places, of which {self.cached_at_most} are taken; {length} more tokens "
-                    "do not fit"
+                    f"context.cache: has {size} places, of which {taken} are taken; {length} more tokens do not fit"
                 )
         if self._caches and self.placement.attention and self.placement.attention.sequence:
             raise UserError("context.cache: a sequence that is split over devices cannot follow a cache")
