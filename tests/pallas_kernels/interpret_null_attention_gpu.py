@@ -22,6 +22,10 @@ from pallas_kernels.dispatch import interpret_kernels
 CASES = {
     "causal_grouped": dict(shape=(1, 141, 141, 3, 1, 64), per_head=True),
     "head_128_float16_more_keys": dict(shape=(1, 75, 333, 2, 2, 128), null_logit=-1.5, dtype="float16"),
+    "head_80": dict(shape=(1, 67, 75, 2, 1, 80), null_logit=0.3),
+    "head_96": dict(shape=(1, 75, 141, 2, 1, 96), window=60, segments="pair"),
+    "head_112": dict(shape=(1, 67, 75, 1, 1, 112), is_causal=False),
+    "head_192": dict(shape=(1, 67, 141, 2, 1, 192), logit_softcap=3.0, null_logit=-0.5),
     "head_256": dict(shape=(1, 67, 141, 1, 1, 256), null_logit=0.5),
     "window": dict(shape=(2, 203, 203, 2, 1, 64), window=77),
     "segments_softcap_both_directions": dict(

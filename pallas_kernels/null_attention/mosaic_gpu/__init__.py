@@ -5,14 +5,14 @@ computing warpgroups; a third warpgroup copies key and value tiles ahead of them
 owns 128 keys of one key head and walks over the query tiles of all its query heads. Every gradient is thus summed by
 one program in a fixed order: the backward pass is deterministic, at the price of computing the scores twice. Tiles that
 the causal mask or the window rules out are never copied; only those at the edge compute a mask. Copies clip at the
-arrays' ends; only a length that is no multiple of 8 is padded first, to the next one.
+arrays' ends; only a length that is no multiple of 8 is padded first, to the next one, and a head size that the tiles do
+not take.
 
 Few query rows (decoding against a cache): the query heads that share a key head become the rows of one 64-row tile, so
 that a key is read once for all of them, and the keys are split over as many programs as the chip has room for. The
 parts are free of the null; merging adds it once.
 """
 
-import functools
 import re
 
 import jax
@@ -25,7 +25,7 @@ from pallas_kernels.null_attention.merge import merge_partials
 from pallas_kernels.null_attention.unseen import without_unseen
 from pallas_kernels.null_attention.vjp import differentiable
 
-HEAD_SIZES = (64, 128, 256)
+HEAD_SIZES = (64, 96, 128, 192, 256)  # those between are padded to the next
 _OLDEST_JAX = (0, 11, 2)
 _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 _PROCESSORS = 132  # multiprocessors of an H100 or H200: how many programs run side by side
@@ -49,8 +49,11 @@ def check_available(inputs: AttentionInputs) -> None:
     check_kernel(inputs)
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unavailable(f"computes in bfloat16 and float16, the inputs are {query.dtype}")
-    if query.shape[3] not in HEAD_SIZES:
-        raise Unavailable(f"the head size must be one of {HEAD_SIZES}, it is {query.shape[3]}")
+    size = query.shape[3]
+    if size % 8 or not HEAD_SIZES[0] <= size <= HEAD_SIZES[-1]:
+        raise Unavailable(
+            f"the head size must be one of {HEAD_SIZES}, or a multiple of 8 between, padded to the next; it is {size}"
+        )
     if key.shape[1] == 0:
         raise Unavailable("there are no keys")
 
@@ -147,10 +150,18 @@ def _backward(options: Options, query, key, value, masks: Masks, lse, delta, d_o
 _serve = differentiable(_forward, _backward, kernels="mosaic_gpu")
 
 
-@functools.wraps(_serve)
-def null_attention_mosaic_gpu(inputs):
+def null_attention_mosaic_gpu(inputs: AttentionInputs) -> NullAttention:
+    """The contract of `null_attention` on Hopper GPUs, in bfloat16 or float16, at head sizes from 64 to 256.
+
+    Head sizes other than 64, 96, 128, 192 and 256 are padded with zeros to the next of these, which costs as much as it
+    does.
+    """
     check_available(inputs)
-    return _serve(without_unseen(inputs))
-
-
-null_attention_mosaic_gpu.__doc__ = "The contract of `null_attention` on Hopper GPUs, in bfloat16 or float16."
+    inputs = without_unseen(inputs)
+    size = inputs.query.shape[3]
+    missing = next(whole for whole in HEAD_SIZES if whole >= size) - size
+    if not missing:
+        return _serve(inputs)
+    query, key, value = (jnp.pad(x, [(0, 0)] * 3 + [(0, missing)]) for x in inputs[:3])
+    result = _serve(inputs._replace(query=query, key=key, value=value))
+    return result._replace(output=result.output[..., :size])

@@ -15,7 +15,7 @@ from pallas_kernels.null_attention.mosaic_gpu.tiles import LOG2E, ROWS, WGMMA, P
 
 # Head size -> (keys a tile, slots of the ring): 128 KiB of key and value tiles beside up to 64 KiB of queries, of 227
 # KiB. A thread holds H / 2 floats of the output and half as many of scores as the tile has keys, of 232 registers.
-TILES = {64: (128, 4), 128: (128, 2), 256: (64, 2)}
+TILES = {64: (128, 4), 96: (128, 3), 128: (128, 2), 192: (64, 3), 256: (64, 2)}
 LOWEST = -1e30  # the first maximum of a row without a null; finite, so that no difference of two infinities arises
 
 
@@ -35,15 +35,16 @@ def forward_kernel(problem: Problem, splits: int, query, key, value, null_logit,
     query, key, value = map(tiles.whole_groups, (query, key, value))
     batch, rows, heads, size = query.shape
     tile, stages = TILES[size]
+    columns = tiles.swizzled(size, tile)
     warpgroups = 1 if rows <= ROWS else 2
     grid = (heads, pl.cdiv(rows, warpgroups * ROWS), batch * splits)
     padded = grid[1] * warpgroups * ROWS  # rows of statistics: whole tiles, as copies want multiples of 16 bytes
     segments = _pad_segments(segments, padded, pl.cdiv(key.shape[1], tile) * tile)
     statistics = jax.ShapeDtypeStruct((batch * splits, heads, padded), jnp.float32)
     scratch = dict(
-        q=tiles.half_tile(query.dtype, warpgroups, ROWS, size),
-        k=tiles.half_tile(query.dtype, stages, tile, size),
-        v=tiles.half_tile(query.dtype, stages, tile, size),
+        q=tiles.half_tile(query.dtype, columns, warpgroups, ROWS, size),
+        k=tiles.half_tile(query.dtype, columns, stages, tile, size),
+        v=tiles.half_tile(query.dtype, columns, stages, tile, size),
         rows=plgpu.SMEM((warpgroups, 2, ROWS), jnp.float32),
         q_arrived=plgpu.Barrier(num_barriers=warpgroups, num_arrivals=1 + problem.segmented),
         k_arrived=plgpu.Barrier(num_barriers=stages, num_arrivals=1 + problem.segmented),

@@ -136,14 +136,20 @@ def query_sweep(problem: Problem, first_key, keys: int, tile: int) -> Sweep:
 
 def mask(problem: Problem, shape: tuple[int, int], first_row, first_key, segments, key_axis: int):
     """Which scores of a tile count. `segments` are the tile's ids (queries, keys), or None."""
-    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=WGMMA)
-    keys = iota(key_axis) + first_key
-    allowed = keys < problem.keys
+    # Numbers of rows and columns, spread: of whole tiles they would not fit into the registers.
+    iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=WGMMA.reduce(1 - axis))
+    spread = lambda x, axis: plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [axis]), WGMMA)
+    keys = iota(key_axis)
+    allowed = spread(keys, key_axis) < problem.keys - first_key
     if problem.causal:
-        distance = iota(1 - key_axis) + first_row - (keys - problem.offset) * problem.fold
-        allowed &= distance >= 0
+        # places in the tile, queries counted from its first key
+        key_place = spread(keys * problem.fold, key_axis)
+        query_place = spread(
+            iota(1 - key_axis) + (first_row - (first_key - problem.offset) * problem.fold), 1 - key_axis
+        )
+        allowed &= query_place >= key_place
         if problem.options.window is not None:
-            allowed &= distance < problem.options.window * problem.fold
+            allowed &= query_place < key_place + problem.options.window * problem.fold
     if segments is not None:
         queries, columns = (
             lax.broadcast_in_dim(x, shape, [axis]) for x, axis in zip(segments, (1 - key_axis, key_axis))
@@ -226,9 +232,17 @@ def read_vectors(*buffers_and_axes):
     return vectors
 
 
-def half_tile(dtype, *shape: int):
+def swizzled(*sizes: int) -> int:
+    """How many columns the swizzled blocks of tiles have whose rows or columns are summed over by wgmma: all tiles of a
+    product must agree.
+    """
+    return 64 if all(size % 64 == 0 for size in sizes) else 32
+
+
+def half_tile(dtype, columns: int, *shape: int):
     """A tile of half-precision numbers in shared memory, in the order that wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def whole_groups(x):
