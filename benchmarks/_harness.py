@@ -35,16 +35,23 @@ def measure(functions: Mapping[str, Callable], arguments: tuple, *, repetitions:
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], *, repetitions: int) -> dict[str, dict[str, float]]:
-    """Median and least time in ms of each run, after one that is not counted; they take turns."""
-    times = {name: [] for name in runs}
+    """Median and least time in ms of each run, after one that is not counted; they take turns. Beside them the median
+    time of this process on all cores of the host, which a busy machine disturbs less.
+    """
+    times, cpu = {name: [] for name in runs}, {name: [] for name in runs}
     for run in runs.values():
         jax.block_until_ready(run())
     for _ in range(repetitions):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             jax.block_until_ready(run())
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: {"median_ms": float(np.median(taken)), "least_ms": min(taken)} for name, taken in times.items()}
+            cpu[name].append(1e3 * (time.process_time() - cpu_start))
+    median = lambda taken: float(np.median(taken))
+    return {
+        name: {"median_ms": median(taken), "least_ms": min(taken), "cpu_ms": median(cpu[name])}
+        for name, taken in times.items()
+    }
 
 
 def peaks(*, repetitions: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """null_attention on whatever device JAX finds: against jax.nn's softmax attention and against Softmax1 written out; a
-null per query against a null per head; a query against a long cache, beside a plain read of the same bytes.
+null per query against a null per head. A query against a long cache is in decode.py.
 
-python benchmarks/attention.py [--repetitions 15] [--part peers] [--part nulls] [--part cache]
+python benchmarks/attention.py [--repetitions 15] [--part peers] [--part nulls]
 """
 
 import argparse
@@ -127,20 +127,6 @@ def nulls(shape, dtype, repetitions: int) -> dict:
     return comparisons
 
 
-def cache(dtype, repetitions: int) -> dict:
-    """One query against a preallocated cache, wholly live and half live, beside a plain read of all its bytes."""
-    (query, *_), (_, key, value) = (random_arrays((1, n, heads, 8, 128), dtype) for n, heads in ((1, 32), (2**15, 8)))
-    runs = {"plain read": lambda query, key, value: (key.sum(), value.sum())}
-    for live in (2**15, 2**14):
-        runs[f"{live} live keys"] = lambda query, key, value, live=live: null_attention(
-            query, key, value, kv_lengths=jnp.full(1, live)
-        )
-    title = f"one query against a cache of {2**15} keys, heads 32/8 of 128, {dtype}"
-    results = harness.measure(runs, (query, key, value), repetitions=repetitions)
-    harness.show(title, results, "plain read")
-    return {title: results}
-
-
 def random_arrays(shape, dtype) -> tuple:
     batch, length, heads, key_heads, size = shape
     keys = jax.random.split(jax.random.key(0), 3)
@@ -157,9 +143,9 @@ def title_of(what: str, shape, dtype) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--part", choices=("peers", "nulls", "cache"), action="append")
+    parser.add_argument("--part", choices=("peers", "nulls"), action="append")
     arguments = parser.parse_args()
-    parts, repetitions = arguments.part or ["peers", "nulls", "cache"], arguments.repetitions
+    parts, repetitions = arguments.part or ["peers", "nulls"], arguments.repetitions
     peak = harness.peaks(repetitions=repetitions)
     cpu = jax.default_backend() == "cpu"
     dtype, comparisons, left_out = ("float32" if cpu else "bfloat16"), {}, {}
@@ -168,9 +154,7 @@ def main():
             comparisons |= against_peers(shape, dtype, peak, repetitions, left_out)
     if "nulls" in parts:
         comparisons |= nulls((1, 2048, 8, 4, 64) if cpu else (8, 2048, 32, 8, 128), dtype, repetitions)
-    if "cache" in parts:
-        comparisons |= cache(dtype, repetitions)
-    name = "attention" if len(parts) == 3 else "attention-" + "-".join(parts)
+    name = "attention" if len(parts) == 2 else "attention-" + "-".join(parts)
     harness.save(name, comparisons, peaks=peak, left_out=left_out)
 
 

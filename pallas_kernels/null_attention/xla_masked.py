@@ -29,10 +29,15 @@ from pallas_kernels.null_attention.vjp import differentiable
 from pallas_kernels.sharding import varying_alike
 
 _ROWS, _COLUMNS = 64, 512  # a tile's queries and keys: measured on CPUs
+# Few rows a key head, on a CPU: a score is summed in so many partial sums, and so many values are added up at once. They
+# lie K * H numbers apart, often a multiple of 4 KiB, of which a first-level cache holds 8.
+_LANES, _AT_ONCE = 16, 8
 
 
 class _Grid(NamedTuple):
-    """Sizes of a call and of its tiles: a tile has `rows` of `length` queries and `columns` of `keys`."""
+    """Sizes of a call and of its tiles: a tile has `rows` of `length` queries and `columns` of `keys`. With `few` rows a
+    key head, products are written element by element.
+    """
 
     length: int
     keys: int
@@ -40,21 +45,29 @@ class _Grid(NamedTuple):
     key_heads: int
     rows: int
     columns: int
+    few: bool = False
 
     @staticmethod
     def of(query, key) -> "_Grid":
         (_, length, heads, _), (_, keys, key_heads, _) = query.shape, key.shape
         return _Grid(length, keys, heads, key_heads, min(length, _ROWS), min(keys, _COLUMNS))
 
+    @staticmethod
+    def of_forward(query, key) -> "_Grid":
+        """The same for the forward pass, with `few` where a CPU reads keys faster than its matrix product packs them."""
+        grid, size = _Grid.of(query, key), query.shape[3]
+        few = grid.length * grid.heads // grid.key_heads <= size // _LANES and target_device().platform == "cpu"
+        return grid._replace(few=few and grid.columns % _AT_ONCE == 0 and size % _LANES == 0)
+
 
 class _Tile(NamedTuple):
-    """Of a tile of queries and keys: where it begins, the keys, the masked scores, the derivative of the soft cap (None
-    without one), and who sees whom.
+    """Of a tile of queries and keys: where it begins, the keys (None for few rows), the masked scores, the derivative of
+    the soft cap (None without one), and who sees whom.
     """
 
     first: Array
     start: Array
-    key: Float[Array, "B s K H"]
+    key: Float[Array, "B s K H"] | None
     scores: Float[Array, "B K G t s"]
     slope: Float[Array, "B K G t s"] | None
     allowed: Bool[Array, "#B #K #G t s"]
@@ -103,8 +116,12 @@ def _tile(options: Options, grid: _Grid, masks: Masks, q, key, i, j, *, once: bo
     allowed = allowed[:, None, None]
     if masks.mask is not None:
         allowed &= _cut(masks.mask, grid, first, start)
-    k = visible_only(lax.dynamic_slice_in_dim(key, start, grid.columns, 1), allowed)
-    scores = scaled(_products(grid, q, k), options.scale, options.softcap)
+    if grid.few:  # a masked key reaches no other score than its own
+        k, products = None, _few_products(grid, q, key, start)
+    else:
+        k = visible_only(lax.dynamic_slice_in_dim(key, start, grid.columns, 1), allowed)
+        products = _products(grid, q, k)
+    scores = scaled(products, options.scale, options.softcap)
     slope = None if options.softcap is None else 1.0 - (scores / options.softcap) ** 2
     if masks.bias is not None:
         scores = scores + _cut(masks.bias, grid, first, start)
@@ -134,8 +151,43 @@ def _weighted(grid: _Grid, e: Float[Array, "B K G t s"], v: Float[Array, "B s K 
     return jnp.stack(parts, axis=1).reshape(*e.shape[:4], -1)
 
 
+def _few_products(grid: _Grid, q: Float[Array, "B K G t H"], key, start) -> Float[Array, "B K G t s"]:
+    """_products of few rows with a tile of keys, which are read where they lie: sums over every _LANES-th number, which
+    XLA writes as vectors where it would write the sum over all as one number after the other, and then their sum.
+    """
+    (batch, key_heads, *_, size), wide = q.shape, wide_dtype(q.dtype)
+    rows = q.reshape(batch, 1, key_heads, -1, size).astype(wide)
+    partial = 0.0
+    for i in range(0, size, _LANES):
+        k = lax.dynamic_slice(key, (0, start, 0, i), (batch, grid.columns, key_heads, _LANES))
+        partial = partial + k[:, :, :, None].astype(wide) * rows[..., i : i + _LANES]
+    sums = jnp.einsum("BSKRL,L->BSKR", lax.optimization_barrier(partial), jnp.ones(_LANES, wide))
+    return sums.transpose(0, 2, 3, 1).reshape(*q.shape[:4], grid.columns)
+
+
+def _few_weighted(grid: _Grid, partial: Float[Array, "B P K R H"], shrink, e, value, tile: _Tile):
+    """shrink * partial + _weighted of few rows, values read where they lie: P partial sums, the p-th of the tile's keys
+    p, p + P, ...; a matrix product would first copy the values of every head.
+    """
+    batch, parts, key_heads, rows, size = partial.shape
+    seen = tile.allowed.any(axis=(2, 3)).swapaxes(1, 2)
+    seen = jnp.broadcast_to(seen, (batch, grid.columns, key_heads))
+    e = e.reshape(batch, key_heads, rows, grid.columns).transpose(0, 3, 1, 2)
+    partial = partial * shrink.reshape(batch, 1, key_heads, rows, 1)
+    for i in range(0, grid.columns, parts):
+        v = lax.dynamic_slice(value, (0, tile.start + i, 0, 0), (batch, parts, key_heads, size)).astype(partial.dtype)
+        v = jnp.where(seen[:, i : i + parts, :, None], v, 0.0)
+        partial = partial + e[:, i : i + parts, ..., None] * v[:, :, :, None]
+    return partial
+
+
 def _start(grid: _Grid, j):
     return jnp.minimum(j * grid.columns, grid.keys - grid.columns)
+
+
+def _weighted_shape(grid: _Grid, rows: Float[Array, "B K G t H"]) -> tuple[int, ...]:
+    batch, key_heads, group, length, size = rows.shape
+    return (batch, grid.columns // _AT_ONCE, key_heads, group * length, size) if grid.few else rows.shape
 
 
 def _over_rows(grid: _Grid, body, carry, like):
@@ -148,7 +200,8 @@ def _over_rows(grid: _Grid, body, carry, like):
 
 def _forward(options: Options, query, key, value, null_logit, masks: Masks):
     """See `vjp.differentiable`."""
-    grid, wide, like = _Grid.of(query, key), wide_dtype(query.dtype), (query, key, value, null_logit, masks)
+    grid, wide = _Grid.of_forward(query, key), wide_dtype(query.dtype)
+    like = (query, key, value, null_logit, masks)
     q, b = heads_first(query, grid.key_heads), null_logit.reshape(1, grid.key_heads, -1, 1)
     lowest = float(jnp.finfo(wide).min)  # finite, so that no difference of two infinities arises
 
@@ -159,15 +212,19 @@ def _forward(options: Options, query, key, value, null_logit, masks: Masks):
         def step(j, carry):
             top, total, weighted = carry
             tile = _tile(options, grid, masks, rows, key, i, j, once=False)
-            v = visible_only(lax.dynamic_slice_in_dim(value, tile.start, grid.columns, 1), tile.allowed)
             higher = jnp.maximum(top, tile.scores.max(-1))
             e, shrink = jnp.exp(tile.scores - higher[..., None]), jnp.exp(top - higher)
-            weighted = weighted * shrink[..., None] + _weighted(grid, e, v)
+            if grid.few:
+                weighted = _few_weighted(grid, weighted, shrink, e, value, tile)
+            else:
+                v = visible_only(lax.dynamic_slice_in_dim(value, tile.start, grid.columns, 1), tile.allowed)
+                weighted = weighted * shrink[..., None] + _weighted(grid, e, v)
             return higher, total * shrink + e.sum(-1), weighted
 
         top = jnp.broadcast_to(jnp.maximum(b, lowest), rows.shape[:-1])
-        start = varying_alike((top, jnp.zeros_like(top), jnp.zeros(rows.shape, wide)), like)
+        start = varying_alike((top, jnp.zeros_like(top), jnp.zeros(_weighted_shape(grid, rows), wide)), like)
         top, total, weighted = lax.fori_loop(*_reach(options, grid, masks, first), step, start)
+        weighted = weighted.sum(1).reshape(rows.shape) if grid.few else weighted
         null = jnp.exp(b - top)
         empty = total + null == 0.0
         z = jnp.where(empty, 1.0, total + null)
