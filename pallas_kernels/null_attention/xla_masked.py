@@ -159,10 +159,15 @@ def _few_products(grid: _Grid, q: Float[Array, "B K G t H"], key, start) -> Floa
     rows = q.reshape(batch, 1, key_heads, -1, size).astype(wide)
     partial = 0.0
     for i in range(0, size, _LANES):
-        k = lax.dynamic_slice(key, (0, start, 0, i), (batch, grid.columns, key_heads, _LANES))
+        k = _piece(key, (0, start, 0, i), (batch, grid.columns, key_heads, _LANES))
         partial = partial + k[:, :, :, None].astype(wide) * rows[..., i : i + _LANES]
     sums = jnp.einsum("BSKRL,L->BSKR", lax.optimization_barrier(partial), jnp.ones(_LANES, wide))
     return sums.transpose(0, 2, 3, 1).reshape(*q.shape[:4], grid.columns)
+
+
+def _piece(x: Float[Array, "B S K H"], first: tuple, sizes: tuple[int, ...]) -> Float[Array, "b s k h"]:
+    """x[first : first + sizes] in every dimension."""
+    return lax.dynamic_slice(x, [jnp.asarray(i, jnp.int32) for i in first], sizes)
 
 
 def _few_weighted(grid: _Grid, partial: Float[Array, "B P K R H"], shrink, e, value, tile: _Tile):
@@ -175,7 +180,7 @@ def _few_weighted(grid: _Grid, partial: Float[Array, "B P K R H"], shrink, e, va
     e = e.reshape(batch, key_heads, rows, grid.columns).transpose(0, 3, 1, 2)
     partial = partial * shrink.reshape(batch, 1, key_heads, rows, 1)
     for i in range(0, grid.columns, parts):
-        v = lax.dynamic_slice(value, (0, tile.start + i, 0, 0), (batch, parts, key_heads, size)).astype(partial.dtype)
+        v = _piece(value, (0, tile.start + i, 0, 0), (batch, parts, key_heads, size)).astype(partial.dtype)
         v = jnp.where(seen[:, i : i + parts, :, None], v, 0.0)
         partial = partial + e[:, i : i + parts, ..., None] * v[:, :, :, None]
     return partial

@@ -74,6 +74,14 @@ def test_gradients_equal_those_of_the_reference():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_float64_with_wide_indices():
+    with jax.enable_x64(True):
+        query, key, value, b = arrays(GROUPED, np.float64)
+        found = null_attention(query, key, value, null_logit=b, kv_lengths=LENGTHS, implementation="xla")
+        for x, y in zip(found, oracle(query, key, value, b.astype(np.float64))):
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
+
+
 def test_half_precision_and_vmap_over_lengths():
     query, key, value, b = (jnp.asarray(x) for x in arrays(GROUPED))
     half = [x.astype(jnp.bfloat16) for x in (query, key, value)]
