@@ -161,7 +161,7 @@ def run_parts(parts: list[Part], minutes: float, out: pathlib.Path, toy: bool) -
 
 
 def _limit(part: Part, minutes: float, left: float) -> float:
-    share = part.seconds * min(1.0, minutes / 10)
+    share = part.seconds * minutes / 10
     return min(left, max(share, min(LEAST, part.seconds)))
 
 

@@ -45,7 +45,7 @@ def config_of(preset: str, batch: int, toy: bool) -> Config:
     data = dataclasses.replace(config.data, batch_size=batch)
     if toy:
         sizes = dict(num_layers=2, width=64, num_heads=4, num_kv_heads=2, mlp_dim=96, vocab_size=128)
-        blocks = {} if model.blocks is None else {"blocks": 2}
+        blocks = {"blocks": 2} if preset == "oasis_blocks" else {}
         model = dataclasses.replace(model, **sizes, **blocks, dtype="float32")
         data = dataclasses.replace(data, sequence_length=32)
     return dataclasses.replace(config, model=model, data=data, mesh=MeshConfig())

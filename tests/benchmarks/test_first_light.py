@@ -184,7 +184,7 @@ def test_everything_runs_on_a_cpu(tmp_path):
     import first_light
 
     out = tmp_path / "lines.jsonl"
-    process = run("benchmarks/first_light.py", "--out", str(out), timeout=600)
+    process = run("benchmarks/first_light.py", "--out", str(out), "--minutes", "30", timeout=900)
     assert process.returncode == 0, process.stdout[-3000:]
     lines = lines_of(out)
     assert lines[0]["part"] == "begin" and lines[-1] == {"part": "end", "all_ended": True, "all_right": True}
