@@ -1,5 +1,6 @@
 """benchmarks/first_light.py at toy sizes: every part runs on a CPU, and a part that crashes or hangs loses only itself."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -20,15 +21,20 @@ def on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
+@pytest.fixture
+def first_light(on_path):
+    """The script as a module."""
+    return importlib.import_module("first_light")
+
+
 def run(*command: str, timeout: float = 300):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(BENCHMARKS)]),
     }
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=timeout
-    )  # fmt: skip
+    options = dict(env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([sys.executable, *command], **options)
 
 
 def lines_of(path: pathlib.Path) -> list[dict]:
@@ -37,8 +43,7 @@ def lines_of(path: pathlib.Path) -> list[dict]:
 
 
 def fake(name: str, code: str, seconds: float = 20.0):
-    import first_light
-
+    first_light = importlib.import_module("first_light")
     return first_light.Part(name, seconds, None, command=(sys.executable, "-c", code))
 
 
@@ -54,9 +59,7 @@ def test_no_time_at_all_is_refused():
     assert process.returncode == 2 and len(process.stderr.splitlines()) == 1 and "--minutes" in process.stderr
 
 
-def test_parts_are_chosen_by_name_family_or_platform():
-    import first_light
-
+def test_parts_are_chosen_by_name_family_or_platform(first_light):
     names = lambda wanted, platform: [part.name for part in first_light.choose(first_light.PARTS, wanted, platform)]
     assert names(["training"], "cpu") == ["training:residual", "training:oasis", "training:oasis_blocks"]
     assert names(["correctness:cudnn"], "cpu") == ["correctness:cudnn"]
@@ -69,9 +72,7 @@ def test_parts_are_chosen_by_name_family_or_platform():
     assert sum(max(part.seconds for part in group) for group in beside[:-1]) <= 570
 
 
-def test_a_crash_or_a_hang_loses_only_itself(tmp_path):
-    import first_light
-
+def test_a_crash_or_a_hang_loses_only_itself(first_light, tmp_path):
     out, mark = tmp_path / "lines.jsonl", tmp_path / "grandchild"
     sleeper = f"import time, pathlib; time.sleep(4); pathlib.Path({str(mark)!r}).touch()"
     hang = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -95,9 +96,7 @@ def test_a_crash_or_a_hang_loses_only_itself(tmp_path):
     assert not mark.exists()  # what a part that hangs has started ends with it
 
 
-def test_parts_without_time_left_are_said(tmp_path):
-    import first_light
-
+def test_parts_without_time_left_are_said(first_light, tmp_path):
     out = tmp_path / "lines.jsonl"
     slow = fake("slow", "import time; time.sleep(60)", seconds=1.0)
     assert not first_light.run_parts([slow, fake("late", "")], 0.02, out, toy=True)
@@ -180,9 +179,7 @@ def bare_worker(out: pathlib.Path, module: str, argument: str) -> int:
 
 
 @pytest.mark.slow
-def test_everything_runs_on_a_cpu(tmp_path):
-    import first_light
-
+def test_everything_runs_on_a_cpu(first_light, tmp_path):
     out = tmp_path / "lines.jsonl"
     process = run("benchmarks/first_light.py", "--out", str(out), "--minutes", "30", timeout=900)
     assert process.returncode == 0, process.stdout[-3000:]
