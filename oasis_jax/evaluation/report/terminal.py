@@ -67,10 +67,12 @@ def interventions_table(run: MeasuredRun) -> Table:
 def quantization_table(run: MeasuredRun) -> Table:
     """Every scheme of one run beside float."""
     name = "squared error" if run.tokenizer is None else "perplexity"
-    found = Table(title=f"quantization of {run.label}", title_justify="left", title_style="bold")
-    found.add_column("scheme")
+    plain = show(next(iter(run.quantization.values()))["float"])
+    title = f"quantization of {run.label}, {name} {plain} in float"
+    found = Table(title=title, title_justify="left", title_style="bold")
+    found.add_column("scheme", min_width=max(map(len, run.quantization)))
     sinks = any("d_sink" in value for value in run.quantization.values())
-    for heading in (name, "in float", "change", "nats over float", "95 % interval", *["D_sink"] * sinks):
+    for heading in (name, "change", "nats over float", "95 % interval", *["D_sink"] * sinks):
         found.add_column(heading, justify="right")
     for scheme, value in run.quantization.items():
         change, interval = change_text(value["relative_change"]), interval_text(value["interval"], change_text)
@@ -80,7 +82,7 @@ def quantization_table(run: MeasuredRun) -> Table:
         if value.get("destroyed"):
             change = "DESTROYED"
         of_sink = [nats_text(value["d_sink"]) if "d_sink" in value else ABSENT] * sinks
-        found.add_row(scheme, show(value["value"]), show(value["float"]), change, nats, interval, *of_sink)
+        found.add_row(scheme, show(value["value"]), change, nats, interval, *of_sink)
     return found
 
 
