@@ -162,7 +162,7 @@ def test_mistakes_are_named():
             inputs_kv=OTHER, kv_segment_ids=QUERY_IDS, context=Context(segment_ids=ids)
         ),
         "context.cache: is of self-attention": dict(
-            inputs_kv=OTHER, context=Context(cache=KVCache(*(jnp.zeros((B, 3, K, H)),) * 2, jnp.int32(0)))
+            inputs_kv=OTHER, context=Context(cache=KVCache(*(jnp.zeros((B, 9, K, H)),) * 2, jnp.int32(0)))
         ),
     }
     for says, given in wrong.items():
