@@ -113,6 +113,7 @@ def _query_body(problem: Problem, group: int, query, key, value, d_output, lse, 
         def step(masked, j, gradient):
             slot = lax.rem(j - sweep.first, jnp.int32(STAGES))
             k, v, shape = s["k"].at[slot], s["v"].at[slot], (ROWS, tile)
+            q, do = (s[name].at[tiles.own(warpgroup, j)] for name in ("q", "do"))
             plgpu.barrier_wait(s["k_arrived"].at[slot])
             scores, slope = tiles.base2_scores(problem.options, tiles.product(shape, q, k.T))
             if masked:
@@ -121,7 +122,7 @@ def _query_body(problem: Problem, group: int, query, key, value, d_output, lse, 
             p = jnp.exp2(scores - tiles.along(row_lse, shape, 0))
             p = p if slope is None else p * slope
             plgpu.barrier_wait(s["v_arrived"].at[slot])
-            d_s = p * (tiles.product(shape, do, v.T) - tiles.along(row_delta, shape, 0))
+            d_s = p * tiles.product_from(problem, tiles.along(-row_delta, shape, 0), do, v.T)
             plgpu.barrier_arrive(s["v_consumed"].at[slot])
             gradient = tiles.add_product(problem, gradient, d_s.astype(q.dtype), k)
             plgpu.barrier_arrive(s["k_consumed"].at[slot])
@@ -185,14 +186,13 @@ def _key_body(problem: Problem, group: int, wanted, query, key, value, d_output,
         def step(member, masked, i, carry):
             slot = lax.rem(member * count + i - sweep.first, jnp.int32(STAGES))
             q, do, shape = s["q"].at[slot], s["do"].at[slot], (ROWS, tile)
+            k, v = (s[name].at[tiles.own(warpgroup, i)] for name in ("k", "v"))
             plgpu.barrier_wait(s["q_arrived"].at[slot])
             scores, slope = tiles.base2_scores(problem.options, tiles.product(shape, k, q.T))
-            row_lse, *row_ids = tiles.read_vectors(
-                *((s[name].at[slot], 1) for name in ("lse", *["ring_ids"] * problem.segmented))
-            )
             if masked:
-                pair = (*row_ids, ids) if problem.segmented else None
+                pair = (*tiles.read_vectors((s["ring_ids"].at[slot], 1)), ids) if problem.segmented else None
                 scores = jnp.where(tiles.mask(problem, shape, i * tile, start, pair, key_axis=0), scores, -jnp.inf)
+            (row_lse,) = tiles.read_vectors((s["lse"].at[slot], 1))
             p = jnp.exp2(scores - tiles.along(row_lse, shape, 1))
             plgpu.barrier_wait(s["do_arrived"].at[slot])
             carry = dict(carry)
@@ -201,7 +201,7 @@ def _key_body(problem: Problem, group: int, wanted, query, key, value, d_output,
             if "dk" in wanted:
                 p = p if slope is None else p * slope
                 (row_delta,) = tiles.read_vectors((s["delta"].at[slot], 1))
-                d_s = p * (tiles.product(shape, v, do.T) - tiles.along(row_delta, shape, 1))
+                d_s = p * tiles.product_from(problem, tiles.along(-row_delta, shape, 1), v, do.T)
                 plgpu.barrier_arrive(s["do_consumed"].at[slot])
                 carry["dk"] = tiles.add_product(problem, carry["dk"], d_s.astype(q.dtype), q)
             else:

@@ -136,17 +136,15 @@ def query_sweep(problem: Problem, first_key, keys: int, tile: int) -> Sweep:
 
 def mask(problem: Problem, shape: tuple[int, int], first_row, first_key, segments, key_axis: int):
     """Which scores of a tile count. `segments` are the tile's ids (queries, keys), or None."""
-    # Numbers of rows and columns, spread: of whole tiles they would not fit into the registers.
+    # Numbers of rows and of columns, spread: those of whole tiles would not fit into the registers. They count from the
+    # arrays' beginnings, so that no loop over tiles holds them all the time.
     iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=WGMMA.reduce(1 - axis))
     spread = lambda x, axis: plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [axis]), WGMMA)
-    keys = iota(key_axis)
-    allowed = spread(keys, key_axis) < problem.keys - first_key
+    keys = iota(key_axis) + first_key
+    allowed = spread(keys, key_axis) < problem.keys
     if problem.causal:
-        # places in the tile, queries counted from its first key
         key_place = spread(keys * problem.fold, key_axis)
-        query_place = spread(
-            iota(1 - key_axis) + (first_row - (first_key - problem.offset) * problem.fold), 1 - key_axis
-        )
+        query_place = spread(iota(1 - key_axis) + (first_row + problem.offset * problem.fold), 1 - key_axis)
         allowed &= query_place >= key_place
         if problem.options.window is not None:
             allowed &= query_place < key_place + problem.options.window * problem.fold
@@ -175,6 +173,13 @@ def product(shape: tuple[int, int], a, b):
         return accumulator[...]
 
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def product_from(problem: Problem, start, a, b):
+    """start + a @ b of two tiles in shared memory, float32 in registers: `start` takes none beside the sum."""
+    if problem.interpret:  # the interpreter has no run_state
+        return start + product(start.shape, a, b)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(start))
 
 
 def add_product(problem: Problem, accumulator, a, b):
@@ -215,6 +220,14 @@ def copy_ahead(steps, stages: int, groups: Sequence[tuple]):
 
             for source, ring in copies(step):
                 plgpu.copy_gmem_to_smem(source, ring.at[slot], arrived.at[slot])
+
+
+def own(warpgroup, step):
+    """The place of a warpgroup's own tile, inside a loop of fewer than 2 ** 20 steps. It is the warpgroup's number, but
+    the compiler does not know; or else it would compute wgmma's descriptors of all parts of the tile before the loop,
+    and have no registers left for them.
+    """
+    return warpgroup + lax.div(step, _int(2**20))
 
 
 def load_rows(copies: Sequence[tuple], barrier):
