@@ -32,7 +32,8 @@ def check_mosaic_gpu(inputs: RouteInputs) -> None:
             raise Unavailable(f"runs on GPUs only, the call is compiled for {device.platform}")
         if not any(name in device.kind.replace("-", " ").split() for name in _HOPPER):
             raise Unavailable(
-                f"runs on Hopper GPUs only ({', '.join(_HOPPER)}), the call is compiled for {device.kind}"
+                f"runs on Hopper GPUs only ({', '.join(_HOPPER)}), the call is compiled for {device.kind}, "
+                "which xla serves"
             )
     check_axes(inputs.sources, inputs.query)
     axes = unmapped_axes(inputs.sharding, inputs.sources, inputs.query)

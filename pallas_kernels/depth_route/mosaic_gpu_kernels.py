@@ -57,8 +57,8 @@ class _Tile:
         self.layout = plgpu.Layout.TILED(plgpu.Tiling(tuple(tiling)), across, (-2,), -1)
 
     def tokens(self, block):
-        """The index of a block's tokens in [tokens, width]. Where they do not come out even, the last block begins among
-        the tokens of the one before, and the same program writes both.
+        """The index of a block's tokens in [tokens, width]. Where they do not come out even, the last block begins
+        among the tokens of the one before, and the same program writes both.
         """
         if self.rows == 1:
             return block

@@ -231,6 +231,21 @@ def test_what_a_backend_cannot_serve_it_names(monkeypatch, backend, change, reas
         null_attention(*arrays, implementation=backend, **options)
 
 
+@pytest.mark.parametrize(
+    "size, options, serves", [(128, {}, "cudnn"), (256, {}, "xla"), (128, dict(logit_softcap=3.0), "xla")]
+)
+def test_what_serves_blackwell_is_named(size, options, serves):
+    blackwell = AbstractDevice(device_kind="NVIDIA B200", num_cores=148, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=blackwell)
+    shape = jax.ShapeDtypeStruct((2, 70, 6, size), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh):
+        explanation = explain("null_attention", shape, shape, shape, **options)
+    assert explanation.implementation == serves and f"{serves}: runs\n" in str(explanation)
+    if not OLD_JAX:
+        wanted = "runs on Hopper GPUs only, the call is compiled for NVIDIA B200, which cudnn or xla serve"
+        assert explanation.reasons["mosaic_gpu"] == wanted
+
+
 def test_a_changed_private_call_is_named(monkeypatch, h100):
     from jax._src.cudnn import fused_attention_stablehlo as module
 

@@ -41,7 +41,9 @@ def check_available(inputs: AttentionInputs) -> None:
         if device.platform != "gpu":
             raise Unavailable(f"runs on Hopper GPUs only, the call is compiled for {device.platform}")
         if not _HOPPER.search(device.kind):
-            raise Unavailable(f"runs on Hopper GPUs only, the call is compiled for {device.kind}")
+            raise Unavailable(
+                f"runs on Hopper GPUs only, the call is compiled for {device.kind}, which cudnn or xla serve"
+            )
         if 12080 <= _cuda_version() < 12091:
             raise Unavailable(
                 "the assembler of CUDA 12.8.0 to 12.9.0 miscompiles causal masks; install 12.9.1 or newer"

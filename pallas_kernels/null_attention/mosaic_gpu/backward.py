@@ -15,10 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.null_attention.mosaic_gpu import tiles
 from pallas_kernels.null_attention.mosaic_gpu.tiles import LOG2E, ROWS, WGMMA, Problem
 
-# Head size -> rows of a tile of the walked-over axis, in a ring of 2. A thread holds H / 2 floats an accumulator and half
-# as many each of scores and dP as the tile has rows, of 240 registers. Above head size 128 one accumulator fits: dK and
-# dV come from two kernels. At 256 tiles of 64 rows would neither fit into registers nor, for two computing warpgroups,
-# into shared memory.
+# Head size -> rows of a tile of the walked-over axis, in a ring of 2. A thread holds H / 2 floats an accumulator and
+# half as many each of scores and dP as the tile has rows, of 240 registers. Above head size 128 one accumulator fits:
+# dK and dV come from two kernels. At 256 tiles of 64 rows would neither fit into registers nor, for two computing
+# warpgroups, into shared memory.
 TILES = {64: 64, 96: 64, 128: 64, 192: 64, 256: 32}
 ONE_ACCUMULATOR = (192, 256)
 WARPGROUPS = 2
