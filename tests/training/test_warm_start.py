@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from oasis_jax.model.head import token_losses
 from oasis_jax.placement import make_mesh
 from oasis_jax.training.checkpoints import Checkpoints, Keep, describe
 from oasis_jax.training.load import load_run
-from oasis_jax.training.loop import fit, with_sizes
+from oasis_jax.training.loop import fit, training_examples, with_sizes
 from oasis_jax.training.state import abstract_state, new_state
 from oasis_jax.training.warm_start import starting_parameters, starting_point
 
@@ -104,8 +105,11 @@ def test_a_model_with_the_same_parameters_may_differ_and_says_so(before, asked):
     other = changed(asked, "model", normalizer="softmax", window=5)
     with starting_point(other, said.append) as start:
         sized = changed(other, "model", vocab_size=start.model.vocab_size)
-        starting_parameters(start, sized, abstract_state(sized, MESH).params, said.append)
-    (line,) = said
+        corpus = load_corpus(sized.data, seed=7, tokenizer=start.tokenizer)
+        examples = partial(training_examples, corpus, sized)
+        starting_parameters(start, sized, abstract_state(sized, MESH).params, examples, said.append)
+    line, distance = said
+    assert distance.startswith("before the first step: logits differ from that model's by ")
     assert line.endswith(
         "; the model is another one: model.normalizer is 'softmax1' there, 'softmax' now; model.window is 0 there, "
         "5 now"
@@ -143,7 +147,7 @@ def test_another_shape_is_refused_by_the_name_of_its_parameter(asked, fields, me
     with starting_point(asked, print) as start:
         other = dataclasses.replace(asked, model=dataclasses.replace(model, vocab_size=start.model.vocab_size))
         with pytest.raises(UserError, match=f"^run.init_from: parameter {message}") as error:
-            starting_parameters(start, other, abstract_state(other, MESH).params, print)
+            starting_parameters(start, other, abstract_state(other, MESH).params, None, print)
     assert "\n" not in str(error.value)
 
 
