@@ -61,12 +61,15 @@ def check_available(inputs: AttentionInputs) -> None:
 
 
 def _cuda_version() -> int:
-    """CUDA's version as 12091 for 12.9.1; 0 where the plugin that knows is not installed."""
+    """CUDA's version as 12091 for 12.9.1; 0 where the plugin that knows, or CUDA's own library, is not installed."""
     try:
         from jax._src.lib import cuda_versions
     except ImportError:
         return 0
-    return 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+    try:
+        return 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+    except RuntimeError:  # before jax 0.12, where there is no GPU and one compiles ahead of time
+        return 0
 
 
 def _problem(options: Options, rows: int, keys: int, segments, fold: int = 1):
