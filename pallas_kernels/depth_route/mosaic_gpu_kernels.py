@@ -4,7 +4,8 @@ A program is one warpgroup (four warps) and owns `rows` tokens: a warp a token u
 4096, four up to 8192, so that a thread never holds more than 64 elements of the output it accumulates in float32
 registers. The tokens' rows of a source lie together in memory; one bulk copy (cp.async.bulk) brings them into a ring of
 shared memory, several sources ahead of the one in use. A row is reduced inside its warp by shuffles, which is why a
-token gets a warp where its width allows.
+token gets a warp where its width allows. Where tokens do not come out even, the last program owns two blocks that
+overlap; with fewer tokens than a program's, zeros are added to them.
 
 Forward, per source: u.v and |v|^2, the clamped score g, e = exp(g - max(b, 0)), then acc += e v and z += e. Scores lie
 in [-50, 50], so float32 needs no running maximum: exp(50) times any number of sources is far below its largest value

@@ -329,37 +329,6 @@ def test_the_gpu_kernels_say_what_they_cannot_serve():
         depth_route(jnp.ones((3, 2, 5, 128)), jnp.ones(128), implementation="mosaic_gpu")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(shape=(3, 1, 7, 96), norm=True, evidence=True),  # tokens that 4 does not divide, at a width that needs 4
-        dict(shape=(4, 2, 3, 160), per_token=True, bias="token", live=(2, True)),
-        dict(shape=(2, 5, 4, 576), norm=True, live=(1, True)),
-        dict(shape=(3, 1, 3, 32), norm=True),  # fewer tokens than a program's
-        dict(shape=(2, 1, 3, 2880), per_token=True),
-    ],
-    ids=lambda options: "x".join(map(str, options["shape"])),
-)
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax 0.11.2 or newer")
-def test_the_gpu_kernels_take_widths_and_tokens_that_do_not_come_out_even(options):
-    (sources, arguments), static, live, (d_output, d_weights, d_null_mass) = make(**options)
-    count = live[0] if live else len(sources)
-    with jax.enable_x64(True):
-        function = functools.partial(plain, live=count, **static)
-        given = as_float64(((sources, arguments), (d_output, d_weights[..., :count], d_null_mass)))
-        wanted = jax.tree.map(np.asarray, results_and_gradients(function, *given))
-    as_list = options["shape"][0] == 3
-    function = functools.partial(call, as_list=as_list, live=live, implementation="mosaic_gpu", **static)
-    with interpret_kernels():
-        (output, weights, null_mass), gradients = results_and_gradients(
-            function, (sources, arguments), (d_output, d_weights, d_null_mass)
-        )
-    assert np.all(np.asarray(weights[..., count:]) == 0)
-    values = output, weights[..., :count], null_mass
-    jax.tree.map(lambda a, w: assert_close(a, w, 1e-6), values, wanted[0])
-    jax.tree.map(lambda a, w: assert_close(a, w, 1e-5), gradients, wanted[1])
-
-
 def test_a_list_is_never_stacked():
     count, batch, length, width = 7, 3, 11, 65
     sources = [jax.ShapeDtypeStruct((batch, length, width), jnp.float32)] * count

@@ -34,7 +34,8 @@ suite, options_suite = load("test_null_attention"), load("plain_attention")
 H100 = Device("gpu", "NVIDIA H100 80GB HBM3")
 OLD_JAX = jax.__version_info__ < (0, 11, 2)
 needs_interpreter = pytest.mark.skipif(
-    OLD_JAX, reason=f"the kernels need jax 0.11.2 or newer, this is jax {jax.__version__}"
+    jax.__version_info__ < (0, 12),  # 0.11 refuses barriers whose last phase nobody waits for
+    reason=f"the interpreter runs the kernels from jax 0.12 on, this is jax {jax.__version__}",
 )
 TOLERANCE = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 
