@@ -1,4 +1,4 @@
-"""The first minutes on a rented accelerator: right or wrong, fast or slow, in at most ten minutes and without a network.
+"""The first minutes on a rented accelerator: right or wrong, fast or slow, in ten minutes at most, without a network.
 
     python benchmarks/first_light.py                       # everything
     python benchmarks/first_light.py --part correctness    # one part, or one process of it: correctness:cudnn

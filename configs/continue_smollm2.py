@@ -3,8 +3,8 @@
     python train.py --config=configs/continue_smollm2.py --workdir=runs/smollm2 \
         --set run.init_from="$(python -m oasis_jax.pretrained.smollm2)"
 
-Hardware: two CPU cores. Measured on them (2026-11-28, float32, beside other work that left a quarter of them to it): 543
-seconds of processor time, the compiler's and two evaluations' included, and 5.4 GiB of memory at the most. On a GPU
+Hardware: two CPU cores. Measured on them (2026-11-28, float32, beside other work that left a quarter of them to it):
+543 seconds of processor time, the compiler's and two evaluations' included, and 5.4 GiB of memory at the most. On a GPU
 `--set data.batch_size=32 --set run.steps=500` is more of a run; not measured.
 
 Metrics: held-out loss 1.769 nats a token after 10 steps and 1.745 after 20 (perplexity 5.87 and 5.73).

@@ -9,8 +9,8 @@ DIR holds the model's safetensors, config.json and tokenizer.json. The sizes bel
 file; what else it is comes from its config.json. OASIS' own wiring begins far from the model that it is put into;
 `--set model.preset=attnres` begins as the model itself. The paper's recipe ran one GPU in float16.
 
-Hardware: one GPU of 40 GB or more; planned (h100:1, jax 0.12, 2026-11-27): 25.3 GiB. Not trained here: neither times nor
-metrics.
+Hardware: one GPU of 40 GB or more; planned (h100:1, jax 0.12, 2026-11-27): 25.3 GiB. Not trained here: neither times
+nor metrics.
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig

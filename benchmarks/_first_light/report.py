@@ -1,4 +1,4 @@
-"""What a part says: each result is one line of JSON in the file of results as soon as it is known, and a printed line."""
+"""What a part says: each result is a line of JSON in the file of results as soon as it is known, and a printed line."""
 
 import json
 import math

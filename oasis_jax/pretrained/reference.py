@@ -51,7 +51,7 @@ def with_routers(backbone: ModelConfig, files: Source, normalizers: Mapping[str,
             raise UserError(
                 f"{files.where}: has depth routers, and no file says with which normalizers they were trained; "
                 f"normalizers: {name!r} must be one of {', '.join(allowed)}, {got}; on the command line: oasis_jax "
-                "export SOURCE --out FOLDER --set model.normalizer=... --set model.depth_normalizer=..., then take FOLDER"
+                "export SOURCE --out FOLDER --set model.normalizer=... --set model.depth_normalizer=..., then FOLDER"
             )
     if unknown := sorted(set(given) - {*NORMALIZERS, *CLIPPING}):
         raise UserError(f"normalizers: unknown name {unknown[0]!r}; allowed: {', '.join((*NORMALIZERS, *CLIPPING))}")

@@ -23,7 +23,7 @@ from oasis_jax.training.checkpoints import Checkpoints, differing_fields, stored
 from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.state import placed
 
-# What of a model is a run's own when it starts from a pretrained one: the method, how it starts, and how it is computed.
+# What of a model is a run's own when it starts from a pretrained one: the method, its start, and how it is computed.
 _OWN = {
     *METHOD_FIELDS, "preset", "null_keys", "null_bias", "null_weight", "alpha_gate", "sum_preserving",
     "recency_bias_init", "router_init_std", "residual_clip", "dtype", "remat", "stack", "attention_implementation",

@@ -29,14 +29,14 @@ from pallas_kernels.null_attention.vjp import differentiable
 from pallas_kernels.sharding import varying_alike
 
 _ROWS, _COLUMNS = 64, 512  # a tile's queries and keys: measured on CPUs
-# Few rows a key head, on a CPU: a score is summed in so many partial sums, and so many values are added up at once. They
-# lie K * H numbers apart, often a multiple of 4 KiB, of which a first-level cache holds 8.
+# Few rows a key head, on a CPU: a score is summed in so many partial sums, and so many values are added up at once.
+# They lie K * H numbers apart, often a multiple of 4 KiB, of which a first-level cache holds 8.
 _LANES, _AT_ONCE = 16, 8
 
 
 class _Grid(NamedTuple):
-    """Sizes of a call and of its tiles: a tile has `rows` of `length` queries and `columns` of `keys`. With `few` rows a
-    key head, products are written element by element.
+    """Sizes of a call and of its tiles: a tile has `rows` of `length` queries and `columns` of `keys`. With `few` rows
+    a key head, products are written element by element.
     """
 
     length: int
@@ -54,15 +54,15 @@ class _Grid(NamedTuple):
 
     @staticmethod
     def of_forward(query, key) -> "_Grid":
-        """The same for the forward pass, with `few` where a CPU reads keys faster than its matrix product packs them."""
+        """The same for the forward pass, `few` where a CPU reads keys faster than its matrix product packs them."""
         grid, size = _Grid.of(query, key), query.shape[3]
         few = grid.length * grid.heads // grid.key_heads <= size // _LANES and target_device().platform == "cpu"
         return grid._replace(few=few and grid.columns % _AT_ONCE == 0 and size % _LANES == 0)
 
 
 class _Tile(NamedTuple):
-    """Of a tile of queries and keys: where it begins, the keys (None for few rows), the masked scores, the derivative of
-    the soft cap (None without one), and who sees whom.
+    """Of a tile of queries and keys: where it begins, the keys (None for few rows), the masked scores, the derivative
+    of the soft cap (None without one), and who sees whom.
     """
 
     first: Array

@@ -122,8 +122,8 @@ def quantized(runs: Runs) -> str:
     return (
         "<section><h2>Quantization schemes</h2><p class='note'>The change is relative to float on the same "
         "held-out sequences; below it its 95 % interval, "
-        "paired by sequence. Schemes with static ranges were calibrated on other sequences. D_sink is what a scheme adds "
-        "to the loss beyond what it adds with the first token of every row in float.</p>"
+        "paired by sequence. Schemes with static ranges were calibrated on other sequences. D_sink is what a scheme "
+        "adds to the loss beyond what it adds with the first token of every row in float.</p>"
         f"{tables}<details><summary>What each scheme rounds, tensor by "
         f"tensor</summary>{floats}<dl>{lists}</dl></details></section>\n"
     )
