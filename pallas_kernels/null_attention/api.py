@@ -13,7 +13,7 @@ from pallas_kernels.null_attention.base import AttentionInputs, NullAttention, S
 from pallas_kernels.null_attention.cudnn import null_attention_cudnn
 from pallas_kernels.null_attention.mosaic_gpu import null_attention_mosaic_gpu
 from pallas_kernels.null_attention.mosaic_tpu import null_attention_mosaic_tpu
-from pallas_kernels.null_attention.outside import add_null, add_null_value, null_scores
+from pallas_kernels.null_attention.outside import add_null_value, null_scores
 from pallas_kernels.null_attention.reference import null_attention_reference
 from pallas_kernels.null_attention.sharded import check_sharding, in_sequence_order
 from pallas_kernels.null_attention.xla import null_attention_xla
@@ -131,7 +131,7 @@ def _split(inputs: AttentionInputs, sharding: OperatorSharding) -> AttentionInpu
 
 
 def _with_null(serve: Callable, inputs: AttentionInputs, null: Null) -> NullAttention:
-    """A null per head goes into the backend, one per query is added to what the backend gives without a null."""
+    """The backend's result with the null, whose logit is one per head or one per query, and its value."""
     if null.key is None and null.logit.ndim == 1:
         # an infinite b would meet an infinite maximum in the kernels; beside a score, this one is as large
         largest = float(jnp.finfo(null.logit.dtype).max) / 2
@@ -141,5 +141,5 @@ def _with_null(serve: Callable, inputs: AttentionInputs, null: Null) -> NullAtte
     else:
         options = inputs.options
         b, shares = null_scores(inputs.query, null.logit, null.key, scale=options.scale, softcap=options.softcap)
-        result = add_null(serve(inputs), b)
+        result = serve(inputs._replace(null_logit=b))
     return result if null.value is None else add_null_value(result, null.value, shares)

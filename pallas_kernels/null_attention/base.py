@@ -66,14 +66,14 @@ class Masks(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """The checked arguments of null_attention, as every backend takes them; a null per query, null keys and null
-    values are added outside of the backends (outside.py).
+    """The checked arguments of null_attention, as every backend takes them; null keys are in the logit of each query,
+    null values are added outside of the backends (outside.py).
     """
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K H"]
-    null_logit: Float[Array, " N"]
+    null_logit: Float[Array, " N"] | Float[Array, "B N T"]
     masks: Masks
     options: Options
 

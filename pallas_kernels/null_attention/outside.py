@@ -1,5 +1,6 @@
 """A null that differs from query to query, and what a null contributes: added once to the results of attention without
-a null, outside of the kernels. Exact, and the same for every backend:
+a null, outside of the kernels. Exact, and the same for every backend; the kernels' backward pass takes the joined lse
+and output as it takes its own (vjp.py), so that a null per query costs it nothing:
 
     b = null_logit + logsumexp_p(scale * q.k_p)      one skinny product
     lse' = logaddexp(lse, b),   output' = exp(lse - lse') output + omega v0,   omega = exp(b - lse')
@@ -42,11 +43,11 @@ def null_scores(
     return jnp.broadcast_to(b, (batch, heads, length)), shares
 
 
-def add_null(result: NullAttention, b: Float[Array, "B N T"]) -> NullAttention:
-    """Joins a null of logit b per query to the results of attention without a null."""
+def add_null(result: NullAttention, b: Float[Array, "B N T"]) -> tuple[NullAttention, Float[Array, "B N T"]]:
+    """Joins a null of logit b per query to the results of attention without a null; and the attention mass left."""
     lse, share, null_mass = _join(*varying_alike((result.lse, b), (result.lse, b)))
     output = result.output.astype(share.dtype) * share.swapaxes(1, 2)[..., None]
-    return NullAttention(output.astype(result.output.dtype), null_mass, lse)
+    return NullAttention(output.astype(result.output.dtype), null_mass, lse), share
 
 
 def add_null_value(

@@ -14,6 +14,7 @@ from pallas_kernels.null_attention.base import (
     visible_only,
     wide_dtype,
 )
+from pallas_kernels.null_attention.outside import add_null
 
 
 def null_attention_reference(inputs: AttentionInputs) -> NullAttention:
@@ -30,6 +31,9 @@ def null_attention_reference(inputs: AttentionInputs) -> NullAttention:
     may see out of every product.
     """
     query, options = inputs.query, inputs.options
+    if inputs.null_logit.ndim == 3:  # joined, so that the derivative keeps an attention mass next to nothing
+        no_null = jnp.full(query.shape[2], -jnp.inf, inputs.null_logit.dtype)
+        return add_null(null_attention_reference(inputs._replace(null_logit=no_null)), inputs.null_logit)[0]
     dtype, wide = query.dtype, wide_dtype(query.dtype)
     batch, length, heads, _ = query.shape
     key_heads = inputs.key.shape[2]

@@ -134,6 +134,8 @@ def in_sequence_order(serve: Callable) -> Callable:
             return serve(inputs)
         shards = sharding.ways("sequence")
         turned = {name: unzigzag(getattr(inputs, name), shards) for name in ("query", "key", "value")}
+        if inputs.null_logit.ndim == 3:
+            turned["null_logit"] = unzigzag(inputs.null_logit, shards, axis=2)
         if inputs.masks.segments is not None:
             turned["masks"] = Masks(segments=tuple(unzigzag(x, shards) for x in inputs.masks.segments))
         output, *rows = serve(inputs._replace(**turned))

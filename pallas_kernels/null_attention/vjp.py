@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import differentiated_once
 from pallas_kernels.null_attention.base import AttentionInputs, Masks, NullAttention, wide_dtype
+from pallas_kernels.null_attention.outside import add_null
 from pallas_kernels.null_attention.sharded import sharded_backward, sharded_forward
 from pallas_kernels.sharding import varying_alike
 
@@ -38,17 +39,24 @@ def differentiable(forward: Callable, backward: Callable, kernels: str | None = 
     if kernels is not None:
         forward, backward = (differentiated_once("null_attention", kernels, f) for f in (forward, backward))
 
+    def with_null(options, query, key, value, null_logit, masks):
+        if null_logit.ndim == 1:
+            return forward(options, query, key, value, null_logit, masks)
+        no_null = jnp.full(query.shape[2], -jnp.inf, null_logit.dtype)
+        return add_null(forward(options, query, key, value, no_null, masks)[0], null_logit)
+
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def attention(options, query, key, value, null_logit, masks):
-        return forward(options, query, key, value, null_logit, masks)[0]
+        return with_null(options, query, key, value, null_logit, masks)[0]
 
     def attention_forward(options, query, key, value, null_logit, masks):
-        result, mass = forward(options, query, key, value, null_logit, masks)
-        return result, (query, key, value, masks, result, mass)
+        result, mass = with_null(options, query, key, value, null_logit, masks)
+        return result, (query, key, value, masks, result, mass, null_logit)
 
     def attention_backward(options, saved, cotangents):
-        query, key, value, masks, result, mass = saved
+        query, key, value, masks, result, mass, null_logit = saved
         lse, delta, d_null_logit = _rows(result, mass, cotangents)
+        d_null_logit = d_null_logit.sum((0, 2)) if null_logit.ndim == 1 else d_null_logit
         d_query, d_key, d_value, *d_bias = backward(options, query, key, value, masks, lse, delta, cotangents.output)
         return d_query, d_key, d_value, d_null_logit, Masks(bias=d_bias[0] if d_bias else None)
 
@@ -62,12 +70,10 @@ def differentiable(forward: Callable, backward: Callable, kernels: str | None = 
 
 
 def _rows(result: NullAttention, mass: Float[Array, "B N T"], cotangents: NullAttention):
-    """What a backward kernel needs of every row, lse and delta, and the gradient of the null logit."""
+    """What a backward kernel needs of every row, lse and delta, and the gradient of the row's null logit."""
     wide = wide_dtype(result.output.dtype)
     through_output = jnp.einsum("BTNH,BTNH->BNT", result.output.astype(wide), cotangents.output.astype(wide))
     delta = through_output + result.null_mass * cotangents.null_mass - cotangents.lse
     # -omega * (delta - d_omega) with 1 - omega written as the attention mass, which stays exact when omega is nearly 1
-    d_null_logit = -jnp.sum(
-        result.null_mass * (through_output - mass * cotangents.null_mass - cotangents.lse), axis=(0, 2)
-    )
+    d_null_logit = -result.null_mass * (through_output - mass * cotangents.null_mass - cotangents.lse)
     return jnp.where(result.lse == -jnp.inf, 0.0, result.lse), delta, d_null_logit
