@@ -6,5 +6,11 @@ import pytest
 
 
 def sampled(values: Iterable, now: Container) -> list:
-    """For `pytest.mark.parametrize`: the values in `now` always, the others behind the marker `slow`."""
-    return [value if value in now else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """For `pytest.mark.parametrize`: the values, of several arguments tuples, in `now` always, the others behind the
+    marker `slow`.
+    """
+
+    def later(value):
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+
+    return [value if value in now else later(value) for value in values]

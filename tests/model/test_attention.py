@@ -96,7 +96,7 @@ def oracle(p, x, config, segments=None):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(qkv_bias=True, output_bias=True),
+        pytest.param(dict(qkv_bias=True, output_bias=True), marks=pytest.mark.slow),
         dict(qk_norm=True, gate="elementwise"),
         dict(window=4, logit_softcap=2.5, gate="per_head", rope_theta=0.0, null_keys=3),
     ],

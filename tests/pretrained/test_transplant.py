@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sampling import sampled
 
 from oasis_jax import Context, Decoder, LayerPattern, ModelConfig, UserError
 from oasis_jax.model.layout import stack_layers
@@ -55,7 +56,11 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(
-    "kind, prefix", [*((kind, [BEGIN]) for kind in KINDS), ("plain", [BEGIN, 7, 19]), ("positions", [7, BEGIN])]
+    "kind, prefix",
+    sampled(
+        [*((kind, [BEGIN]) for kind in KINDS), ("plain", [BEGIN, 7, 19]), ("positions", [7, BEGIN])],
+        [("scaled", [BEGIN]), ("full routing", [BEGIN]), ("plain", [BEGIN, 7, 19]), ("positions", [7, BEGIN])],
+    ),
 )
 def test_a_transplant_computes_what_the_model_computed_behind_the_prefix(kind, prefix):
     model, ids = pretrained(**KINDS[kind]), text()
@@ -161,7 +166,13 @@ def test_the_prefix_is_found_where_massive_activations_are():
     assert find_prefix(calm, text()) == [BEGIN]
 
 
-@pytest.mark.parametrize("kind, online", [*((kind, True) for kind in KINDS), ("plain", False), ("positions", False)])
+@pytest.mark.parametrize(
+    "kind, online",
+    sampled(
+        [*((kind, True) for kind in KINDS), ("plain", False), ("positions", False)],
+        [("scaled", True), ("gated channels", True), ("cumulative routing", True), ("plain", False)],
+    ),
+)
 def test_a_rotation_changes_nothing_in_float(kind, online):
     model, ids = pretrained(**KINDS[kind]), text()
     turned = rotate(model, seed=4, online=online)

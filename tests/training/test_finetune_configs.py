@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from pretrained.test_families import PUBLISHED
 from pretrained.tiny import CONFIG, tensors, write
+from sampling import sampled
 
 from oasis_jax.commands.config_file import load_config
 from oasis_jax.config import ModelConfig
@@ -77,7 +78,10 @@ SMALL = ["num_layers=2", "width=24", "num_heads=3", "num_kv_heads=1", "mlp_dim=4
 
 @pytest.mark.parametrize(
     "name, family",
-    [("finetune_llama3_1b", "llama"), ("finetune_qwen3", "qwen3"), ("finetune_phi4_mini", "phi3")],
+    sampled(
+        [("finetune_llama3_1b", "llama"), ("finetune_qwen3", "qwen3"), ("finetune_phi4_mini", "phi3")],
+        [("finetune_qwen3", "qwen3")],
+    ),
 )
 def test_each_runs_from_a_small_checkpoint(name, family, tmp_path):
     source = small_checkpoint(tmp_path / family, family)

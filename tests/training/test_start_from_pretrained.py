@@ -81,6 +81,7 @@ def test_delta_wiring_with_new_routers_is_the_model_up_to_the_norms_epsilon(conf
     assert fit(other, tmp_path / "run")["loss"] == pytest.approx(first_loss(config), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_with_another_method_trains_and_resumes(config, tmp_path):
     other = dataclasses.replace(config, model=ModelConfig(preset="oasis_blocks", blocks=2))
     other = changed(other, "optimizer", learning_rate=1e-2, schedule="constant")
@@ -88,6 +89,7 @@ def test_a_run_with_another_method_trains_and_resumes(config, tmp_path):
     assert losses[1] != losses[0] and all(map(np.isfinite, losses))
 
 
+@pytest.mark.slow
 def test_a_transplanted_model_goes_on(config, tmp_path):
     save_pretrained(transplant_sink(load_pretrained(config.run.init_from), [3]), tmp_path / "moved", dtype="float32")
     other = changed(config, "run", init_from=str(tmp_path / "moved"), steps=1)
@@ -115,8 +117,8 @@ def distance(text: str) -> tuple[float, float, float]:
 @pytest.mark.parametrize(
     "model, run, limit",
     [
-        (dict(preset="attnres", blocks=2, sum_preserving=True), {}, 1e-5),
-        (dict(preset="attnres_cumulative", alpha_gate=True), {}, 1e-6),
+        pytest.param(dict(preset="attnres", blocks=2, sum_preserving=True), {}, 1e-5, marks=pytest.mark.slow),
+        pytest.param(dict(preset="attnres_cumulative", alpha_gate=True), {}, 1e-6, marks=pytest.mark.slow),
         (dict(preset="residual", normalizer="null_key_value"), dict(init_null="transplant"), 1e-5),
     ],
     ids=["sum", "alpha gate", "transplant"],
@@ -137,6 +139,7 @@ def test_the_distance_from_the_model_is_said(config, tmp_path, capsys, model, ru
         assert null.config.model.position_offset == 1
 
 
+@pytest.mark.slow
 def test_a_null_of_one_per_cent_has_one_per_cent(config, tmp_path):
     other = dataclasses.replace(config, model=ModelConfig(preset="residual", normalizer="learned_sink"))
     fit(changed(other, "run", init_null="one_per_cent", steps=1), tmp_path / "run")
@@ -146,6 +149,7 @@ def test_a_null_of_one_per_cent_has_one_per_cent(config, tmp_path):
     assert 0.003 < np.median(mass) < 0.03
 
 
+@pytest.mark.slow
 def test_the_references_retrofit_is_another_model_and_says_how_far(config, tmp_path, capsys):
     """Cumulative wiring, a recency bias of 8, small projections, Softmax1 at once."""
     method = dict(preset="oasis", recency_bias_init=8.0, router_init_std=0.02 / 64**0.5)
