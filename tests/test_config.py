@@ -128,7 +128,6 @@ TURNED_ELSEWHERE = {
     "clip_alpha": "how strongly clipped softmax clips (arXiv 2306.12929)",
     "null_keys": "a prefix of constant tokens, as a sink transplant makes it",
     "logit_softcap": "bounded scores, as Gemma 2 has them",
-    "rope_fraction": "rotary positions on three quarters of a head, as Phi-4-mini has them",
     "mlp_rotation": "8-bit inference of a rotated model: oasis_jax.pretrained.rotate",
     "null_bias": "a sink transplant into some heads: oasis_jax.pretrained.transplant_sink",
     "null_weight": "a null that grows from softmax: optimizer.null_ramp_steps, benchmarks/retrofit.py",
@@ -138,7 +137,6 @@ TURNED_ELSEWHERE = {
     "residual_clip": "the ablation of arXiv 2601.22966",
     "attention_implementation": "a backend's speed, with --set",
     "depth_implementation": "a backend's speed, with --set",
-    "vocab_size": "from the tokenizer",
     "vector_dim": "from the data",
     "stack": "benchmarks/stack_memory.py",
 }
