@@ -1,5 +1,6 @@
 """Text behind prompts: `generate`, its state on the device, and what is decided on the host."""
 
+import codecs
 import dataclasses
 import functools
 import operator
@@ -208,14 +209,15 @@ def _advance(
 
 
 class _Writer:
-    """One row on the host: its tokens so far, its text, and by what it ended ("": not yet)."""
+    """One row on the host: its tokens so far, its text in bytes, and by what it ended ("": not yet)."""
 
     def __init__(self, model: Pretrained, limit: int, ends: tuple[int, ...], stop: Sequence[str], number: int, on_text):
-        self._tokenizer, self._limit, self._ends, self._stop = model.tokenizer, limit, ends, tuple(stop)
+        self._tokenizer, self._limit, self._ends, self._stop = model.tokenizer, limit, ends, [x.encode() for x in stop]
         self._number, self._on_text = number, on_text
+        self._written, self._said, self._decoder = b"", 0, codecs.getincrementaldecoder("utf-8")("replace")
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.text, self.ended, self._said = "", "", 0
+        self.ended = ""
 
     def take(self, tokens: Int[np.ndarray, " n"], logprobs: Float[np.ndarray, " n"]) -> None:
         """The next tokens of the row, as far as they are its own."""
@@ -227,33 +229,31 @@ class _Writer:
                 break
             self.tokens.append(token)
             self.logprobs.append(logprob)
-            if self._stop:
-                self._look_for_stop()
+            self._write(token)
             if not self.ended and len(self.tokens) == self._limit:
                 self.ended = "length"
         self._say()
 
-    def _decoded(self) -> str:
-        return self._tokenizer.decode(self.tokens).decode(errors="replace") if self._tokenizer else ""
-
-    def _look_for_stop(self) -> None:
-        text = self._decoded()
-        places = [place for place in (text.find(end) for end in self._stop) if place >= 0]
-        if places:
-            self.text, self.ended = text[: min(places)], "string"
+    def _write(self, token: int) -> None:
+        """Adds the text of a token, and cuts it off where a stop string begins."""
+        if self._tokenizer is None:
+            return
+        before = len(self._written)
+        self._written += self._tokenizer.decode([token])
+        places = [self._written.find(end, max(before - len(end) + 1, 0)) for end in self._stop]
+        if found := [place for place in places if place >= 0]:
+            self._written, self.ended = self._written[: min(found)], "string"
 
     def _say(self) -> None:
-        if self.ended != "string":
-            self.text = self._decoded()
         if self._on_text is None:
             return
         # Held back until the row ends: half a character, and what may be the start of a stop string.
-        held = 0 if self.ended else max([len(end) - 1 for end in self._stop] + [0])
-        certain = self.text if self.ended else self.text.rstrip("\ufffd")
-        certain = certain[: max(len(certain) - held, self._said)]
-        if len(certain) > self._said:
-            self._on_text(self._number, certain[self._said :])
-            self._said = len(certain)
+        held = 0 if self.ended else max((len(end) - 1 for end in self._stop), default=0)
+        certain = max(len(self._written) - held, self._said)
+        text = self._decoder.decode(self._written[self._said : certain], final=bool(self.ended))
+        self._said = certain
+        if text:
+            self._on_text(self._number, text)
 
     def result(self) -> Generated:
-        return Generated(self.text, self.tokens, self.logprobs, self.ended)
+        return Generated(self._written.decode(errors="replace"), self.tokens, self.logprobs, self.ended)

@@ -103,7 +103,8 @@ def _start(
     """The embedding, and the context of the layers."""
     inputs = batch["inputs"]
     check_inputs(config, inputs)
-    context = Context(batch.get("positions"), batch.get("segment_ids"), None, null_weight, placement)
+    documents = dict(positions=batch.get("positions"), segment_ids=batch.get("segment_ids"))
+    context = Context(**documents, null_weight=null_weight, placement=placement)
     context.check(*inputs.shape[:2])
     return embed(params, config, inputs, context), with_offset(config, context, inputs.shape[1])
 

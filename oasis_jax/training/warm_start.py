@@ -95,7 +95,9 @@ def with_source(config: Config, workdir: str | os.PathLike | None = None) -> Con
 
 
 def started(model: ModelConfig, config: Config) -> ModelConfig:
-    """The model that a run gets from its source: with a transplant, the one whose begin token has become the null."""
+    """The model that a run gets from its source, with the null that run.init_null gives it."""
+    if config.run.init_null == "one_per_cent":
+        return dataclasses.replace(model, normalizer="learned_sink")
     if config.run.init_null != "transplant":
         return model
     from oasis_jax.pretrained.transplant import transplanted

@@ -1,4 +1,4 @@
-"""benchmarks/first_light.py at toy sizes: every part runs on a CPU, and a part that crashes or hangs loses only itself."""
+"""benchmarks/first_light.py at toy sizes: every part runs on a CPU; one that crashes or hangs loses only itself."""
 
 import importlib
 import json

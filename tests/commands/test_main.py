@@ -59,7 +59,8 @@ def test_help_lists_the_commands(flag, capsys):
     [
         (
             ["trian"],
-            "oasis_jax: error: unknown command 'trian' (did you mean 'train'?); allowed: train, eval, generate, export, show\n",
+            "oasis_jax: error: unknown command 'trian' (did you mean 'train'?); allowed: train, eval, generate, "
+            "export, show\n",
         ),
         (
             ["--config=x"],

@@ -5,15 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from model.exact import in_float64
+from pretrained.tiny import random_model
 from sampling import sampled
 
-from oasis_jax import Context, Decoder, LayerPattern, ModelConfig, RopeScaling, UserError
+from oasis_jax import Context, LayerPattern, ModelConfig, RopeScaling, UserError
 from oasis_jax.decoding import Sampling, generate
 from oasis_jax.decoding.steps import for_length, prefill, step
 from oasis_jax.model.decoder import forward
-from oasis_jax.model.layout import stack_layers
 from oasis_jax.pretrained import Pretrained, transplant_sink
 
 VOCAB, SMALL = 29, dict(width=24, num_heads=4, num_kv_heads=2, num_layers=2, mlp_dim=20, vocab_size=29)
@@ -24,7 +23,7 @@ KINDS = {
     "residual": dict(preset="residual"),
     "oasis": dict(preset="oasis"),
     "oasis_blocks, window": dict(preset="oasis_blocks", blocks=3, window=3),
-    "attnres, alternating": dict(preset="attnres", layer_pattern=(LayerPattern(window=4), LayerPattern(rope_theta=0.0))),
+    "attnres, alternating": dict(preset="attnres", layer_pattern=(LayerPattern(window=4), LayerPattern(rope_theta=0))),
     "null key and value": dict(preset="residual", normalizer="null_key_value", null_keys=2, position_offset=2),
     "token null": dict(preset="residual", normalizer="token_null"),
     "sparsemax": dict(preset="sparsemax"),
@@ -34,13 +33,7 @@ KINDS = {
 
 
 def pretrained(seed=0, **fields) -> Pretrained:
-    """A random model, away from its start."""
-    config = ModelConfig(**(SMALL | dict(preset="residual") | fields))
-    params = stack_layers(Decoder(config, rngs=nnx.Rngs(seed)).parameters())
-    leaves, structure = jax.tree.flatten(params)
-    random = np.random.default_rng(seed)
-    moved = [leaf + 0.3 * random.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    return Pretrained(config, jax.tree.unflatten(structure, moved))
+    return random_model(ModelConfig(**(SMALL | dict(preset="residual") | fields)), seed)
 
 
 def tokens(rows, length, seed=1):

@@ -1,5 +1,5 @@
-"""The depth router's Hopper kernels in Pallas' interpreter, at widths and numbers of tokens that test_depth_route.py has
-not.
+"""The depth router's Hopper kernels in Pallas' interpreter, at widths and numbers of tokens that test_depth_route.py
+has not.
 """
 
 import functools

@@ -188,10 +188,11 @@ def test_second_derivatives_are_right_or_refused_by_name(operator):
 
 
 # Of 13 keys of which the last is at the place of the last of 7 queries.
+KEYS = np.arange(13)
 UNSEEN = {
     "window": (dict(window=3), np.arange(13)[None] < 4),
     "pair_of_segments": (
-        dict(segment_ids=(np.array([[0] * 7, [0, 0, 1, 1, 1, 5, 5]]), np.stack([np.arange(13) % 3, np.arange(13) // 3]))),
+        dict(segment_ids=(np.array([[0] * 7, [0, 0, 1, 1, 1, 5, 5]]), np.stack([KEYS % 3, KEYS // 3]))),
         np.stack([np.arange(13) % 3 != 0, ~np.isin(np.arange(13), [0, 1, 2, 3, 4, 5])]),
     ),
     "both": (

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from pretrained.tiny import random_model
 from sampling import sampled
 
-from oasis_jax import Context, Decoder, LayerPattern, ModelConfig, UserError
-from oasis_jax.model.layout import stack_layers
+from oasis_jax import Context, LayerPattern, ModelConfig, UserError
 from oasis_jax.model.mlp import hadamard
 from oasis_jax.pretrained import Pretrained, find_prefix, rotate, sink_heads, transplant_sink
 from oasis_jax.pretrained.rotation import random_rotation
@@ -33,13 +32,7 @@ KINDS = {
 
 
 def pretrained(seed=0, **fields) -> Pretrained:
-    """A random model whose gains and biases are random, too."""
-    config = ModelConfig(**(SMALL | dict(preset="residual") | fields))
-    params = stack_layers(Decoder(config, rngs=nnx.Rngs(seed)).parameters())
-    leaves, structure = jax.tree.flatten(params)
-    random = np.random.default_rng(seed)
-    moved = [leaf + 0.3 * random.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    return Pretrained(config, jax.tree.unflatten(structure, moved), begin_token=BEGIN)
+    return random_model(ModelConfig(**(SMALL | dict(preset="residual") | fields)), seed, BEGIN)
 
 
 def text(rows=2, length=11, seed=1):

@@ -1,11 +1,17 @@
-"""Tiny Llamas of odd sizes, written by hand: no other library is asked how."""
+"""Tiny Llamas of odd sizes, written by hand: no other library is asked how; and random models of any config."""
 
 import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors.numpy
+from flax import nnx
+
+from oasis_jax import Decoder, ModelConfig
+from oasis_jax.model.layout import stack_layers
+from oasis_jax.pretrained import Pretrained
 
 # 211 tokens, 3 query heads on 1 key head, a head larger than width / heads.
 CONFIG = {
@@ -84,3 +90,12 @@ def write(
         index |= dict.fromkeys(own, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
+
+
+def random_model(config: ModelConfig, seed: int = 0, begin_token: int | None = None) -> Pretrained:
+    """A model whose every parameter, gains, biases and nulls too, is away from its start."""
+    params = stack_layers(Decoder(config, rngs=nnx.Rngs(seed)).parameters())
+    leaves, structure = jax.tree.flatten(params)
+    random = np.random.default_rng(seed)
+    moved = [leaf + 0.3 * random.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    return Pretrained(config, jax.tree.unflatten(structure, moved), begin_token=begin_token)

@@ -1,5 +1,5 @@
-"""The configs that train a pretrained model on: their sizes are the published models', and each runs from a small random
-checkpoint of its family.
+"""The configs that train a pretrained model on: their sizes are the published models', and each runs from a small
+random checkpoint of its family.
 """
 
 import dataclasses
