@@ -134,6 +134,11 @@ def starting_point(config: Config, say: Callable[[str], None]) -> Iterator[Start
             f"run.init_from: there is no run in {str(workdir)!r} (it has no folder 'checkpoints'), and no "
             "pretrained model (no config.json)"
         )
+    if config.run.init_null == "transplant":  # the positions of its model change, which a run of its own kind keeps
+        raise UserError(
+            f"run.init_null: transplant starts from a pretrained model, and {str(workdir)!r} is a run; write it with "
+            "oasis_jax export and start from that"
+        )
     with Checkpoints(workdir, keep=None, say=say) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f"run.init_from: the run in {str(workdir)!r} has no checkpoint yet")
@@ -142,7 +147,8 @@ def starting_point(config: Config, say: Callable[[str], None]) -> Iterator[Start
         )
 
         def read(_, abstract):
-            return checkpoints.first_whole(lambda step: checkpoints.params(step, abstract), [step])[0]
+            own = _named(abstract, parameter_shapes(there.model))
+            return checkpoints.first_whole(lambda step: checkpoints.params(step, own), [step])[0]
 
         there, tokenizer = at_step(stored_config(metadata), step), stored_tokenizer(metadata)
         begin = tokenizer.begin_id if tokenizer and there.data.begin_token else None
@@ -225,6 +231,11 @@ def _filled(initial: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, A
         name: _filled(value, found.get(name, {})) if isinstance(value, Mapping) else _same(value, found.get(name))
         for name, value in initial.items()
     }
+
+
+def _named(tree: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of nested dicts that others have, too."""
+    return {name: _named(tree[name], x) if isinstance(x, Mapping) else tree[name] for name, x in names.items()}
 
 
 def _same(initial: Array, found: Array | None) -> Array:

@@ -176,3 +176,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over(before, asked, tmp_path):
         assert start.what.startswith("step 3 in ")
     assert said == ["checkpoint 6 is not whole, step 3 is used instead: files.json is missing"]
     assert (workdir / "checkpoints" / "6").is_dir()
+
+
+@pytest.mark.slow
+def test_a_null_of_one_per_cent_joins_a_run_with_softmax(asked, tmp_path, capsys):
+    plain = dataclasses.replace(asked, model=asked.model.with_preset("residual"))
+    fit(changed(plain, "run", init_from="", steps=1), tmp_path / "softmax")
+    sink = changed(plain, "model", normalizer="learned_sink")
+    fit(changed(sink, "run", init_from=str(tmp_path / "softmax"), init_null="one_per_cent", steps=1), tmp_path / "sink")
+    assert "before the first step: logits differ" in capsys.readouterr().err
+    run = load_run(tmp_path / "sink")
+    ids = np.random.default_rng(0).integers(0, 300, (4, 9))
+    moved = dataclasses.replace(changed(plain, "data", begin_token=False), model=sink.model)
+    moved = changed(moved, "model", normalizer="null_key_value")
+    with pytest.raises(UserError, match=r"transplant starts from a pretrained model, and '.*softmax' is a run"):
+        fit(changed(moved, "run", init_from=str(tmp_path / "softmax"), init_null="transplant"), tmp_path / "moved")
+    assert 0.003 < np.median(run.model(ids)[1].attention[0].null_mass) < 0.03
