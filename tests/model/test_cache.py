@@ -41,14 +41,14 @@ CASES = [
 
 
 NAMES = ["-".join(str(v) for v in options.values() if not isinstance(v, tuple)) for options in CASES]
-NOW = ("oasis", "oasis_blocks-3", "entmax15", "token_null", "null_key_value", "oasis-3-2.0-True")
+NOW = ("oasis", "oasis_blocks-3", "entmax15", "null_key_value", "oasis-3-2.0-True")
 PACKED = [
     pytest.param(
         options, True, id=f"{name}-packed", marks=() if name in NOW or number >= len(PRESETS) else pytest.mark.slow
     )
     for number, (name, options) in enumerate(zip(NAMES, CASES))
 ]
-ALONE = [pytest.param(options, False, id=name) for name, options in zip(NAMES, CASES) if name in ("oasis", "null_key")]
+ALONE = [pytest.param(options, False, id=name) for name, options in zip(NAMES, CASES) if name == "oasis"]
 
 
 @pytest.mark.parametrize("options, segments", [*PACKED, *ALONE])
@@ -105,7 +105,11 @@ def test_what_does_not_fit_says_so():
         model(tokens, Context(cache=half))
 
 
-@pytest.mark.parametrize("options", [dict(preset="oasis", window=3), dict(preset="entmax15")], ids=["fused", "dense"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(preset="oasis", window=3), pytest.param(dict(preset="entmax15"), marks=pytest.mark.slow)],
+    ids=["fused", "dense"],
+)
 def test_rows_of_unequal_length_step_by_step(options):
     """Two prompts, of 7 and of 4 tokens, then token by token: every row as if it were alone."""
     with jax.enable_x64(True):
