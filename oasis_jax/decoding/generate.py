@@ -17,6 +17,7 @@ from oasis_jax.decoding.sampling import GREEDY, Sampling, sample
 from oasis_jax.decoding.steps import Caches, for_length, prefill, step
 from oasis_jax.errors import UserError
 from oasis_jax.model.context import Context
+from oasis_jax.model.numerics import Numerics
 from oasis_jax.placement import Placement
 from oasis_jax.pretrained.load import Pretrained
 
@@ -103,10 +104,10 @@ def generate(
     ends = _stop_tokens(model, stop_tokens)
     program = _Program(config, model.placement, sampling, ends, size)
     arrays = _arrays(rows, size, max_new_tokens, seed, model.placement)
-    state = _start(model.params, *arrays, program=program)
+    state = _start(model.params, model.numerics, *arrays, program=program)
     writers = [_Writer(model, max_new_tokens, ends, stop, number, on_text) for number in range(len(rows))]
     while not all(writer.ended for writer in writers):
-        state, tokens, logprobs = _advance(model.params, state, program)
+        state, tokens, logprobs = _advance(model.params, model.numerics, state, program)
         tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
         for writer, row, row_logprobs in zip(writers, tokens, logprobs):
             writer.take(row, row_logprobs)
@@ -165,8 +166,8 @@ def _arrays(rows: list[list[int]], size: int, new: int, seed: int | Sequence[int
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def _start(params: Mapping[str, Any], ids, lengths, keys, left, program: _Program) -> _State:
-    config, context = program.config, Context(placement=program.placement)
+def _start(params: Mapping[str, Any], numerics: Numerics, ids, lengths, keys, left, program: _Program) -> _State:
+    config, context = program.config, Context(placement=program.placement, numerics=numerics)
     logits, caches = prefill(params, config, ids, lengths, program.size, context)
     seen = None
     if program.sampling.repetition_penalty != 1:
@@ -178,11 +179,11 @@ def _start(params: Mapping[str, Any], ids, lengths, keys, left, program: _Progra
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
 def _advance(
-    params: Mapping[str, Any], state: _State, program: _Program
+    params: Mapping[str, Any], numerics: Numerics, state: _State, program: _Program
 ) -> tuple[_State, Int[Array, "B n"], Float[Array, "B n"]]:
     """Up to CHUNK more tokens a row, fewer where all rows are done; the others are 0."""
     rows = len(state.left)
-    context = Context(placement=program.placement)
+    context = Context(placement=program.placement, numerics=numerics)
 
     def more(carry):
         number, state, *_ = carry

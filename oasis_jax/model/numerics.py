@@ -7,6 +7,7 @@ needs (`oasis_jax.evaluation.quantization.inference`) are subclasses, so that th
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -79,3 +80,4 @@ class Float(Numerics):
 
 
 FLOAT = Float()
+jax.tree_util.register_pytree_node(Float, lambda _: ((), None), lambda *_: FLOAT)

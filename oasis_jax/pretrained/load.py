@@ -15,6 +15,7 @@ from oasis_jax.data.tokenizers import LibraryTokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import Decoder, check_model, with_parameters
 from oasis_jax.model.layout import unstack_layers
+from oasis_jax.model.numerics import FLOAT, Numerics
 from oasis_jax.placement import UNSHARDED, Placement, make_mesh, place
 from oasis_jax.pretrained.families import read_model_config
 from oasis_jax.pretrained.reference import has_routers, with_routers
@@ -34,6 +35,8 @@ class Pretrained:
       begin_token: the id that comes before every text; None: this model's texts begin without one.
       card: where it came from and what has been done to it, for reports.
       source_config: its config.json, which `save_pretrained` writes again; {} for models that have none.
+      numerics: how its layers are computed where text is made and scored; a pytree. See
+        `oasis_jax.evaluation.quantization.quantized`.
     """
 
     config: ModelConfig
@@ -43,6 +46,7 @@ class Pretrained:
     begin_token: int | None = None
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     source_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    numerics: Numerics = FLOAT
 
     def decoder(self) -> Decoder:
         """An NNX Decoder of the same parameters: decoder()(ids) -> logits [B, T, V], statistics."""

@@ -129,6 +129,15 @@ class Quantized(Named):
         return jnp.concatenate([jax.lax.slice_in_dim(x, 0, 1, axis=axis), behind_first(name, rounded)], axis)
 
 
+def _unflatten(static: tuple[Scheme, str], arrays: tuple[Calibration]) -> Quantized:
+    numerics = Quantized(static[0], *arrays)
+    numerics.scope = static[1]
+    return numerics
+
+
+jax.tree_util.register_pytree_node(Quantized, lambda x: ((x.calibration,), (x.scheme, x.scope)), _unflatten)
+
+
 @dataclasses.dataclass(frozen=True)
 class _WithScheme:
     """Makes the numerics of a pass from a calibration; equal for equal schemes."""
