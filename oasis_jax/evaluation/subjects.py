@@ -241,6 +241,22 @@ class _Text:
         )
 
 
+def calibration_batches(model: Pretrained, text: str = "stdlib", *, sequences: int = 8) -> list[Batch]:
+    """Text from which quantization takes ranges where nothing is measured: sequences of up to 512 tokens, spread evenly.
+
+    Args:
+      text: see `ModelOptions`.
+
+    Raises:
+      UserError: a model without a tokenizer, a text too short.
+    """
+    if model.tokenizer is None:
+        raise UserError("calibration: text needs a tokenizer, and this model came without one")
+    length = min(512, (model.config.context_length or 513) - 1)
+    found = _Text(model.tokenizer, ModelOptions(text=text, length=length, num_batches=sequences, batch_size=1))
+    return found.batches(found.measured, model.begin_token)
+
+
 def _text_files(text: str) -> Sequence[TextFile]:
     if text == "stdlib":
         return stdlib.read_files()

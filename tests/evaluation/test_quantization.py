@@ -18,6 +18,7 @@ from oasis_jax.evaluation.quantization import (
     Calibration,
     Quantized,
     Recorder,
+    Recording,
     calibrate,
     calibration_for,
     losses,
@@ -26,8 +27,8 @@ from oasis_jax.evaluation.quantization import (
     quantization,
     rounded_tensors,
 )
-from oasis_jax.evaluation.quantization.calibration import smoothing_factors
 from oasis_jax.evaluation.quantization.inference import beside_float, tensor_roles
+from oasis_jax.evaluation.quantization.weights import round_weight, smoothing_factors
 from oasis_jax.model.attention import attention, attention_parameters
 from oasis_jax.model.context import Context
 from oasis_jax.model.decoder import Decoder, parameter_roles
@@ -86,7 +87,7 @@ def test_attention_with_everything_rounded_equals_numpy():
     x = normal(2, 7, 9, seed=9)
     names = ("query", "key", "value", "output", "scores", "probabilities", "context")
     ranges = {name: (np.float32(-1.5 - i / 7), np.float32(1.2 + i / 9)) for i, name in enumerate(names)}
-    numerics = Quantized(SCHEMES["w8a8_tensor"], Calibration(ranges, {}))
+    numerics = Quantized(SCHEMES["w8a8_tensor"], Calibration(ranges))
     found, _ = attention(parameters, config, x, Context(numerics=numerics))
 
     def snap(name, y):
@@ -119,7 +120,7 @@ def test_the_first_token_in_float_equals_numpy(name, bits, everywhere, keeps_fir
     given = {name: (np.float32(-2.5), np.float32(2.2)) for name in ("query", "key", "value", "output", "context")}
     given |= {"scores": (np.float32(-9.0), np.float32(7.0)), "probabilities": (np.float32(0.0), np.float32(0.9))}
     scheme = parse_scheme(name + "+sink_float" * keeps_first)
-    numerics = Quantized(scheme, Calibration(given if everywhere else {}, {}))
+    numerics = Quantized(scheme, Calibration(given if everywhere else {}))
     found, _ = attention(parameters, config, x, Context(numerics=numerics))
 
     def snap(name, y, axis=1):
@@ -146,7 +147,7 @@ def test_the_first_token_in_float_equals_numpy(name, bits, everywhere, keeps_fir
 def test_calibration_may_leave_the_first_token_out():
     model, batches = build(preset="residual"), token_batches(1)
     statistics = model(batches[0]["inputs"])[1]
-    found = calibrate(*placed(model), batches, skip_first=True).ranges
+    found = calibrate(*placed(model), batches, Recording(skip_first=True)).ranges
     seen = {
         "layer0.attention.query": statistics.taps["attention_norm"][0],
         "layer1.attention.context": statistics.attention[1].head_output,
@@ -202,9 +203,10 @@ def test_smoothing_keeps_the_product_and_helps_where_a_channel_sticks_out():
     np.testing.assert_allclose(factors[3], np.sqrt(np.abs(x[:, 3]).max() / np.abs(weight[3]).max()), rtol=4 * EPS)
     exact = x.astype(float) @ weight
     np.testing.assert_allclose((x / factors) @ (weight * factors[:, None]), exact, atol=100 * EPS * np.abs(exact).max())
-    calibration = Calibration({}, {"a": np.abs(x).max(0)})
     error = {}
     for name in ("w8a8", "w8a8+smooth"):
+        codes, found = round_weight(parse_scheme(name), weight, np.abs(x).max(0))
+        calibration = Calibration({}, {} if found is None else {"a": found}, {"a": codes})
         y = Quantized(parse_scheme(name), calibration).einsum("a", "RD,DM->RM", x, weight)
         error[name] = np.square(y - exact).mean()
     assert error["w8a8+smooth"] < error["w8a8"] / 4
@@ -215,7 +217,8 @@ def test_smoothed_ranges_are_of_smoothed_inputs():
     found = calibration_for(parse_scheme("w8a8_tensor+smooth"), *placed(model), batches)
     x = np.asarray(model(batches[0]["inputs"])[1].taps["final_norm"][0])
     second = np.asarray(model(batches[1]["inputs"])[1].taps["final_norm"][0])
-    factors = smoothing_factors(found.channels["head"], model.embedding.parameters["table"].T)
+    channels = calibrate(*placed(model), batches).channels["head"]
+    factors = smoothing_factors(channels, model.embedding.parameters["table"].T)
     expected = 0.9 * (x / factors).max() + 0.1 * (second / factors).max()
     np.testing.assert_allclose(found.ranges["head"][1], expected, rtol=1e3 * EPS)
 
@@ -288,7 +291,7 @@ def test_biases_nulls_and_norms_are_never_rounded(normalizer):
     for name in ("layer0.attention.query_bias", "layer1.mlp.down_bias", "layer1.mlp_norm.bias", "final_norm.scale"):
         assert tensors[name] == f"float: {roles[name]}"
     assert any(name.startswith("layer0.attention.null_") and tensors[name] == "float: null" for name in roles)
-    found = losses(*model, batches, parse_scheme("w4a16_g128"), Calibration({}, {}))["loss"]
+    found = losses(*model, batches, parse_scheme("w4a16_g128"), Calibration())["loss"]
     np.testing.assert_allclose(found, losses(*model, batches)["loss"], rtol=1e-5)
     # A null, a bias or a gain on that grid would be another model.
     moved = jax.tree_util.tree_map_with_path(lambda path, x: np.round(x * 16) / 16 if x.ndim < 2 else x, params)
@@ -373,7 +376,7 @@ def test_schemes_that_there_are_not(text, says):
 
 
 def test_no_calibration_batch():
-    with pytest.raises(ValueError, match="batches is empty"):
+    with pytest.raises(UserError, match="there is no batch"):
         calibrate(*placed(build()), [])
 
 

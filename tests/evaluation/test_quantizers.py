@@ -87,6 +87,24 @@ def test_a_tensor_of_zeros_stays_zero(form):
         np.testing.assert_array_equal(found.values(), x)
 
 
+FORMATS = [Format(8), Format(4), Format(8, floating=True), Format(4, floating=True)]
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_never_rounded_to_a_number(form, bad):
+    """Of all that shares its scale: no code says NaN."""
+    x = normal(5, 16)
+    x[2, 3] = bad
+    kinds = ["", "e8m0", *(["e4m3"] if str(form) == "E2M1" else [])]
+    found = [symmetric(x, form, (1,), scales=kind, whole=np.float32(9)).values() for kind in kinds]
+    found += [symmetric(x, form, (1,), clip=0.9).values(), symmetric_mse(x, form, (1,)).values()]
+    for values in found:
+        assert np.isnan(values[2]).all() and np.isfinite(np.delete(values, 2, 0)).all()
+    for low, high in ((-2.0, 2.0), (x.min(), x.max())):
+        assert np.isnan(asymmetric(x, 8, np.float32(low), np.float32(high)).values()).all()
+
+
 # Products
 
 
@@ -109,6 +127,22 @@ def test_an_einsum_that_is_not_rows_times_columns_is_refused():
         as_matrices("BTD,DO->BOT", normal(2, 3, 5), normal(5, 7))
 
 
+GRIDS = {8: (ml_dtypes.float8_e4m3fn, 448.0, 8), 4: (ml_dtypes.float4_e2m1fn, 6.0, 2)}  # type, highest, its exponent
+
+
+def np_floating(x, bits, axis, scales="", whole=None):
+    """Scales along an axis in the three kinds that there are, from the definitions."""
+    grid, highest, exponent = GRIDS[bits]
+    largest = np.abs(x).max(axis, keepdims=True)
+    scale = (largest / np.float32(highest)).astype(np.float32)
+    if scales == "e8m0":
+        scale = 2.0 ** (np.floor(np.log2(largest)) - exponent)
+    elif scales == "e4m3":
+        above = np.float32(whole) / np.float32(448 * 6)
+        scale = np.minimum(scale / above, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * above
+    return np.clip((x / scale).astype(np.float32), -highest, highest).astype(grid).astype(float) * scale
+
+
 def rounded(x, weight, scheme):
     """Both matrices on a scheme's grids, as codes, and in float64 by numpy."""
     rows, columns = grouped(jnp.asarray(x), 1, scheme.group), grouped(jnp.asarray(weight), 0, scheme.group)
@@ -117,17 +151,22 @@ def rounded(x, weight, scheme):
         codes = asymmetric(rows, 8, low, high), symmetric(columns, scheme.weights, None)
         values = np_asymmetric(x.astype(float), 8, low, high), np_symmetric(weight.astype(float), 8)
         return codes, values
-    codes = symmetric(rows, scheme.activations, (2,)), symmetric(columns, scheme.weights, (1,))
-    if scheme.weights.floating:
-        cast = lambda y, axis: (
-            (y / (s := np.abs(y).max(axis, keepdims=True) / np.float32(448)))
-            .astype(ml_dtypes.float8_e4m3fn)
-            .astype(float)
-            * s
-        )
-        return codes, (cast(x, 1), cast(weight, 0))
+    tops = np.float32(5.0), np.abs(weight).max()
+    options = dict(clip=scheme.clip, scales=scheme.scales, whole=tops[0])
+    codes = (
+        symmetric(rows, scheme.activations, (2,), **options),
+        symmetric(columns, scheme.weights, (1,), scales=scheme.scales, whole=tops[1]),
+    )
     parts = [slice(i, i + (scheme.group or len(weight))) for i in range(0, len(weight), scheme.group or len(weight))]
-    left = np.concatenate([np_symmetric(x[:, part].astype(float), scheme.activations.bits, 1) for part in parts], 1)
+    if scheme.weights.floating:
+        bits, kind = scheme.weights.bits, scheme.scales
+        left = [np_floating(x[:, part], bits, 1, kind, tops[0]) for part in parts]
+        return codes, (
+            np.concatenate(left, 1),
+            np.concatenate([np_floating(weight[part], bits, 0, kind, tops[1]) for part in parts]),
+        )
+    bits = scheme.activations.bits
+    left = np.concatenate([np_symmetric(x[:, part].astype(float), bits, 1, scheme.clip) for part in parts], 1)
     right = np.concatenate([np_symmetric(weight[part].astype(float), scheme.weights.bits, 0) for part in parts])
     return codes, (left, right)
 

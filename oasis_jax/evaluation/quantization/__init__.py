@@ -1,11 +1,18 @@
 """Quantization schemes of the literature as numerics of a model, and what they cost in perplexity."""
 
-from oasis_jax.evaluation.quantization.calibration import Calibration, Recorder, calibrate, calibration_for
+from oasis_jax.evaluation.quantization.calibration import (
+    Calibration,
+    Recorder,
+    Recording,
+    calibrate,
+    calibration_for,
+)
 from oasis_jax.evaluation.quantization.inference import (
     ALWAYS_FLOAT,
     Quantized,
     losses,
     quantization,
+    quantized,
     rounded_tensors,
 )
 from oasis_jax.evaluation.quantization.schemes import OPTIONS, SCHEMES, Scheme, parse_scheme, parse_schemes
@@ -17,6 +24,7 @@ __all__ = [
     "Calibration",
     "Quantized",
     "Recorder",
+    "Recording",
     "Scheme",
     "calibrate",
     "calibration_for",
@@ -24,5 +32,6 @@ __all__ = [
     "parse_scheme",
     "parse_schemes",
     "quantization",
+    "quantized",
     "rounded_tensors",
 ]

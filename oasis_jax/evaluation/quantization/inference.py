@@ -1,7 +1,7 @@
 """Inference under a quantization scheme, and what it costs in perplexity.
 
-`Quantized(scheme, calibration)` is a `Numerics` that any model takes; parameters stay float where they lie and are
-rounded as they are used.
+`Quantized(scheme, calibration)` is a `Numerics` that any model takes. Parameters stay float where they lie; their codes
+are part of the calibration.
 """
 
 import dataclasses
@@ -23,9 +23,10 @@ from oasis_jax.evaluation.passes import DecoderPass, collect
 from oasis_jax.evaluation.quantization.calibration import (
     Calibration,
     Recorder,
+    Recording,
+    Rounder,
     behind_first,
     calibration_for,
-    smoothing_factors,
     tokens_axis,
 )
 from oasis_jax.evaluation.quantization.quantizers import (
@@ -36,21 +37,31 @@ from oasis_jax.evaluation.quantization.quantizers import (
     integer_product,
     product,
     symmetric,
-    symmetric_mse,
 )
-from oasis_jax.evaluation.quantization.schemes import Scheme, describe, describe_activation
+from oasis_jax.evaluation.quantization.schemes import (
+    SCHEMES,
+    Scheme,
+    describe,
+    describe_activation,
+    parse_scheme,
+)
+from oasis_jax.evaluation.quantization.weights import Rounded, round_table, round_weight, turned
 from oasis_jax.model.context import Context
 from oasis_jax.model.decoder import forward, parameter_roles
 from oasis_jax.model.wiring import schedule
 from oasis_jax.placement import Placement
+from oasis_jax.pretrained.load import Pretrained
 
 
 class Quantized(Named):
-    """The numerics of a scheme; `records` maps the full name of every tensor seen to how it was rounded."""
+    """The numerics of a scheme; `records` maps the full name of every tensor seen to how it was rounded.
 
-    def __init__(self, scheme: Scheme, calibration: Calibration):
+    A pytree: the arrays of its calibration are leaves. Without a calibration weights are rounded as they are used.
+    """
+
+    def __init__(self, scheme: Scheme, calibration: Calibration | None = None):
         super().__init__()
-        self.scheme, self.calibration = scheme, calibration
+        self.scheme, self.calibration = scheme, calibration or Calibration()
         self.materializes_attention = scheme.everywhere
         self.records: dict[str, str] = {}
 
@@ -65,28 +76,45 @@ class Quantized(Named):
     def _record(self, name: str, text: str) -> None:
         self.records[self.scope + name] = text
 
-    def _weight(self, weight: Float[Array, "G g M"]) -> Codes:
-        scheme = self.scheme
-        return (symmetric_mse if scheme.mse else symmetric)(weight, scheme.weights, None if scheme.per_tensor else (1,))
-
     def _range(self, name: str, seen: Array) -> tuple[Array, Array]:
-        """Of a tensor with one scale: from calibration, or that of what is seen of it."""
-        if self.scheme.static:
-            return self.calibration.ranges[self.scope + name]
-        return seen.min(), seen.max()
+        """Of a whole tensor: from calibration, or that of what is seen of it."""
+        if not self.scheme.static:
+            return seen.min(), seen.max()
+        if self.scope + name not in self.calibration.ranges:
+            raise UserError(
+                f"quantization: the scheme takes the range of {self.scope + name} from calibration, which has none of "
+                "it; see calibration_for"
+            )
+        return self.calibration.ranges[self.scope + name]
 
     def _activation(self, name: str, rows: Float[Array, "R G g"], length: int) -> Codes:
         """The input of a linear layer, rows of T tokens each: one range, or a scale per token and group."""
         scheme = self.scheme
-        if not scheme.per_tensor:
-            return symmetric(rows, scheme.activations, (2,))
-        seen = rows
-        if self._keeps_first(name) and not scheme.static:
-            seen = behind_first("", rows.reshape(-1, length, *rows.shape[1:]))
-        return asymmetric(rows, scheme.activations.bits, *self._range(name, seen))
+        if scheme.per_tensor:
+            seen = rows
+            if self._keeps_first(name) and not scheme.static:
+                seen = behind_first("", rows.reshape(-1, length, *rows.shape[1:]))
+            return asymmetric(rows, scheme.activations.bits, *self._range(name, seen))
+        whole = None
+        if scheme.scales == "e4m3":
+            low, high = self._range(name, rows)
+            whole = jnp.maximum(-low, high)
+        return symmetric(rows, scheme.activations, (2,), clip=scheme.clip, scales=scheme.scales, whole=whole)
 
     def _keeps_first(self, name: str) -> bool:
         return self.scheme.sink_float and name != "head"  # whose rows may be any part of the positions
+
+    def _weight(self, name: str, columns: Float[Array, "D M"]) -> Rounded:
+        full, scheme = self.scope + name, self.scheme
+        factors = self.calibration.factors.get(full)
+        if full in self.calibration.weights or (scheme.weights is None and factors is not None):
+            return Rounded(self.calibration.weights.get(full), factors)
+        if missing := [option for option in ("gptq", "awq", "smooth") if getattr(scheme, option)]:
+            raise UserError(
+                f"quantization: +{missing[0]} needs a calibration that has seen {full}, and this one has not; "
+                "see calibration_for"
+            )
+        return round_weight(scheme, columns.astype(jnp.float32))
 
     def einsum(self, name, equation, x, weight, **options):
         scheme = self.scheme
@@ -94,27 +122,35 @@ class Quantized(Named):
             self._record(name, "float, by option")
             return super().einsum(name, equation, x, weight, **options)
         self._record(name, describe(scheme))
-        rows, columns, shape = as_matrices(equation, x, weight.astype(jnp.float32))
-        if scheme.smooth:
-            factors = smoothing_factors(self.calibration.channels[self.scope + name], columns)
-            rows, columns = rows / factors, columns * factors[:, None]
-        rows, columns = grouped(rows.astype(jnp.float32), 1, scheme.group), grouped(columns, 0, scheme.group)
+        rows, columns, shape = as_matrices(equation, x, weight)
+        codes, factors = self._weight(name, columns)
+        rows = rows.astype(jnp.float32)
+        if scheme.rotate:
+            rows, columns = turned(rows), turned(columns.astype(jnp.float32).T).T
+        rows = rows if factors is None else rows / factors
+        rows = grouped(rows, 1, scheme.group)
         if scheme.integer:
-            y = integer_product(self._activation(name, rows, x.shape[1]), self._weight(columns))
+            y = integer_product(self._activation(name, rows, x.shape[1]), codes)
         else:
             if scheme.activations is not None:
-                codes = self._activation(name, rows, x.shape[1]).values()
+                values = self._activation(name, rows, x.shape[1]).values()
                 first = jnp.arange(len(rows)) % x.shape[1] == 0
-                rows = jnp.where(first[:, None, None], rows, codes) if self._keeps_first(name) else codes
-            y = product(rows, columns if scheme.weights is None else self._weight(columns).values())
+                rows = jnp.where(first[:, None, None], rows, values) if self._keeps_first(name) else values
+            y = product(rows, self._float_columns(columns, factors) if codes is None else codes.values())
         return y.reshape(shape).astype(options.get("preferred_element_type") or x.dtype)
 
+    def _float_columns(self, columns: Float[Array, "D M"], factors: Float[Array, " D"] | None) -> Array:
+        columns = columns.astype(jnp.float32)
+        return grouped(columns if factors is None else columns * factors[:, None], 0, self.scheme.group)
+
     def lookup(self, name, table, ids):
-        if not self.scheme.everywhere:
+        scheme = self.scheme
+        if not scheme.everywhere:
             self._record(name, "float")
             return super().lookup(name, table, ids)
-        self._record(name, f"{self.scheme.weights}, one scale a tensor")
-        return self._weight(table).values().astype(table.dtype)[ids]
+        self._record(name, f"{scheme.weights}, one scale a tensor")
+        codes = self.calibration.weights.get(self.scope + name) or round_table(scheme, table)
+        return codes._replace(codes=codes.codes[ids]).values().astype(table.dtype)
 
     def tap(self, name, x):
         if not self.scheme.everywhere:
@@ -136,6 +172,30 @@ def _unflatten(static: tuple[Scheme, str], arrays: tuple[Calibration]) -> Quanti
 
 
 jax.tree_util.register_pytree_node(Quantized, lambda x: ((x.calibration,), (x.scheme, x.scope)), _unflatten)
+
+
+def quantized(model: Pretrained, scheme: str, calibration_batches: Iterable[Batch] = ()) -> Pretrained:
+    """The model as it makes and scores text under a scheme; its weights are rounded here, once.
+
+    Args:
+      scheme: by name, such as "w4a4_g32" or "w8a8+smooth".
+      calibration_batches: see `calibration_for` and `oasis_jax.evaluation.subjects.calibration_batches`.
+
+    Raises:
+      UserError: no such scheme; one whose ranges are of a whole batch, under which what a text gets depends on what it
+        is computed with; +sink_float, which only whole texts have.
+    """
+    parsed = parse_scheme(scheme)
+    if parsed.per_tensor and not parsed.static:
+        raise UserError(
+            f"--quantize: {scheme} takes ranges of a whole batch, so that a text would depend on its neighbours; take one "
+            f"with ranges from calibration: {', '.join(name for name, x in SCHEMES.items() if x.static)}"
+        )
+    if parsed.sink_float:
+        raise UserError(f"--quantize: {scheme}: which token is a text's first is not known here; leave out +sink_float")
+    calibration = calibration_for(parsed, model.params, model.config, model.placement, calibration_batches)
+    numerics = Quantized(parsed, calibration)
+    return model.changed(model.config, model.params, f"quantized: {scheme}", numerics=numerics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +260,11 @@ def rounded_tensors(params: Mapping[str, Any], config: ModelConfig, batch: Batch
     records = {}
 
     def recorded(params, inputs) -> Calibration:
-        recorder = Recorder()
+        recorder = Recorder(Recording(products=True))
         forward(params, config, inputs, Context(numerics=recorder))
-        return Calibration(recorder.ranges, recorder.channels)
+        rounder = Rounder(scheme, recorder.seen)
+        forward(params, config, inputs, Context(numerics=rounder))
+        return rounder.seen._replace(ranges=recorder.ranges)
 
     def run(params, inputs, calibration):
         numerics = Quantized(scheme, calibration)
@@ -228,7 +290,7 @@ def quantization(
 
     Args:
       params, config, placement, batches: see `oasis_jax.evaluation.evaluate`; batches have targets.
-      calibration_batches: of training data; read by w8a8_tensor and with +smooth.
+      calibration_batches: of training data; read by schemes with static ranges and with +smooth, +awq and +gptq.
       schemes: by name, as `parse_schemes` gives them.
       base: what `losses` gives in float, where it is known.
 

@@ -1,7 +1,7 @@
 """Rounding of tensors to few bits, and matrix products of the rounded ones: simulated in float32, or on the integers
 themselves.
 
-A `Format` is a grid: b-bit integers, or E4M3. `Codes` are a tensor on a grid, value = scale * (code - zero point).
+A `Format` is a grid: b-bit integers, E4M3 or E2M1. `Codes` are a tensor on a grid, value = scale * (code - zero point).
 Everything here is 2-D: rows of activations [R, D] times a weight [D, M], the contraction in groups of g: [R, G, g] and
 [G, g, M].
 """
@@ -15,21 +15,33 @@ from jaxtyping import Array, Float
 
 CANDIDATES = 100  # clipping ranges that the MSE search tries
 E4M3_MAX = float(jnp.finfo(jnp.float8_e4m3fn).max)
+E2M1_MAX = float(jnp.finfo(jnp.float4_e2m1fn).max)
 
 
 class Format(NamedTuple):
     """What a number is rounded to."""
 
     bits: int
-    floating: bool = False  # E4M3 (arXiv 2209.05433) in place of integers
+    floating: bool = (
+        False  # in place of integers E4M3 (arXiv 2209.05433), of 4 bits E2M1 (OCP Microscaling Formats 1.0)
+    )
 
     @property
     def highest(self) -> float:
         """The largest magnitude that a symmetric scale maps to."""
-        return E4M3_MAX if self.floating else 2.0 ** (self.bits - 1) - 1
+        if self.floating:
+            return E4M3_MAX if self.bits == 8 else E2M1_MAX
+        return 2.0 ** (self.bits - 1) - 1
+
+    def rounded(self, x: Array) -> Array:
+        """The nearest codes, ties to even, what lies beyond the grid clipped; int8, or float8 (E4M3 holds E2M1)."""
+        if not self.floating:
+            return jnp.clip(jnp.round(x), -self.highest - 1, self.highest).astype(jnp.int8)
+        grid = jnp.float8_e4m3fn if self.bits == 8 else jnp.float4_e2m1fn
+        return jnp.clip(x, -self.highest, self.highest).astype(grid).astype(jnp.float8_e4m3fn)
 
     def __str__(self) -> str:
-        return "E4M3" if self.floating else f"int{self.bits}"
+        return f"int{self.bits}" if not self.floating else "E4M3" if self.bits == 8 else "E2M1"
 
 
 class Codes(NamedTuple):
@@ -45,20 +57,57 @@ class Codes(NamedTuple):
 
 
 def _nonzero(scale: Array) -> Array:
-    """A scale for a tensor that is all zero."""
-    return jnp.where(scale > 0, scale, 1.0)
+    """A scale for a tensor that is all zero; NaN stays."""
+    return jnp.where(scale == 0, 1.0, scale)
 
 
-def _codes(x: Array, scale: Array, form: Format) -> Codes:
-    if form.floating:
-        return Codes(jnp.clip(x / scale, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn), scale)
-    return Codes(jnp.clip(jnp.round(x / scale), -form.highest - 1, form.highest).astype(jnp.int8), scale)
+def _finite_or_nan(scale: Array, x: Array, axes: tuple[int, ...] | None) -> Array:
+    """NaN where what a scale serves holds inf or NaN, which no code can say."""
+    finite = jnp.isfinite(x).all(axis=axes, keepdims=axes is not None)
+    return jnp.where(finite, scale, jnp.nan)
 
 
-def symmetric(x: Array, form: Format, axes: tuple[int, ...] | None) -> Codes:
-    """Min-max without a zero point: the largest |x| over `axes` (None: over all) becomes the highest code."""
+def _power_of_two(largest: Array, form: Format) -> Array:
+    """OCP Microscaling Formats 1.0, section 6.3: the largest power of two (E8M0) in |x|, over that of the grid."""
+    exponent = jnp.frexp(largest)[1] - 1 - int(np.log2(form.highest))
+    return jnp.where(jnp.isfinite(largest), jnp.ldexp(1.0, jnp.clip(exponent, -127, 127)), jnp.nan)
+
+
+def _two_levels(largest: Array, form: Format, whole: Array) -> Array:
+    """NVFP4: scales in E4M3 below one scale of the tensor that maps `whole`, its largest |x|, to the highest of both
+    grids.
+    """
+    above = _nonzero(whole / (E4M3_MAX * form.highest))
+    below = jnp.clip(largest / form.highest / above, 0, E4M3_MAX).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    return below * above
+
+
+def symmetric(
+    x: Array,
+    form: Format,
+    axes: tuple[int, ...] | None,
+    *,
+    clip: float = 1.0,
+    scales: str = "",
+    whole: Array | None = None,
+) -> Codes:
+    """Min-max without a zero point: the largest |x| over `axes` (None: over all) becomes the highest code.
+
+    Args:
+      clip: the share of the largest |x| that does so in its place.
+      scales: what they are rounded to: "" float32, "e8m0" powers of two, "e4m3" as NVFP4 has them.
+      whole: of "e4m3", the largest |x| of the tensor.
+    """
     x = x.astype(jnp.float32)
-    return _codes(x, _nonzero(jnp.abs(x).max(axis=axes, keepdims=axes is not None) / form.highest), form)
+    largest = clip * jnp.abs(x).max(axis=axes, keepdims=axes is not None)
+    if scales == "e8m0":
+        scale = _power_of_two(largest, form)
+    elif scales == "e4m3":
+        scale = _two_levels(largest, form, whole)
+    else:
+        scale = largest / form.highest
+    scale = _finite_or_nan(_nonzero(scale), x, axes)
+    return Codes(form.rounded(x / scale), scale)
 
 
 def symmetric_mse(x: Array, form: Format, axes: tuple[int, ...] | None) -> Codes:
@@ -72,11 +121,13 @@ def symmetric_mse(x: Array, form: Format, axes: tuple[int, ...] | None) -> Codes
         return _nonzero(largest * (i / CANDIDATES) / form.highest)
 
     def better(i, best):
-        error = jnp.square(_codes(x, scale_of(i), form).values() - x).mean(axis=axes, keepdims=axes is not None)
+        values = form.rounded(x / scale_of(i)).astype(jnp.float32) * scale_of(i)
+        error = jnp.square(values - x).mean(axis=axes, keepdims=axes is not None)
         return jnp.minimum(error, best[0]), jnp.where(error < best[0], i, best[1])
 
     start = jnp.full_like(largest, jnp.inf), jnp.full(largest.shape, CANDIDATES, jnp.int32)
-    return _codes(x, scale_of(lax.fori_loop(1, CANDIDATES + 1, better, start)[1]), form)
+    scale = _finite_or_nan(scale_of(lax.fori_loop(1, CANDIDATES + 1, better, start)[1]), x, axes)
+    return Codes(form.rounded(x / scale), scale)
 
 
 def asymmetric(x: Array, bits: int, low: Array, high: Array) -> Codes:
@@ -85,7 +136,7 @@ def asymmetric(x: Array, bits: int, low: Array, high: Array) -> Codes:
     """
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     half, steps = 2.0 ** (bits - 1), 2.0**bits - 1
-    scale = _nonzero((high - low) / steps)
+    scale = _finite_or_nan(_nonzero((high - low) / steps), x, None)
     zero_point = jnp.clip(jnp.round(-low / scale), 0, steps)
     codes = jnp.clip(jnp.round(x.astype(jnp.float32) / scale) + zero_point, 0, steps)
     return Codes((codes - half).astype(jnp.int8), scale, zero_point - half)
@@ -124,8 +175,8 @@ def grouped(x: Array, axis: int, group: int) -> Array:
 
 
 def product(x: Float[Array, "R G g"], weight: Float[Array, "G g M"]) -> Float[Array, "R M"]:
-    """The simulated product: float32, of values that may have been rounded."""
-    return jnp.einsum("RGD,GDM->RM", x, weight, precision=lax.Precision.HIGHEST)
+    """The simulated product: float32, of values that may have been rounded. One product over all groups."""
+    return jnp.matmul(x.reshape(len(x), -1), weight.reshape(-1, weight.shape[-1]), precision=lax.Precision.HIGHEST)
 
 
 def integer_product(x: Codes, weight: Codes) -> Float[Array, "R M"]:

@@ -17,11 +17,14 @@ class Scheme:
       group: how many terms of the contraction share a scale; 0: all.
       per_tensor: one scale a tensor, activations asymmetric. Else weights have a scale per output channel, activations
         one per token, symmetric.
-      static: per_tensor: running ranges of activations from calibration. Else ranges are taken as they come, over a
-        batch.
+      static: what is known of whole tensors of activations are running ranges from calibration. Else ranges are taken
+        as they come, over a batch.
       everywhere: also the embedding table, attention scores, probabilities, context, residual sums and depth mixtures
         (the reference of arXiv 2605.17887, after arXiv 2306.12929).
-      mse, smooth, float_head, integer, sink_float: the options of `OPTIONS`.
+      clip: per token: the share of the largest |x| that becomes the highest code.
+      scales: of groups: "" float32, "e8m0" powers of two, "e4m3" below one of the whole tensor, that of activations from
+        calibration.
+      mse, gptq, awq, smooth, rotate, float_head, integer, sink_float: the options of `OPTIONS`.
     """
 
     weights: Format | None
@@ -30,8 +33,13 @@ class Scheme:
     per_tensor: bool = False
     static: bool = False
     everywhere: bool = False
+    clip: float = 1.0
+    scales: str = ""
     mse: bool = False
+    gptq: bool = False
+    awq: bool = False
     smooth: bool = False
+    rotate: bool = False
     float_head: bool = False
     integer: bool = False
     sink_float: bool = False
@@ -49,13 +57,19 @@ SCHEMES = {
     "w4a8": Scheme(Format(4), Format(8)),
     "w4a4_g32": Scheme(Format(4), Format(4), group=32),
     "w4a4_g128": Scheme(Format(4), Format(4), group=128),
+    "w4a4_token": Scheme(Format(4), Format(4), clip=0.9),
     "w4a16_g128": Scheme(Format(4), None, group=128),
+    "nvfp4": Scheme(Format(4, floating=True), Format(4, floating=True), group=16, static=True, scales="e4m3"),
+    "mxfp4": Scheme(Format(4, floating=True), Format(4, floating=True), group=32, scales="e8m0"),
     "fp8": Scheme(Format(8, floating=True), Format(8, floating=True)),
 }
 # The fields of Scheme that "scheme+option" sets.
 OPTIONS = {
     "mse": "weights are clipped to the range of 100 that has the least squared error",
+    "gptq": "codes of weights by GPTQ, on inputs of calibration that the float model gives",
+    "awq": "AWQ: inputs are divided by, weights multiplied with the power of 20 of their sizes that costs least",
     "smooth": "SmoothQuant on every linear layer, which divides its input by its factors as it runs; with calibration",
+    "rotate": "inputs of linear layers are turned as they run, and weights with them: signs and Hadamard blocks",
     "float_head": "the head stays in float",
     "integer": "products of linear layers on the codes themselves, int8 or E4M3, in place of simulated ones",
     "sink_float": "activations of a row's first token stay in float and no range has seen them, the head's input apart",
@@ -73,15 +87,26 @@ def parse_scheme(text: str) -> Scheme:
         if option not in OPTIONS:
             raise unknown_name(f"--quantize: option of {name}", option, OPTIONS)
     scheme = dataclasses.replace(SCHEMES[name], **dict.fromkeys(options, True))
+    _check(text, scheme)
+    return scheme
+
+
+def _check(text: str, scheme: Scheme) -> None:
+    """Raises UserError for options that do not go with the scheme or with one another."""
     left = "activations" if scheme.activations is None else "weights" if scheme.weights is None else ""
     if scheme.integer and left:
         raise UserError(f"--quantize: {text}: {left} stay in float, so there is no integer product; leave out +integer")
-    if scheme.mse and scheme.weights is None:
-        raise UserError(f"--quantize: {text}: weights stay in float, so no range of theirs is clipped; leave out +mse")
+    for option in ("mse", "gptq", "awq"):
+        if getattr(scheme, option) and scheme.weights is None:
+            why = "no range of theirs is clipped" if option == "mse" else "there is nothing to choose"
+            raise UserError(f"--quantize: {text}: weights stay in float, so {why}; leave out +{option}")
+    if scheme.mse and scheme.scales:
+        raise UserError(f"--quantize: {text}: scales are {scheme.scales}, not of a clipped range; leave out +mse")
+    if scheme.awq and scheme.smooth:
+        raise UserError(f"--quantize: {text}: +awq and +smooth both say what inputs are divided by; leave out one")
     if scheme.sink_float and (scheme.integer or scheme.activations is None):
         why = "products are of integers" if scheme.integer else "all activations stay in float"
         raise UserError(f"--quantize: {text}: {why}, so a token cannot be left out; leave out +sink_float")
-    return scheme
 
 
 def parse_schemes(names: Sequence[str]) -> dict[str, Scheme]:
@@ -91,18 +116,23 @@ def parse_schemes(names: Sequence[str]) -> dict[str, Scheme]:
     return {name: parse_scheme(name) for name in names}
 
 
+SCALES = {"": "a scale", "e8m0": "a power of two", "e4m3": "an E4M3 scale"}
+
+
 def describe(scheme: Scheme) -> str:
     """How a linear layer is computed, in words."""
-    group = f" and group of {scheme.group}" if scheme.group else ""
-    fit = "least squared error of 100 ranges" if scheme.mse else "min-max"
     weight = "weight in float"
     if scheme.weights is not None:
-        scales = "one scale a tensor" if scheme.per_tensor else f"a scale per output channel{group}"
-        weight = f"weight {scheme.weights}, {scales}, {fit}"
-    inputs = f"input {describe_activation(scheme)}"
+        group = f" and group of {scheme.group}" if scheme.group else ""
+        scales = "one scale a tensor" if scheme.per_tensor else f"{SCALES[scheme.scales]} per output channel{group}"
+        scales += " below one of the tensor" if scheme.scales == "e4m3" else ""
+        fit = "least squared error of 100 ranges" if scheme.mse else "min-max"
+        weight = f"weight {scheme.weights}, {scales}, {fit}{', GPTQ' if scheme.gptq else ''}"
+    how = {"smoothed": scheme.smooth, "scaled by AWQ": scheme.awq, "rotated": scheme.rotate}
+    how = "".join(f"; {text}" for text, chosen in how.items() if chosen)
     sums = "int32" if scheme.integer and not scheme.weights.floating else "float32"
     kind = f"product on the codes, {sums} sums" if scheme.integer else "product simulated in float32"
-    return f"{weight}; {inputs}{'; smoothed' if scheme.smooth else ''}; {kind}"
+    return f"{weight}; input {describe_activation(scheme)}{how}; {kind}"
 
 
 def describe_activation(scheme: Scheme) -> str:
@@ -111,7 +141,9 @@ def describe_activation(scheme: Scheme) -> str:
         return "in float"
     if not scheme.per_tensor:
         group = f" and group of {scheme.group}" if scheme.group else ""
-        text = f"{scheme.activations}, a scale per token{group}, as it comes"
+        text = f"{scheme.activations}, {SCALES[scheme.scales]} per token{group}, as it comes"
+        text += " below one of the tensor, from calibration" if scheme.scales == "e4m3" else ""
+        text += f", clipped to {scheme.clip:g} of the largest" if scheme.clip != 1 else ""
     else:
         ranges = "from calibration" if scheme.static else "as it comes, over a batch"
         text = f"{scheme.activations}, one scale and zero point a tensor, {ranges}"
