@@ -57,6 +57,10 @@ _HOMES = {
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
+_PARTS = (
+    "config", "data", "decoding", "errors", "evaluation", "linen", "model", "placement", "pretrained", "training",
+)  # fmt: skip
+
 __all__ = [
     "MLP",
     "PRESETS",
@@ -89,20 +93,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
+    if name == "__version__":
+        found = importlib.import_module("importlib.metadata").version("oasis_jax")
+    elif name in _HOME_OF:
         found = getattr(importlib.import_module(_HOME_OF[name]), name)
-    elif name in (
-        "linen",
-        "model",
-        "config",
-        "evaluation",
-        "pretrained",
-        "training",
-        "data",
-        "decoding",
-        "placement",
-        "errors",
-    ):
+    elif name in _PARTS:
         return importlib.import_module(f"oasis_jax.{name}")
     else:
         raise AttributeError(f"module 'oasis_jax' has no attribute {name!r}")

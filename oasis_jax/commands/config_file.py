@@ -1,6 +1,7 @@
-"""A config as a Python file with get_config()."""
+"""A config as a Python file with get_config(), or one that comes with the library, by its name."""
 
 import dataclasses
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -17,12 +18,15 @@ def load_config(path: str | os.PathLike, flag: str = "--config") -> Config:
     """Runs the Python file at `path` and returns what its `get_config()` gives.
 
     Args:
+      path: of a file, or the name of one that comes with the library, such as "demo".
       flag: how messages call the argument that names the file.
 
     Raises:
       UserError: there is no such file, it does not run, or it has no `get_config()` that returns a Config.
     """
     path = pathlib.Path(path)
+    if not path.suffix and not path.exists():
+        path = _shipped(str(path), flag)
     code = _compile(path, flag)
     module = types.ModuleType("config_file")
     module.__file__ = str(path)
@@ -37,6 +41,29 @@ def load_config(path: str | os.PathLike, flag: str = "--config") -> Config:
     if not isinstance(config, Config):
         raise UserError(f"{path}: get_config() has to return an oasis_jax.config.Config, got {type(config).__name__}")
     return config
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """The configs that come with the library: those of the clone it runs from, else those that were installed with it."""
+    clone = pathlib.Path(__file__).parents[2]
+    paths = list((clone / "configs").glob("*.py")) if (clone / "setup.cfg").is_file() else []
+    if not paths:
+        try:
+            files = importlib.metadata.files("oasis_jax") or []
+        except importlib.metadata.PackageNotFoundError:
+            files = []
+        paths = [pathlib.Path(file.locate()) for file in files if file.parts[-3:-1] == ("oasis_jax", "configs")]
+    return {path.stem: path.resolve() for path in sorted(paths) if path.suffix == ".py"}
+
+
+def _shipped(name: str, flag: str) -> pathlib.Path:
+    found = shipped_configs()
+    if name not in found:
+        raise UserError(
+            f"{flag}: no file {name!r}, and no config of the library has this name{nearest(name, found)}; "
+            f"allowed: a file that ends in .py, {', '.join(found)}"
+        )
+    return found[name]
 
 
 def _compile(path: pathlib.Path, flag: str) -> types.CodeType:

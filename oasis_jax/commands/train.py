@@ -27,7 +27,10 @@ def make_parser(program: str) -> Parser:
         prog=program, description="Trains the model of a config. The same workdir resumes where the run stopped."
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a Python file with get_config(), such as configs/demo.py"
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="a Python file with get_config(), or the name of one that comes with the library: demo",
     )
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--workdir", metavar="FOLDER", type=pathlib.Path, help="where checkpoints and metrics are written")
