@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError
-from oasis_jax.model.context import Context, KVCache
+from oasis_jax.model.cache import KVCache, RingCache
+from oasis_jax.model.context import Context
 from oasis_jax.model.decoder import final_stream
 from oasis_jax.model.head import head_kernel, project_outputs
 
@@ -53,28 +54,29 @@ def prefill(
     lengths: Int[Array, " B"],
     size: int,
     context: Context,
+    storage: str = "float",
 ) -> tuple[Float[Array, "B V"], Caches]:
     """Runs prompts.
 
     Args:
       ids: of every row the first `lengths` are its prompt; what follows is anything below the vocabulary's size.
-      size: places of the caches.
+      size: places of the caches. A layer whose window is shorter has a ring of as many as its window.
       context: placement and numerics.
+      storage: how keys and values are kept, a name of `oasis_jax.model.cache.STORAGES`. The prompts themselves are run
+        with them as they are.
 
     Returns:
       Logits [B, V], float32 or better, of the token behind each prompt, and the caches of all layers.
     """
-    length = ids.shape[1]
-
-    def caches(_, layer):
-        attention = layer.attention
-        return attention.key, attention.value
-
-    final, run = final_stream(params, config, ids, context, on_layer=caches, loop=True)
+    entries = lambda _, layer: (layer.attention.key, layer.attention.value)
+    final, run = final_stream(params, config, ids, context, on_layer=entries, loop=True)
     last = jnp.take_along_axis(final, (lengths - 1)[:, None, None], axis=1)
-    room = [(0, 0), (0, size - length), (0, 0), (0, 0)]
-    found = tuple(KVCache(jnp.pad(key, room), jnp.pad(value, room), lengths) for key, value in run.layers)
-    return _logits(params, config, last, context), found
+    found = []
+    for index, (key, value) in enumerate(run.layers):
+        window = config.layer(index).window
+        kind, places = (RingCache, window) if 0 < window < size else (KVCache, size)
+        found.append(kind.of(key, value, places, lengths=lengths, storage=storage))
+    return _logits(params, config, last, context), tuple(found)
 
 
 def step(
@@ -86,9 +88,9 @@ def step(
       Logits [B, V], float32 or better, of the token behind it, and the caches with it.
     """
     context = context.replace(cache=caches)
-    arrays = lambda _, layer: layer.attention
-    final, run = final_stream(params, config, tokens[:, None], context, on_layer=arrays)
-    return _logits(params, config, final, context), context.after(run.layers, 1)
+    kept = lambda _, layer: layer.attention.cache
+    final, run = final_stream(params, config, tokens[:, None], context, on_layer=kept)
+    return _logits(params, config, final, context), tuple(run.layers)
 
 
 def _logits(params, config: ModelConfig, final: Float[Array, "B 1 D"], context: Context) -> Float[Array, "B V"]:

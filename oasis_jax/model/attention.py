@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import AttentionConfig
 from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.model.cache import KVCache
 from oasis_jax.model.context import Context
 from oasis_jax.model.masks import allowed_keys, context_mask, first_keys, first_of_segment, scores, scores_at
 from oasis_jax.model.normalizers import DENSE_NORMALIZERS, NULL_LOGITS, null_softmax
@@ -60,6 +61,7 @@ class Keys(NamedTuple):
     own: of the queries' own sequence, the cached ones first: a query sees none that comes after it. Those of another
       sequence have no place in this one.
     lengths: how many of a cache's places hold tokens, the queries' own among them.
+    cache: where they lie, the queries' own among them.
     """
 
     key: Float[Array, "B S K H"]
@@ -67,6 +69,12 @@ class Keys(NamedTuple):
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
     own: bool
     lengths: Int[Array, " B"] | None = None
+    cache: KVCache | None = None
+
+    @property
+    def by_place(self) -> bool:
+        """Whether a query sees keys by where they lie; else it sees all, but for those of other segments."""
+        return self.own and (self.cache is None or self.cache.in_order)
 
 
 def attention_parameters(config: AttentionConfig, kv_width: int | None = None) -> dict[str, ParameterSpec]:
@@ -151,7 +159,7 @@ def attention(
     source = x if inputs_kv is None else _checked_source(p, config, x, context, inputs_kv, kv_segment_ids)
     query, key, value = project(p, config, x, source, context)
     if inputs_kv is None:
-        keys = _own_keys(key, value, context)
+        keys = _own_keys(key, value, config, context)
     else:
         segments = None if kv_segment_ids is None else (context.segment_ids, jnp.asarray(kv_segment_ids))
         keys = Keys(key, value, segments, own=False)
@@ -164,15 +172,21 @@ def attention(
     return output_projection(p, config, x, heads, context), statistics
 
 
-def _own_keys(key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], context: Context) -> Keys:
+def _own_keys(
+    key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], config: AttentionConfig, context: Context
+) -> Keys:
     """The keys of a pass's own tokens, in the cache where there is one."""
     ids, cache = context.segment_ids, context.cache
     if cache is None:
         return Keys(key, value, None if ids is None else (ids, ids), own=True)
+    if not cache.in_order and cache.size != config.window:
+        raise UserError(
+            f"context.cache: a ring of {cache.size} places is of a window of {cache.size}, got {config.window}"
+        )
     cache = cache.extended(key, value, ids)
     segments = None if ids is None else (ids, cache.segment_ids)
-    lengths = jnp.broadcast_to(cache.length, key.shape[:1])
-    return Keys(cache.key, cache.value, segments, own=True, lengths=lengths)
+    lengths = jnp.broadcast_to(cache.live, key.shape[:1])
+    return Keys(*cache.read(key.dtype), segments, own=True, lengths=lengths, cache=cache)
 
 
 def _checked_source(p: Parameters, config: AttentionConfig, x, context: Context, inputs_kv, kv_segment_ids):
@@ -250,10 +264,10 @@ def _fused(query, keys: Keys, null: Null, config: AttentionConfig, context: Cont
         null_logit=null.logit,
         null_key=null.key,
         null_value=null.value,
-        is_causal=keys.own,
-        window=config.window or None,
+        is_causal=keys.by_place,
+        window=(config.window or None) if keys.by_place else None,
         segment_ids=keys.segments,
-        query_offset=None if keys.lengths is None else context.cached,
+        query_offset=context.cached if keys.cache is not None and keys.by_place else None,
         kv_lengths=keys.lengths,
         logit_softcap=config.logit_softcap or None,
         scale=config.score_scale,
@@ -263,7 +277,8 @@ def _fused(query, keys: Keys, null: Null, config: AttentionConfig, context: Cont
     first, visible = _first_keys(keys, config, context, query.shape[1])
     score = scores_at(query, key, None if keys.segments is None else first, config)
     first_token_mass = jnp.exp(jnp.where(visible[:, None], score - lse, -jnp.inf))
-    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, _static(keys, config))
+    static = _static(keys, config)
+    return AttentionStatistics(query, key, value, output, null_mass, first_token_mass, lse, static, keys.cache)
 
 
 def _dense(query, keys: Keys, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
@@ -296,8 +311,9 @@ def _dense(query, keys: Keys, null: Null, config: AttentionConfig, context: Cont
     first, visible = _first_keys(keys, config, context, length)
     at = jnp.broadcast_to(first[:, None, :, None], (*p.shape[:3], 1))
     first_token_mass = jnp.where(visible[:, None], jnp.take_along_axis(p, at, axis=-1)[..., 0], 0.0)
+    static = _static(keys, config)
     return AttentionStatistics(
-        query, keys.key, keys.value, output, null_mass, first_token_mass, lse, _static(keys, config)
+        query, keys.key, keys.value, output, null_mass, first_token_mass, lse, static, keys.cache
     )
 
 
@@ -311,8 +327,8 @@ def _first_keys(keys: Keys, config: AttentionConfig, context: Context, length: i
 
 
 def _static(keys: Keys, config: AttentionConfig) -> Static | None:
-    """How the probabilities follow from query and key, which is written down for self-attention only."""
-    return Static(config) if keys.own else None
+    """How the probabilities follow from query and key, which is written down for self-attention by place only."""
+    return Static(config) if keys.by_place else None
 
 
 def output_projection(

@@ -1,79 +1,16 @@
 """What a forward pass needs beside activations and parameters, as one value that every function passes on."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.errors import UserError
+from oasis_jax.model.cache import KVCache
 from oasis_jax.model.numerics import FLOAT, Numerics
 from oasis_jax.placement import UNSHARDED, Placement
-
-
-class KVCache(NamedTuple):
-    """Keys and values of one layer in arrays of S places, of which the first `length` hold tokens.
-
-    A pass writes its own keys behind those and reads all where they lie. Where the caller's `jax.jit` is given the
-    arrays away (`donate_argnums`) nothing is copied.
-
-    key, value: of the type that the layer computes in; what lies beyond the length never matters.
-    length: of all rows, or of each.
-    segment_ids: of the tokens, where the passes have segment_ids.
-    """
-
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K H"]
-    length: Int[Array, ""] | Int[Array, " B"]
-    segment_ids: Int[Array, "B S"] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        key: Float[Array, "B t K H"],
-        value: Float[Array, "B t K H"],
-        size: int,
-        segment_ids: Int[Array, "B t"] | None = None,
-    ) -> "KVCache":
-        """A cache of `size` places that holds these t tokens, as a pass without a cache has them in its statistics;
-        with t = 0 it is empty.
-        """
-        length = key.shape[1]
-        grow = lambda x: jnp.pad(x, [(0, 0), (0, size - length)] + [(0, 0)] * (x.ndim - 2))
-        ids = None if segment_ids is None else grow(jnp.asarray(segment_ids))
-        return cls(grow(key), grow(value), jnp.int32(length), ids)
-
-    def extended(
-        self, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], segment_ids: Int[Array, "B T"] | None
-    ) -> "KVCache":
-        """With T more tokens behind the others. Where there is no room, which a traced length does not tell, what is
-        written is NaN, never a plausible number.
-
-        Raises:
-          UserError: they have another type.
-        """
-        if key.dtype != self.key.dtype:
-            raise UserError(f"context.cache: must have the type of its layer's keys, {key.dtype}, got {self.key.dtype}")
-        length = self.length + key.shape[1]
-        fits = jnp.reshape(length <= self.key.shape[1], (-1, 1, 1, 1))
-        key, value = (self._put(old, jnp.where(fits, x, jnp.nan)) for old, x in ((self.key, key), (self.value, value)))
-        ids = None if segment_ids is None else self.with_segments(segment_ids)
-        return KVCache(key, value, length, ids)
-
-    def with_segments(self, segment_ids: Int[Array, "B T"]) -> Int[Array, "B S"]:
-        """The ids of all tokens, T more behind the others."""
-        return self._put(self.segment_ids, jnp.asarray(segment_ids))
-
-    def _put(self, into: Array, x: Array) -> Array:
-        """`into` with x [B, T, ...] behind the tokens of every row."""
-        x = x.astype(into.dtype)
-        if self.length.ndim == 0:
-            return lax.dynamic_update_slice_in_dim(into, x, self.length, 1)
-        return jax.vmap(lambda row, new, at: lax.dynamic_update_slice_in_dim(row, new, at, 0))(into, x, self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +24,7 @@ class Context:
         row. They confine nothing: which keys a query sees follows from places and segment_ids.
       segment_ids: [B, T]; attention stays within equal ids. Documents lie in a row one after the other.
       cache: keys and values of earlier tokens: of one layer for `attention`, of all layers, in order, for a decoder.
-        The pass adds its own; `after` has the caches of the next pass.
+        The pass adds its own: its statistics have the caches of the next pass.
       null_weight: in place of the config's, where it changes while a model trains.
       placement: how arrays and operators are split over devices. With a zigzag layout all arrays [B, T, ...] are in its
         order.
@@ -114,10 +51,10 @@ class Context:
                     f"got {jnp.result_type(ids)} of shape {jnp.shape(ids)}"
                 )
         for cache in self._caches:
-            if cache.key.shape[0] != batch or cache.key.shape != cache.value.shape:
+            key, value = cache.shapes
+            if key[0] != batch or key != value:
                 raise UserError(
-                    f"context.cache: key and value must have one shape [{batch}, S, K, H], "
-                    f"got {cache.key.shape} and {cache.value.shape}"
+                    f"context.cache: key and value must have one shape [{batch}, S, K, H], got {key} and {value}"
                 )
             if jnp.shape(cache.length) not in ((), (batch,)) or not jnp.issubdtype(
                 jnp.result_type(cache.length), jnp.integer
@@ -126,16 +63,18 @@ class Context:
                     f"context.cache: length must be one integer or {batch} of them, got "
                     f"{jnp.result_type(cache.length)} of shape {jnp.shape(cache.length)}"
                 )
-            wanted = cache.key.shape[:2] if self.segment_ids is not None else None
+            if self.segment_ids is not None and not cache.in_order:
+                raise UserError("context.cache: a ring has no segment_ids; a cache that holds all tokens can have them")
+            wanted = key[:2] if self.segment_ids is not None else None
             if (cache.segment_ids is None) != (wanted is None) or (wanted and cache.segment_ids.shape != wanted):
                 raise UserError(
                     "context.cache: needs segment_ids [B, S] where the context has segment_ids, and only there"
                 )
-        if self._caches:
-            size, taken = self._caches[0].key.shape[1], self.cached_at_most or 0
-            if taken + length > size:
+            taken = self.cached_at_most or 0
+            if cache.room is not None and taken + length > cache.room:
                 raise UserError(
-                    f"context.cache: has {size} places, of which {taken} are taken; {length} more tokens do not fit"
+                    f"context.cache: has {cache.room} places, of which {taken} are taken; "
+                    f"{length} more tokens do not fit"
                 )
         if self._caches and self.placement.attention and self.placement.attention.sequence:
             raise UserError("context.cache: a sequence that is split over devices cannot follow a cache")
@@ -163,9 +102,11 @@ class Context:
         order = self.placement.order(length)
         return jnp.reshape(self.cached, (-1, 1)) + order if self._caches else order
 
-    def key_order(self, length: int) -> Int[Array, "1 S"]:
-        """The places of all keys: those of the cache, in which this pass's own are, or this pass's own."""
-        return jnp.arange(self._caches[0].key.shape[1])[None] if self._caches else self.order(length)
+    def key_order(self, length: int) -> Int[Array, "#B S"]:
+        """The places in their row of all keys: of what a layer's cache holds once this pass's own are in it, or of this
+        pass's own.
+        """
+        return self._caches[0].order_after(length) if self._caches else self.order(length)
 
     @property
     def key_segments(self) -> Int[Array, "B S"] | None:
@@ -173,17 +114,6 @@ class Context:
         if self.segment_ids is None or not self._caches:
             return self.segment_ids
         return self._caches[0].with_segments(self.segment_ids)
-
-    def after(self, layers: Sequence[Any], length: int) -> tuple[KVCache, ...]:
-        """The caches of the next pass.
-
-        Args:
-          layers: the AttentionStatistics of a pass of `length` tokens in this context, layer by layer.
-        """
-        changes = dict(length=self.cached + length, segment_ids=self.key_segments)
-        return tuple(
-            cache._replace(key=layer.key, value=layer.value, **changes) for cache, layer in zip(self._caches, layers)
-        )
 
     def positions_of(self, length: int) -> Int[Array, "#B T"]:
         """What rotary and learned positions see."""

@@ -83,8 +83,9 @@ def first_keys(
     context: Context, config: AttentionConfig, length: int
 ) -> tuple[Int[Array, "#B T"], Bool[Array, "#B T"]]:
     """`first_in_document`, and whether the window of each query reaches it."""
-    first = first_in_document(context, length)
-    distance = context.order(length) - context.key_order(length)[0][first]
+    first, order = first_in_document(context, length), context.order(length)
+    # Without segments it is the row's first token, of which a ring may hold nothing any more.
+    distance = order if context.segment_ids is None else order - context.key_order(length)[0][first]
     return first, distance < config.window if config.window else jnp.ones_like(first, bool)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import AttentionConfig
+from oasis_jax.model.cache import KVCache
 from oasis_jax.model.context import Context
 from oasis_jax.model.masks import first_in_document, first_of_segment, scores_at
 from pallas_kernels import NullAttention, null_attention
@@ -41,6 +42,7 @@ class AttentionStatistics(NamedTuple):
     first_token_mass: Float[Array, "B N T"]  # probability each query gives to the first key of its own document
     lse: Float[Array, "B N T"] | None  # log(exp(b) + sum exp s); None for normalizers without it
     static: Static | None = None  # how the probabilities follow from query and key; None: not known
+    cache: KVCache | None = None  # the layer's cache with this pass's keys and values; None without one
 
     @classmethod
     def from_operator(

@@ -1,35 +1,18 @@
-"""Decoding against the full forward pass, token by token, and what ends a row."""
+"""`generate`: what rows get, what ends them, and what is refused."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from model.exact import in_float64
 from pretrained.tiny import random_model
-from sampling import sampled
 
-from oasis_jax import Context, LayerPattern, ModelConfig, RopeScaling, UserError
+from oasis_jax import ModelConfig, UserError
 from oasis_jax.decoding import Sampling, generate
-from oasis_jax.decoding.steps import for_length, prefill, step
 from oasis_jax.model.decoder import forward
 from oasis_jax.pretrained import Pretrained, transplant_sink
 
 VOCAB, SMALL = 29, dict(width=24, num_heads=4, num_kv_heads=2, num_layers=2, mlp_dim=20, vocab_size=29)
-LONGROPE = RopeScaling(
-    kind="longrope", factor=4.0, original_length=8, short_factors=(1.0, 1.1, 1.3), long_factors=(1.0, 2.0, 5.0)
-)
-KINDS = {
-    "residual": dict(preset="residual"),
-    "oasis": dict(preset="oasis"),
-    "oasis_blocks, window": dict(preset="oasis_blocks", blocks=3, window=3),
-    "attnres, alternating": dict(preset="attnres", layer_pattern=(LayerPattern(window=4), LayerPattern(rope_theta=0))),
-    "null key and value": dict(preset="residual", normalizer="null_key_value", null_keys=2, position_offset=2),
-    "token null": dict(preset="residual", normalizer="token_null"),
-    "sparsemax": dict(preset="sparsemax"),
-    "learned positions": dict(preset="residual", rope_theta=0.0, learned_positions=40, norm="layernorm"),
-    "longrope": dict(preset="residual", rope_scaling=LONGROPE),
-}  # fmt: skip
 
 
 def pretrained(seed=0, **fields) -> Pretrained:
@@ -38,25 +21,6 @@ def pretrained(seed=0, **fields) -> Pretrained:
 
 def tokens(rows, length, seed=1):
     return np.random.default_rng(seed).integers(0, VOCAB, (rows, length)).astype(np.int32)
-
-
-@pytest.mark.parametrize(
-    "kind", sampled(KINDS, ("oasis", "oasis_blocks, window", "null key and value", "sparsemax", "longrope"))
-)
-def test_prefill_and_steps_equal_the_full_forward_at_every_position(kind):
-    """Prompts of 9 and of 5 tokens, then one token after the other, in rows of unequal length."""
-    with jax.enable_x64(True):
-        model, ids, lengths = pretrained(**KINDS[kind]), tokens(2, 15), np.array([9, 5])
-        config, count = in_float64(for_length(model.config, 15)), 6
-        params = jax.tree.map(lambda x: x.astype("float64"), model.params)
-        whole = np.asarray(jax.jit(lambda params: forward(params, config, ids)[0])(params))
-        start = jax.jit(lambda params: prefill(params, config, ids[:, :9], lengths, 16, Context()))
-        more = jax.jit(lambda params, token, caches: step(params, config, token, caches, Context()))
-        logits, caches = start(params)
-        for number in range(count + 1):
-            np.testing.assert_allclose(logits, whole[np.arange(2), lengths + number - 1], rtol=1e-9, atol=1e-10)
-            if number < count:
-                logits, caches = more(params, ids[np.arange(2), lengths + number], caches)
 
 
 def greedy(model: Pretrained, prompt, count: int) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from oasis_jax import PRESETS, Attention, AttentionConfig, Context, Decoder, LayerPattern, ModelConfig, UserError
-from oasis_jax.model.context import KVCache
+from oasis_jax.model.cache import KVCache, RingCache
 from oasis_jax.model.loop import run_loop
 
 B, T, CUT, VOCAB = 2, 11, 7, 29
@@ -105,6 +105,35 @@ def test_what_does_not_fit_says_so():
         model(tokens, Context(cache=half))
 
 
+def test_what_a_ring_cannot_do_says_so():
+    layer = Attention(AttentionConfig(width=16, num_heads=4, num_kv_heads=2, window=5), rngs=nnx.Rngs(0))
+    x, entries = jnp.ones((B, 3, 16)), jnp.zeros((B, 0, 2, 4))
+    ring = lambda size: RingCache.of(entries, entries, size)
+    with pytest.raises(UserError, match=r"context\.cache: a ring takes one token a pass, got 3"):
+        layer(x, Context(cache=ring(5)))
+    with pytest.raises(UserError, match=r"context\.cache: a ring of 4 places is of a window of 4, got 5"):
+        layer(x[:, :1], Context(cache=ring(4)))
+    with pytest.raises(UserError, match=r"context\.cache: a ring has no segment_ids"):
+        layer(x[:, :1], Context(cache=ring(5), segment_ids=jnp.zeros((B, 1), jnp.int32)))
+
+
+def test_a_ring_that_starts_empty_equals_one_pass():
+    """What lies in places that hold no token yet is NaN."""
+    layer = Attention(AttentionConfig(width=16, num_heads=4, num_kv_heads=2, window=5), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (B, T, 16))
+    whole, statistics = layer(x)
+    empty = jnp.full((B, 5, 2, 4), jnp.nan)
+    cache = RingCache(empty, empty, jnp.int32(0))
+    step = nnx.jit(lambda layer, x, cache: layer(x, Context(cache=cache)))
+    for number in range(T):
+        y, seen = step(layer, x[:, number : number + 1], cache)
+        np.testing.assert_allclose(y[:, 0], whole[:, number], atol=1e-5)
+        wanted = statistics.first_token_mass[:, :, number]
+        np.testing.assert_allclose(seen.first_token_mass[:, :, 0], wanted, atol=1e-6)
+        cache = seen.cache
+    assert cache.key.shape == (B, 5, 2, 4) and cache.length == T
+
+
 @pytest.mark.parametrize(
     "options",
     [dict(preset="oasis", window=3), pytest.param(dict(preset="entmax15"), marks=pytest.mark.slow)],
@@ -123,7 +152,7 @@ def test_rows_of_unequal_length_step_by_step(options):
         def step(model, filled, tokens):
             context = Context(cache=filled)
             logits, statistics = model(tokens, context)
-            return logits, context.after(statistics.attention, tokens.shape[1])
+            return logits, tuple(layer.cache for layer in statistics.attention)
 
         for number in range(T - CUT):
             at = lengths + number
@@ -158,7 +187,7 @@ def test_a_step_copies_no_cache(segments):
     def step(state, cache, x):
         context = Context(cache=cache, segment_ids=jnp.ones(x.shape[:2], jnp.int32) if segments else None)
         y, statistics = nnx.merge(graphdef, state)(x, context)
-        return y, context.after([statistics], 1)[0]
+        return y, statistics.cache
 
     compiled = jax.jit(step, donate_argnums=1).lower(state, cache, shape(B, 1, 32)).compile()
     memory, bytes_of_one = compiled.memory_analysis(), 4 * B * size * heads * head

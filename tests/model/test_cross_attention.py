@@ -9,7 +9,7 @@ from sampling import sampled
 
 from oasis_jax import Attention, AttentionConfig, Context, UserError, linen
 from oasis_jax.evaluation import measure
-from oasis_jax.model.context import KVCache
+from oasis_jax.model.cache import KVCache
 from oasis_jax.model.normalizers import DENSE_NORMALIZERS
 
 B, T, S, D, C, N, K, H = 2, 5, 9, 12, 7, 6, 3, 4
