@@ -53,7 +53,7 @@ def stored_config(workdir: str | pathlib.Path) -> Config:
       UserError: the folder holds no run, or a checkpoint that this version cannot read.
     """
     from oasis_jax.training.checkpoints import Checkpoints
-    from oasis_jax.training.checkpoints import stored_config as config_of
+    from oasis_jax.training.description import stored_config as config_of
 
     workdir = pathlib.Path(workdir)
     if not (workdir / "checkpoints").is_dir():

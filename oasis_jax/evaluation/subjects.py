@@ -18,7 +18,7 @@ from oasis_jax.placement import Placement
 from oasis_jax.pretrained import Pretrained, load_pretrained
 from oasis_jax.pretrained.rotation import check_rotation, rotate
 from oasis_jax.pretrained.transplant import check_transplant, find_prefix, transplant_sink
-from oasis_jax.training.checkpoints import check_corpus, versions
+from oasis_jax.training.description import check_corpus, versions
 from oasis_jax.training.load import LoadedRun
 from oasis_jax.training.metrics import read_metrics
 

@@ -5,10 +5,7 @@ versions.
 import contextlib
 import dataclasses
 import errno
-import importlib.metadata
-import json
 import pathlib
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
@@ -18,29 +15,14 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN, PreservationPolicy
 
-from oasis_jax.config import Config, RunConfig, from_dict, sections, to_dict
-from oasis_jax.data import Corpus, Tokenizer
+from oasis_jax.config import Config, RunConfig
+from oasis_jax.data import Tokenizer
 from oasis_jax.errors import UserError
-from oasis_jax.training.distributed import is_first, wait_for_all
+from oasis_jax.training import manifest
+from oasis_jax.training.array_checksums import checksums, differing
+from oasis_jax.training.description import LAYOUT, differing_fields, stored_config, stored_tokenizer, versions
+from oasis_jax.training.distributed import agreed, is_first, wait_for_all
 from oasis_jax.training.state import TrainState, abstract_state
-
-_PACKAGES = ("oasis_jax", "jax", "flax", "optax", "orbax-checkpoint")
-# What may be another when a run is resumed: how it computes and what it shows, never what it computes. The files of a
-# pattern are compared by content. run.steps shapes the schedule, so it joins them only where the schedule is constant.
-MAY_DIFFER = {
-    *("model.remat", "model.stack", "model.attention_implementation", "model.depth_implementation"),
-    *("data.pattern", "optimizer.accumulation_steps"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.rules"),
-    *("run.log_interval", "run.telemetry_interval", "run.eval_interval", "run.eval_batches"),
-    *("run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard"),
-    *("optimizer.nonfinite", "optimizer.nonfinite_limit"),
-}
-# Filled in from the data: 0 in a config means what the checkpoint has.
-_FROM_DATA = ("vocab_size", "vector_dim")
-
-_FILE_LIST = "files.json"
-# How parameters are named and laid out, see oasis_jax.model.decoder and layout; another number with every change of it.
-_LAYOUT = "2: embedding, head, layers, routers, final_norm"
 
 T = TypeVar("T")
 
@@ -53,71 +35,6 @@ class Resumed(NamedTuple):
     data_state: dict  # of the training iterator
     tokenizer: Tokenizer | None
     corpus_identity: dict
-
-
-def versions() -> dict[str, str]:
-    """What is running: versions of Python and of the packages that decide what is computed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def describe(config: Config, corpus: Corpus) -> dict:
-    """What every checkpoint of a run says about itself, JSON-able."""
-    tokenizer = corpus.tokenizer and {"identity": corpus.tokenizer.identity, "json": corpus.tokenizer.to_json()}
-    return {
-        "config": to_dict(config),
-        "corpus": corpus.identity,
-        "tokenizer": tokenizer,
-        "versions": versions(),
-        "layout": _LAYOUT,
-    }
-
-
-def differing_fields(asked: Config, stored: Config) -> list[str]:
-    """In words, every field in which a config differs from a checkpoint's and must not; see `MAY_DIFFER`."""
-    free = MAY_DIFFER | (
-        {"run.steps"} if asked.optimizer.schedule == stored.optimizer.schedule == "constant" else set()
-    )
-    found = []
-    for section, cls in sections().items():
-        for field in dataclasses.fields(cls):
-            name = f"{section}.{field.name}"
-            new, old = (getattr(getattr(config, section), field.name) for config in (asked, stored))
-            unset = field.name in _FROM_DATA and new == 0
-            if new != old and name not in free and not unset:
-                found.append(f"{name} is {old!r} there, {new!r} now")
-    return found
-
-
-def check_corpus(corpus: Corpus, identity: dict) -> None:
-    """Raises UserError, naming what differs, where a corpus is not the one of a checkpoint."""
-    differing = [name for name in {**identity, **corpus.identity} if identity.get(name) != corpus.identity.get(name)]
-    if differing:
-        found = "; ".join(f"{name} was {identity.get(name)!r}, is {corpus.identity.get(name)!r}" for name in differing)
-        raise UserError(
-            f"data: the corpus is not the one this run was trained on ({found}); restore it or take another workdir"
-        )
-
-
-def stored_config(metadata: dict) -> Config:
-    """The config that a checkpoint's `metadata` holds; raises UserError for a field that this version does not know."""
-    return from_dict(metadata["config"], metadata["versions"].get("oasis_jax", ""))
-
-
-def stored_tokenizer(metadata: dict) -> Tokenizer | None:
-    """The tokenizer that a checkpoint's `metadata` holds; None for vectors."""
-    stored = metadata["tokenizer"]
-    if stored is None:
-        return None
-    tokenizer = Tokenizer.from_json(stored["json"])
-    if tokenizer.identity != stored["identity"]:
-        raise UserError(f"tokenizer: the checkpoint's says {stored['identity']}, read back it is {tokenizer.identity}")
-    return tokenizer
 
 
 def _one_line(error: Exception) -> str:
@@ -174,6 +91,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(None) if keep is None else keep.policy(),
             create=keep is not None,
+            lightweight_initialize=True,  # no file of a checkpoint is read before it is looked at
             async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
         )
         wait_for_all("unfinished checkpoints are removed")
@@ -187,6 +105,7 @@ class Checkpoints:
         try:
             with self._storage():
                 self._manager.close()
+                self._seal(self._saving)
         except UserError:
             if kind is None:  # else what ended the run is said already
                 raise
@@ -223,6 +142,7 @@ class Checkpoints:
         """
         with self._storage():
             self._manager.wait_until_finished()
+            self._seal(self._saving)
 
     def save(
         self, state: TrainState, *, step: int, data_state: dict, description: dict, loss: float | None = None
@@ -242,6 +162,7 @@ class Checkpoints:
         self.wait()
         self._saving = step
         self._check_space(state)
+        arrays = checksums({"params": state.params, "rest": rest})
         with self._storage():
             saved = self._manager.save(
                 step,
@@ -249,7 +170,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     rest=ocp.args.StandardSave(rest),
-                    metadata=ocp.args.JsonSave(description | {"data_state": data_state}),
+                    metadata=ocp.args.JsonSave(description | {"data_state": data_state, "arrays": arrays}),
                 ),
             )
         if not saved:
@@ -270,27 +191,13 @@ class Checkpoints:
 
     def _list_files(self) -> None:
         """Leaves a list of what was written in the checkpoint, before it gets its final name."""
-        if not is_first():
-            return
-        (folder,) = (path for path in self.folder.iterdir() if path.name.split(".")[0] == str(self._saving))
-        files = {
-            path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.glob("*/**/*") if path.is_file()
-        }
-        (folder / _FILE_LIST).write_text(json.dumps(files))
+        if is_first():
+            (folder,) = (path for path in self.folder.iterdir() if path.name.split(".")[0] == str(self._saving))
+            manifest.write(folder, self._saving, late=False)
 
-    def _check_files(self, step: int) -> None:
-        """Raises an error where a file of the checkpoint is missing or has another size than it was written with.
-
-        Reading arrays from damaged files fails too, but fills the terminal with what the storage library's threads have
-        to say.
-        """
-        folder = self.folder / str(step)
-        if not (folder / _FILE_LIST).exists():
-            raise ValueError(f"{_FILE_LIST} is missing")
-        for name, size in json.loads((folder / _FILE_LIST).read_text()).items():
-            found = (folder / name).stat().st_size if (folder / name).exists() else None
-            if found != size:
-                raise ValueError(f"{name} {'is missing' if found is None else f'has {found} bytes instead of {size}'}")
+    def _seal(self, step: int | None) -> None:
+        if is_first() and step is not None and (self.folder / str(step)).is_dir():
+            manifest.seal(self.folder / str(step))
 
     def metadata(self, step: int) -> dict:
         """What a checkpoint says about itself, as `describe` made it, and its "data_state"."""
@@ -301,28 +208,35 @@ class Checkpoints:
                 f"{self.folder}: checkpoint {step} does not say its {', '.join(missing)}; without that its model "
                 "cannot be built and measured"
             )
-        if found.get("layout") != _LAYOUT:
+        if found.get("layout") != LAYOUT:
             raise UserError(
                 f"{self.folder}: checkpoint {step} holds its parameters in the layout {found.get('layout')!r}, this "
-                f"version reads {_LAYOUT!r}; use the oasis_jax that wrote it "
+                f"version reads {LAYOUT!r}; use the oasis_jax that wrote it "
                 f"({found['versions'].get('oasis_jax')}), or take another workdir"
             )
         return found
 
     def params(self, step: int, abstract: dict) -> dict:
         """Only the parameters of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))).params
+        return self._arrays(step, params=abstract)["params"]
 
     def state(self, step: int, abstract: TrainState) -> TrainState:
         """The state of a checkpoint, laid out as `abstract` says."""
         rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params), rest=ocp.args.StandardRestore(rest)
-            ),
-        )
-        return TrainState(params=restored.params, **restored.rest)
+        restored = self._arrays(step, params=abstract.params, rest=rest)
+        return TrainState(params=restored["params"], **restored["rest"])
+
+    def _arrays(self, step: int, **abstract: dict) -> dict[str, dict]:
+        """Parts of a checkpoint; raises Damaged where an array is not the one that was saved."""
+        asked = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore(), **asked))
+        found = {name: restored[name] for name in abstract}
+        stored = (restored.metadata or {}).get("arrays")
+        changed = differing(checksums(found), stored) if stored else []
+        if changed:
+            others = f" and {len(changed) - 1} more" if changed[1:] else ""
+            raise manifest.Damaged(f"array {changed[0]}{others} is not the one that was saved")
+        return found
 
     def first_whole(self, restore: Callable[[int], T], steps: list[int]) -> tuple[T, list[int]]:
         """restore(step) of the first of these steps that it can read, and the ones before that it cannot,
@@ -334,18 +248,44 @@ class Checkpoints:
         broken = {}
         for step in steps:
             try:
-                self._check_files(step)
-                found = restore(step)
+                found = self._inspected(step, restore)
             except UserError:
                 raise
             except Exception as error:  # the storage library has no one kind of error for damaged contents
                 broken[step] = _one_line(error)
                 continue
             for bad, reason in broken.items():
-                self._say(f"checkpoint {bad} is not whole, step {step} is used instead: {reason}")
+                self._say(
+                    f"checkpoint {bad} is not whole, step {step} is used instead: {reason}; {bad - step} steps lost"
+                )
             return found, list(broken)
         reasons = "; ".join(f"{step}: {reason}" for step, reason in broken.items())
         raise UserError(f"{self.folder}: no whole checkpoint ({reasons}); restore one or take another workdir")
+
+    def _inspected(self, step: int, restore: Callable[[int], T]) -> T:
+        """restore(step), with a look at every file of the checkpoint; raises Damaged where one is not what was written.
+
+        A single process restores while the large files are looked at. Several look first, each at a part of them, and
+        agree on what they found, since none can restore alone.
+        """
+        with contextlib.ExitStack() as stack:
+            damage = ""
+            try:
+                part, parts = jax.process_index(), jax.process_count()
+                inspection = stack.enter_context(manifest.Inspection(self.folder / str(step), part, parts))
+                if parts > 1:
+                    inspection.finish()
+            except manifest.Damaged as error:
+                damage = str(error)
+            if damage := agreed(damage):
+                raise manifest.Damaged(damage)
+            try:
+                found = restore(step)
+            finally:
+                inspection.finish()  # damage is the reason of whatever else it led to
+        if not inspection.verified:
+            self._say(f"checkpoint {step} was written without checksums: its files are not verified")
+        return found
 
     def resume(self, config: Config, mesh: Mesh) -> Resumed | None:
         """The run of this workdir, on this mesh; None where there is no checkpoint. Broken newer ones are
@@ -371,9 +311,24 @@ class Checkpoints:
             return Resumed(step, state, metadata["data_state"], stored_tokenizer(metadata), metadata["corpus"])
 
         resumed, broken = self.first_whole(restore, self.steps())
-        for step in broken:
+        older = [step for step in self.steps() if step < resumed.step]
+        for step in [*broken, *filter(self._is_damaged, older)]:
             self._move_aside(step)
+        self._seal(resumed.step)
+        self._manager.reload()  # with the losses of all of them, which `Keep.best` compares
         return resumed
+
+    def _is_damaged(self, step: int) -> bool:
+        """Whether the list or a small file of an older checkpoint is damaged; says so."""
+        damage = ""
+        try:
+            with manifest.Inspection(self.folder / str(step), parts=2**30):
+                pass
+        except manifest.Damaged as error:
+            damage = str(error)
+        if damage := agreed(damage):
+            self._say(f"checkpoint {step} is not whole: {damage}")
+        return bool(damage)
 
     def _compare_versions(self, stored: dict[str, str]) -> None:
         changed = [
@@ -395,5 +350,5 @@ class Checkpoints:
             there = {path.name for path in self._broken_folder.iterdir()}
             names = (f"{step}{suffix}" for suffix in ("", *(f"-{i}" for i in range(1, len(there) + 1))))
             (self.folder / str(step)).rename(self._broken_folder / next(name for name in names if name not in there))
+            self._say(f"checkpoint {step} is set aside in {self._broken_folder}")
         wait_for_all(f"broken checkpoint {step} is moved aside")
-        self._manager.reload()

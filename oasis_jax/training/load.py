@@ -15,7 +15,8 @@ from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import Decoder, parameter_shapes
 from oasis_jax.overrides import apply_overrides, parse_overrides
 from oasis_jax.placement import Placement, make_mesh, place
-from oasis_jax.training.checkpoints import MAY_DIFFER, Checkpoints, stored_config, stored_tokenizer
+from oasis_jax.training.checkpoints import Checkpoints
+from oasis_jax.training.description import MAY_DIFFER, stored_config, stored_tokenizer
 from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.state import build_model, parameter_shardings, placed
 

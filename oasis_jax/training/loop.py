@@ -16,7 +16,8 @@ from oasis_jax.config import Config, ModelConfig, RunConfig
 from oasis_jax.data import Corpus, eval_batches, load_corpus, train_batches
 from oasis_jax.errors import Preempted, UserError
 from oasis_jax.placement import Placement, check_batch_size, make_mesh, place
-from oasis_jax.training.checkpoints import Checkpoints, Keep, Resumed, check_corpus, describe
+from oasis_jax.training.checkpoints import Checkpoints, Keep, Resumed
+from oasis_jax.training.description import check_corpus, describe
 from oasis_jax.training.distributed import batch_part, is_first
 from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.guard import Guard, TrainingStopped, floats

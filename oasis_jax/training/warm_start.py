@@ -19,7 +19,8 @@ from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import parameter_shapes
 from oasis_jax.placement import place
 from oasis_jax.pretrained.source import is_hub_name
-from oasis_jax.training.checkpoints import Checkpoints, differing_fields, stored_config, stored_tokenizer
+from oasis_jax.training.checkpoints import Checkpoints
+from oasis_jax.training.description import differing_fields, stored_config, stored_tokenizer
 from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.state import placed
 

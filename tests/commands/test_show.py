@@ -94,7 +94,7 @@ def workdir(tmp_path):
     from oasis_jax.data import load_corpus
     from oasis_jax.placement import make_mesh
     from oasis_jax.training.checkpoints import Checkpoints, Keep
-    from oasis_jax.training.checkpoints import describe as describe_run
+    from oasis_jax.training.description import describe as describe_run
     from oasis_jax.training.state import new_state
 
     (tmp_path / "text.txt").write_text("words and words\n" * 40)

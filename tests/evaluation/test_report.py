@@ -19,7 +19,8 @@ from oasis_jax.evaluation.report.terminal import print_comparison
 from oasis_jax.evaluation.runs import evaluate, unique_labels
 from oasis_jax.evaluation.subjects import with_bytes
 from oasis_jax.placement import make_mesh
-from oasis_jax.training.checkpoints import Checkpoints, Keep, describe
+from oasis_jax.training.checkpoints import Checkpoints, Keep
+from oasis_jax.training.description import describe
 from oasis_jax.training.load import load_run
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.metrics import MetricsWriter

@@ -14,7 +14,8 @@ import numpy as np
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from oasis_jax.data import load_corpus, train_batches
 from oasis_jax.placement import make_mesh, place
-from oasis_jax.training.checkpoints import Checkpoints, Keep, describe
+from oasis_jax.training.checkpoints import Checkpoints, Keep
+from oasis_jax.training.description import describe
 from oasis_jax.training.distributed import Processes, batch_part, start
 from oasis_jax.training.loop import with_sizes
 from oasis_jax.training.state import abstract_state

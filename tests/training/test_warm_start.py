@@ -16,7 +16,8 @@ from oasis_jax.data import load_corpus, train_batches
 from oasis_jax.errors import UserError
 from oasis_jax.model.head import token_losses
 from oasis_jax.placement import make_mesh
-from oasis_jax.training.checkpoints import Checkpoints, Keep, describe
+from oasis_jax.training.checkpoints import Checkpoints, Keep
+from oasis_jax.training.description import describe
 from oasis_jax.training.load import load_run
 from oasis_jax.training.loop import fit, training_examples, with_sizes
 from oasis_jax.training.state import abstract_state, new_state

@@ -1,0 +1,91 @@
+"""What a checkpoint says about itself, JSON-able, and whether a run may go on from it."""
+
+import dataclasses
+import importlib.metadata
+import platform
+
+from oasis_jax.config import Config, from_dict, sections, to_dict
+from oasis_jax.data import Corpus, Tokenizer
+from oasis_jax.errors import UserError
+
+_PACKAGES = ("oasis_jax", "jax", "flax", "optax", "orbax-checkpoint")
+# What may be another when a run is resumed: how it computes and what it shows, never what it computes. The files of a
+# pattern are compared by content. run.steps shapes the schedule, so it joins them only where the schedule is constant.
+MAY_DIFFER = {
+    *("model.remat", "model.stack", "model.attention_implementation", "model.depth_implementation"),
+    *("data.pattern", "optimizer.accumulation_steps"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.rules"),
+    *("run.log_interval", "run.telemetry_interval", "run.eval_interval", "run.eval_batches"),
+    *("run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard"),
+    *("optimizer.nonfinite", "optimizer.nonfinite_limit"),
+}
+# Filled in from the data: 0 in a config means what the checkpoint has.
+_FROM_DATA = ("vocab_size", "vector_dim")
+
+# How parameters are named and laid out, see oasis_jax.model.decoder and layout; another number with every change of it.
+LAYOUT = "2: embedding, head, layers, routers, final_norm"
+
+
+def versions() -> dict[str, str]:
+    """What is running: versions of Python and of the packages that decide what is computed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe(config: Config, corpus: Corpus) -> dict:
+    """What every checkpoint of a run says about itself, JSON-able."""
+    tokenizer = corpus.tokenizer and {"identity": corpus.tokenizer.identity, "json": corpus.tokenizer.to_json()}
+    return {
+        "config": to_dict(config),
+        "corpus": corpus.identity,
+        "tokenizer": tokenizer,
+        "versions": versions(),
+        "layout": LAYOUT,
+    }
+
+
+def differing_fields(asked: Config, stored: Config) -> list[str]:
+    """In words, every field in which a config differs from a checkpoint's and must not; see `MAY_DIFFER`."""
+    free = MAY_DIFFER | (
+        {"run.steps"} if asked.optimizer.schedule == stored.optimizer.schedule == "constant" else set()
+    )
+    found = []
+    for section, cls in sections().items():
+        for field in dataclasses.fields(cls):
+            name = f"{section}.{field.name}"
+            new, old = (getattr(getattr(config, section), field.name) for config in (asked, stored))
+            unset = field.name in _FROM_DATA and new == 0
+            if new != old and name not in free and not unset:
+                found.append(f"{name} is {old!r} there, {new!r} now")
+    return found
+
+
+def check_corpus(corpus: Corpus, identity: dict) -> None:
+    """Raises UserError, naming what differs, where a corpus is not the one of a checkpoint."""
+    differing = [name for name in {**identity, **corpus.identity} if identity.get(name) != corpus.identity.get(name)]
+    if differing:
+        found = "; ".join(f"{name} was {identity.get(name)!r}, is {corpus.identity.get(name)!r}" for name in differing)
+        raise UserError(
+            f"data: the corpus is not the one this run was trained on ({found}); restore it or take another workdir"
+        )
+
+
+def stored_config(metadata: dict) -> Config:
+    """The config that a checkpoint's `metadata` holds; raises UserError for a field that this version does not know."""
+    return from_dict(metadata["config"], metadata["versions"].get("oasis_jax", ""))
+
+
+def stored_tokenizer(metadata: dict) -> Tokenizer | None:
+    """The tokenizer that a checkpoint's `metadata` holds; None for vectors."""
+    stored = metadata["tokenizer"]
+    if stored is None:
+        return None
+    tokenizer = Tokenizer.from_json(stored["json"])
+    if tokenizer.identity != stored["identity"]:
+        raise UserError(f"tokenizer: the checkpoint's says {stored['identity']}, read back it is {tokenizer.identity}")
+    return tokenizer
