@@ -1,6 +1,5 @@
 """`oasis_jax generate`: continues texts with a trained run or a pretrained model."""
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -34,7 +33,13 @@ def make_parser(program: str) -> Parser:
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="divides logits of tokens that were there"
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text before it; repeatable")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="PROMPT is a message, put into the model's chat template; its answer is written",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; 0")
+    parser.add_argument("--kv-cache", default="float", metavar="NAME", help="keys and values: float, or int8")
     parser.add_argument("--dtype", metavar="NAME", help="of parameters and computations: float32 or bfloat16")
     parser.add_argument("--transplant", action="store_true", help="with its begin token as the null of its attention")
     add_set(parser, "how a model is split over devices, such as mesh.tensor=2", FIELDS)
@@ -58,14 +63,23 @@ def main(argv: Sequence[str], program: str = "oasis_jax generate") -> None:
     if args.transplant:
         model = transplant_sink(model)
     options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop, seed=args.seed)
-    if len(args.prompts) == 1:
-        _stream(args, lambda say: generate(model, args.prompts, on_text=say, **options))
+    options |= dict(kv_cache=args.kv_cache)
+    prompts = [_chat(model, prompt) for prompt in args.prompts] if args.chat else args.prompts
+    if len(prompts) == 1:
+        _stream("" if args.chat else prompts[0], lambda say: generate(model, prompts, on_text=say, **options))
         return
-    for prompt, found in zip(args.prompts, generate(model, args.prompts, **options)):
-        print(f"{prompt}{found.text}\n")
+    for prompt, found in zip(args.prompts, generate(model, prompts, **options)):
+        between = "\n" if args.chat else ""
+        print(f"{prompt}{between}{found.text}\n")
 
 
-def _stream(args: argparse.Namespace, run) -> None:
-    print(args.prompts[0], end="", flush=True)
+def _chat(model, prompt: str) -> list[int]:
+    from oasis_jax.decoding.chat import encode
+
+    return encode(model, [{"role": "user", "content": prompt}])
+
+
+def _stream(start: str, run) -> None:
+    print(start, end="", flush=True)
     run(lambda _, text: (sys.stdout.write(text), sys.stdout.flush()))
     print()

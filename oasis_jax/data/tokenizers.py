@@ -135,6 +135,22 @@ class LibraryTokenizer(Tokenizer):
                 yield np.array(encoding.ids, np.int32)
 
     @functools.cached_property
+    def specials(self) -> tuple[str, ...]:
+        """The special tokens as they are written."""
+        return tuple(token.content for token in self._library.get_added_tokens_decoder().values() if token.special)
+
+    def encode_with_specials(self, text: str) -> np.ndarray:
+        """The int32 ids of a text in which special tokens are written out, as a chat template writes them."""
+        return np.array(self._with_specials.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        library = tokenizers.Tokenizer.from_str(self._model)
+        library.no_truncation()
+        library.no_padding()
+        return library
+
+    @functools.cached_property
     def _token_bytes(self) -> dict[int, bytes]:
         """The bytes of every ordinary token, by id."""
         special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}

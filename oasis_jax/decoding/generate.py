@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from oasis_jax.config import ModelConfig
 from oasis_jax.decoding.sampling import GREEDY, Sampling, sample
 from oasis_jax.decoding.steps import Caches, for_length, prefill, step
-from oasis_jax.errors import UserError
+from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.model.cache import STORAGES
 from oasis_jax.model.context import Context
 from oasis_jax.model.numerics import Numerics
 from oasis_jax.placement import Placement
@@ -60,6 +61,7 @@ class _Program:
     sampling: Sampling
     stop_tokens: tuple[int, ...]
     size: int
+    kv_cache: str
 
 
 def generate(
@@ -72,6 +74,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
     on_text: Callable[[int, str], None] | None = None,
+    kv_cache: str = "float",
 ) -> list[Generated]:
     """Continues prompts, all at once; what a row gets does not depend on the others.
 
@@ -84,12 +87,15 @@ def generate(
       stop_tokens: tokens that end a row; None: the end token of the model's tokenizer.
       seed: of all rows, or one a row.
       on_text: (row, text): called as text is certain, in order.
+      kv_cache: how keys and values are kept: "float", in the model's type, or "int8", see `oasis_jax.model.cache.Int8`.
 
     Raises:
       UserError: an empty prompt, a token outside the vocabulary, more tokens than the model's context; a model of
         vectors or without a tokenizer where one is needed.
     """
     rows = [_ids(model, prompt, number) for number, prompt in enumerate(prompts)]
+    if kv_cache not in STORAGES:
+        raise unknown_name("generate: kv_cache", kv_cache, STORAGES)
     if max_new_tokens < 1:
         raise UserError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}")
     if any(not text for text in stop):
@@ -102,7 +108,7 @@ def generate(
     config = for_length(model.config, longest + max_new_tokens)
     size = _rounded(longest + max_new_tokens)
     ends = _stop_tokens(model, stop_tokens)
-    program = _Program(config, model.placement, sampling, ends, size)
+    program = _Program(config, model.placement, sampling, ends, size, kv_cache)
     arrays = _arrays(rows, size, max_new_tokens, seed, model.placement)
     state = _start(model.params, model.numerics, *arrays, program=program)
     writers = [_Writer(model, max_new_tokens, ends, stop, number, on_text) for number in range(len(rows))]
@@ -168,7 +174,7 @@ def _arrays(rows: list[list[int]], size: int, new: int, seed: int | Sequence[int
 @functools.partial(jax.jit, static_argnames="program")
 def _start(params: Mapping[str, Any], numerics: Numerics, ids, lengths, keys, left, program: _Program) -> _State:
     config, context = program.config, Context(placement=program.placement, numerics=numerics)
-    logits, caches = prefill(params, config, ids, lengths, program.size, context)
+    logits, caches = prefill(params, config, ids, lengths, program.size, context, program.kv_cache)
     seen = None
     if program.sampling.repetition_penalty != 1:
         real = jnp.arange(ids.shape[1]) < lengths[:, None]

@@ -9,8 +9,9 @@ import numpy as np
 import safetensors
 
 from oasis_jax.errors import UserError
+from oasis_jax.pretrained import chat_template
 from oasis_jax.pretrained.keys import shortened
-from oasis_jax.pretrained.source import Source, pickle_refused, read_json
+from oasis_jax.pretrained.source import ChatTemplate, Source, pickle_refused, read_json
 
 _TYPES = {
     "F64": np.dtype("float64"),
@@ -89,3 +90,6 @@ class Folder(Source):
         if trained.exists():
             return json.dumps(read_json(trained))
         return from_folder(self.path, self.config)
+
+    def chat_template(self) -> ChatTemplate | None:
+        return chat_template.from_folder(self.path)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.pretrained import chat_template
 from oasis_jax.pretrained.keys import Keys
-from oasis_jax.pretrained.source import Source
+from oasis_jax.pretrained.source import ChatTemplate, Source
 
 # Key in the file, behind "llama." and the like -> key of config.json.
 _KEYS = {
@@ -158,6 +159,9 @@ class GGUFFile(Source):
         from oasis_jax.pretrained.tokenizer import from_gguf
 
         return from_gguf(self._fields, str(self.path))
+
+    def chat_template(self) -> ChatTemplate | None:
+        return chat_template.from_gguf(self._fields)
 
 
 def _decimal(value: Any) -> Any:

@@ -19,7 +19,7 @@ from oasis_jax.model.numerics import FLOAT, Numerics
 from oasis_jax.placement import UNSHARDED, Placement, make_mesh, place
 from oasis_jax.pretrained.families import read_model_config
 from oasis_jax.pretrained.reference import has_routers, with_routers
-from oasis_jax.pretrained.source import Source, open_source
+from oasis_jax.pretrained.source import ChatTemplate, Source, open_source
 from oasis_jax.pretrained.tensors import MODEL_TYPE, load_params
 
 
@@ -35,6 +35,7 @@ class Pretrained:
       begin_token: the id that comes before every text; None: this model's texts begin without one.
       card: where it came from and what has been done to it, for reports.
       source_config: its config.json, which `save_pretrained` writes again; {} for models that have none.
+      chat: the template by which messages become a text; None where the source has none.
       numerics: how its layers are computed where text is made and scored; a pytree. See
         `oasis_jax.evaluation.quantization.quantized`.
     """
@@ -47,6 +48,7 @@ class Pretrained:
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     source_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     numerics: Numerics = FLOAT
+    chat: ChatTemplate | None = None
 
     def decoder(self) -> Decoder:
         """An NNX Decoder of the same parameters: decoder()(ids) -> logits [B, T, V], statistics."""
@@ -96,7 +98,8 @@ def load_pretrained(
     params = load_params(files, config, placement)
     name = files.config.get("_name_or_path") or pathlib.Path(source).resolve().name
     card = {"source": str(source), "family": files.config["model_type"], "name": name}
-    return Pretrained(config, params, placement, tokenizer, begin, card, files.config)
+    chat = files.chat_template()
+    return Pretrained(config, params, placement, tokenizer, begin, card, files.config, chat=chat)
 
 
 def source_model(files: Source, normalizers: Mapping[str, Any] | None = None) -> ModelConfig:

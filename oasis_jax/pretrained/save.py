@@ -32,7 +32,7 @@ _TYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat1
 
 
 def save_pretrained(model: Pretrained, folder: str | os.PathLike, *, dtype: str | None = None) -> str:
-    """Writes model.safetensors (in shards where it is large), config.json, tokenizer.json and a README.md.
+    """Writes model.safetensors (in shards where it is large), config.json, tokenizer.json, a chat template and a README.md.
 
     Args:
       model: what to write.
@@ -60,6 +60,9 @@ def save_pretrained(model: Pretrained, folder: str | os.PathLike, *, dtype: str 
         _write_shards(path, ((key, np.ascontiguousarray(x.astype(_TYPES[name]))) for key, x in tensors))
         _write_json(path / "config.json", written_config(model, kind, name))
         _write_tokenizer(path, model.tokenizer, whole=kind is None)
+        if model.chat is not None:
+            names = dict(chat_template=model.chat.text, bos_token=model.chat.begin, eos_token=model.chat.end)
+            _write_json(path / "tokenizer_config.json", {name: text for name, text in names.items() if text})
         (path / "README.md").write_text(_card(model, kind), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out: cannot write to {str(path)!r}: {error.strerror}") from None

@@ -1,6 +1,7 @@
 """Where a pretrained model comes from: a folder of safetensors, a GGUF file, or a name on a hub."""
 
 import abc
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -9,6 +10,21 @@ from typing import Any
 import numpy as np
 
 from oasis_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """How messages become one text; see `oasis_jax.decoding.chat`.
+
+    Attributes:
+      text: in Jinja's language.
+      begin, end: the begin and the end token as they are written, which a template knows as bos_token and eos_token;
+        "" where there is none.
+    """
+
+    text: str
+    begin: str = ""
+    end: str = ""
 
 
 class Source(abc.ABC):
@@ -33,6 +49,10 @@ class Source(abc.ABC):
         """The fields of a `LibraryTokenizer`: model, its JSON; begin_id and separator_id. Or, of a model trained here,
         the tokenizer's `to_json`. None: there is none.
         """
+
+    @abc.abstractmethod
+    def chat_template(self) -> ChatTemplate | None:
+        """How messages become a text; None: there is no such template."""
 
 
 def open_source(source: str | pathlib.Path) -> Source:
@@ -88,6 +108,7 @@ def _from_hub(name: str) -> pathlib.Path:
             f"model {name!r}: no such folder, and huggingface_hub is not installed to fetch it; {local}"
         ) from None
     wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
+    wanted += ["chat_template.jinja"]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # many kinds, of several libraries underneath

@@ -16,10 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from oasis_jax.config import ModelConfig
+from oasis_jax.data.tokenizers import LibraryTokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.model.context import Context
 from oasis_jax.model.decoder import final_stream
 from oasis_jax.pretrained.load import Pretrained
+from oasis_jax.pretrained.source import ChatTemplate
 
 # Massive activations (Sun et al., arXiv 2402.17762): above 100, and 1000 times the median magnitude of their layer.
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
@@ -66,9 +68,8 @@ def transplant_sink(
         attention["null_logit"] = jnp.where(heads, 0.0, NO_NULL).astype(jnp.float32)
         changes += f", in {heads.sum()} of {heads.size} heads"
     layers = {**model.params["layers"], "attention": attention}
-    return model.changed(
-        config, {**model.params, "layers": layers}, f"sink transplanted: {names}{changes}", begin_token=None
-    )
+    change, params = f"sink transplanted: {names}{changes}", {**model.params, "layers": layers}
+    return model.changed(config, params, change, begin_token=None, chat=_without_begin(model, prefix))
 
 
 def transplanted(config: ModelConfig, count: int) -> ModelConfig:
@@ -96,6 +97,14 @@ def sink_heads(model: Pretrained, rows: Int[Array, "B T"], above: float = 0.3) -
         return jnp.stack(final_stream(params, model.config, ids, context, on_layer=mass, loop=True)[1].layers)
 
     return np.mean([np.asarray(run(model.params, row[None])) for row in rows], axis=0) > above
+
+
+def _without_begin(model: Pretrained, prefix: Sequence[int]) -> ChatTemplate | None:
+    """The chat template, which writes no begin token where that one is transplanted."""
+    if not model.chat or not model.chat.begin or not isinstance(model.tokenizer, LibraryTokenizer):
+        return model.chat
+    writes = model.tokenizer.encode_with_specials(model.chat.begin).tolist()
+    return dataclasses.replace(model.chat, begin="") if writes == list(prefix[:1]) else model.chat
 
 
 def _token_name(model: Pretrained, token: int) -> str:

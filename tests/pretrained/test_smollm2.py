@@ -1,6 +1,7 @@
 """A real model: SmolLM2-135M-Instruct as this library and as transformers read the same GGUF file."""
 
 import pathlib
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is missi
 
 from pretrained.against_transformers import compare, ours, theirs  # noqa: E402
 
+from oasis_jax.decoding.chat import encode, render  # noqa: E402
 from oasis_jax.pretrained import Pretrained, load_pretrained  # noqa: E402
 from oasis_jax.pretrained.smollm2 import fetch  # noqa: E402
 
@@ -74,6 +76,23 @@ def test_the_tokenizer_gives_the_ids_of_transformers(model, text, their_tokenize
         expected = their_tokenizer(case, add_special_tokens=False)["input_ids"]
         assert model.tokenizer.encode(case).tolist() == expected
         assert model.tokenizer.decode(np.array(expected)).decode() == case
+
+
+def test_messages_become_the_text_and_the_ids_of_transformers(model, their_tokenizer):
+    talk = [
+        ("system", "Be brief.\n"),
+        ("user", "What's a sink?\n\n def f(x): 3 + 4"),
+        ("assistant", " A drain. "),
+        ("user", "?"),
+    ]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    pieces = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    their_tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+    for some in (messages, messages[1:], messages[1:2], messages[1:3]):
+        for answer in (True, False):
+            theirs = partial(their_tokenizer.apply_chat_template, some, add_generation_prompt=answer)
+            assert render(model, some, answer=answer) == theirs(tokenize=False)
+            assert encode(model, some, answer=answer) == theirs(tokenize=True, return_dict=False)
 
 
 def test_a_text_cannot_spell_a_special_token(model):
