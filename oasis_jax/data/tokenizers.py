@@ -57,6 +57,11 @@ class Tokenizer:
         return next(self.encode_all([text.encode() if isinstance(text, str) else text]))
 
     @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """int32 [vocab_size]: how many bytes of text each token stands for."""
+        return np.array([len(self.decode([token])) for token in range(self.vocab_size)], np.int32)
+
+    @functools.cached_property
     def identity(self) -> dict:
         """kind, vocab_size and the sha256 of `to_json`."""
         return {

@@ -85,10 +85,7 @@ def subject_of_run(run: LoadedRun, workdir: str, label: str, num_batches: int | 
 
 def with_bytes(batch: Batch, tokenizer: Tokenizer | None) -> Batch:
     """A batch that also says how many bytes of text each target stands for: "bytes" [B, T]."""
-    if tokenizer is None:
-        return batch
-    lengths = np.array([len(tokenizer.decode([token])) for token in range(tokenizer.vocab_size)], np.int32)
-    return {**batch, "bytes": lengths[batch["targets"]]}
+    return batch if tokenizer is None else {**batch, "bytes": tokenizer.byte_lengths[batch["targets"]]}
 
 
 class ModelOptions(NamedTuple):
@@ -132,7 +129,7 @@ def subjects_of_model(source: str, label: str, options: ModelOptions) -> Iterato
         raise UserError(f"{source}: has no tokenizer.json, which reading text needs")
     config = dataclasses.replace(model.config, **options.computed)
     check_model(config)
-    model = model.replace(config=config, begin_token=_begin_token(model, options.begin_token))
+    model = model.replace(config=config, begin_token=begin_token(model, options.begin_token))
     context, asked = model.config.context_length, options.length + (model.begin_token is not None)
     if context and asked > context:
         raise UserError(f"--length: {asked} tokens, the begin token included, but {source} was made for {context}")
@@ -151,7 +148,8 @@ def subjects_of_model(source: str, label: str, options: ModelOptions) -> Iterato
             yield text.subject(transplant_sink(turned, prefix), source, f"{label}, both")
 
 
-def _begin_token(model: Pretrained, asked: str) -> int | None:
+def begin_token(model: Pretrained, asked: str) -> int | None:
+    """The token that texts begin with, as --begin-token says: auto, the model's own; none; or its number."""
     if asked in ("auto", "none"):
         return model.begin_token if asked == "auto" else None
     return _token(model, asked, "--begin-token: must be auto, none or the number of a token")

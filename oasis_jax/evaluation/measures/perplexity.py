@@ -27,9 +27,11 @@ DEFINITIONS = {
     },
     "bits_per_byte": {
         "tensor": "logits against the next token",
-        "average": "cross entropy in bits, summed over all target tokens, per byte of the text they stand for",
+        "average": "weighted sum over all target tokens of the cross entropy in bits / weighted sum of the bytes of "
+        "text they stand for; special tokens, such as a separator, are predicted like others and stand for none",
         "source": "cross entropy / (ln 2 * bytes)",
-        "applies_to": "byte tokenizers",
+        "applies_to": "batches that say how many bytes each target stands for: those of runs and models with any "
+        "tokenizer",
     },
     "squared_error": {
         "tensor": "output vectors against target vectors",
