@@ -37,15 +37,15 @@ test: venv
 test-slow: venv
 	$(TESTS) -m pytest -n 2 -m "slow and not faults and not parity"
 
-# Pretrained models against transformers and torch, a gigabyte that nothing else needs. Fetches SmolLM2-135M once, 100 MB.
+# Pretrained models against transformers and torch, tasks against the harness for language models: a gigabyte that nothing else needs. Fetches SmolLM2-135M once, 100 MB.
 PARITY := $(VENV)/.installed-parity
 test-parity: venv
 	@$(MAKE) --silent --no-print-directory $(PARITY)
 	$(TESTS) -m pytest -n 2 -m parity tests/pretrained
 
 $(PARITY): setup.cfg pyproject.toml constraints.txt
-	@echo "installing transformers and torch into $(VENV)"
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,parity]"
+	@echo "installing transformers, torch and lm-eval into $(VENV)"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,parity,lm_eval]"
 	@touch $@
 
 # Kills and damages real runs and prints its counts; about a quarter of an hour. Mounting small disks needs root: skipped with the reason otherwise.

@@ -65,7 +65,8 @@ def software() -> list[pathlib.Path]:
 
 def test_every_import_is_declared(setup):
     declared = requirements(setup["options"]["install_requires"])
-    optional = requirements(setup["options.extras_require"]["tensorboard"])
+    extras = setup["options.extras_require"]
+    optional = requirements(extras["tensorboard"]) | requirements(extras["lm_eval"])
     peers = {"transformer-engine", "huggingface-hub"}  # used where they are installed
     missing = {
         name: str(path)
@@ -89,7 +90,7 @@ def test_extras_are_imported_only_inside_functions(setup):
 
 def test_every_import_of_the_tests_is_declared(setup):
     extras = setup["options.extras_require"]
-    lines = [setup["options"]["install_requires"], extras["test"], extras["parity"]]
+    lines = [setup["options"]["install_requires"], extras["test"], extras["parity"], extras["lm_eval"]]
     declared = requirements("\n".join(lines))
     brought_by_pytest = {"packaging"}
     used = imports_of((ROOT / "tests").rglob("*.py"))

@@ -10,6 +10,7 @@ COMMANDS = {
     "eval": "measures trained runs and pretrained models and writes a report",
     "generate": "continues texts with a trained run or a pretrained model",
     "perplexity": "the perplexity of a text in strided windows, by token, word and byte",
+    "lm-eval": "runs tasks of the language model evaluation harness",
     "export": "writes a model as safetensors, for this library and, where its family is known, for others",
     "show": "prints a model's parameters and what each of its sublayers reads",
 }
