@@ -87,6 +87,14 @@ class Placement:
                 )
         return self.sharding(axes)
 
+    def with_whole_stream(self) -> "Placement":
+        """The same, but that the stream between sublayers is not split by positions: a step of decoding has one."""
+        if self.mesh is None:
+            return self
+        rules = tuple((name, () if name == "stream" else tuple(axes)) for name, axes in self.rules)
+        routing = self.routing and dataclasses.replace(self.routing, sequence=None)
+        return dataclasses.replace(self, rules=rules, routing=routing)
+
     def ways(self, axis: str) -> int:
         """Into how many parts a logical axis is split."""
         return 1 if self.mesh is None else _ways(self.spec((axis,))[0], self.mesh)[0]

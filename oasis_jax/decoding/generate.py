@@ -23,7 +23,7 @@ from oasis_jax.placement import Placement
 from oasis_jax.pretrained.load import Pretrained
 
 CHUNK = 16  # steps on the device before the host looks at what was written
-_LEAST = 16  # prompts and caches are rounded up to powers of two from here on, so that few programs are compiled
+_LEAST = 16  # prompts, caches and rows are rounded up to powers of two, those of tokens from here on: few programs
 
 
 class Generated(NamedTuple):
@@ -149,15 +149,20 @@ def _stop_tokens(model: Pretrained, asked: Sequence[int] | None) -> tuple[int, .
     return () if end is None else (end,)
 
 
+def _power_of_two(number: int) -> int:
+    """The least one that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
 def _rounded(length: int) -> int:
-    """The next power of two."""
-    return max(_LEAST, 1 << (length - 1).bit_length())
+    """Places for so many tokens."""
+    return max(_LEAST, _power_of_two(length))
 
 
 def _arrays(rows: list[list[int]], size: int, new: int, seed: int | Sequence[int], placement: Placement):
-    """Prompts side by side and as many rows as the mesh divides; those that were added are done already."""
+    """Prompts side by side; rows that were added, up to a power of two that the mesh divides, are done already."""
     ways = placement.ways("batch")
-    count = -(-len(rows) // ways) * ways
+    count = ways * _power_of_two(-(-len(rows) // ways))
     length = min(_rounded(max(map(len, rows))), size)
     ids, lengths = np.zeros((count, length), np.int32), np.ones(count, np.int32)
     for place, row in enumerate(rows):

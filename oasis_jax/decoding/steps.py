@@ -68,6 +68,7 @@ def prefill(
     Returns:
       Logits [B, V], float32 or better, of the token behind each prompt, and the caches of all layers.
     """
+    context = context.replace(placement=context.placement.with_whole_stream())
     entries = lambda _, layer: (layer.attention.key, layer.attention.value)
     final, run = final_stream(params, config, ids, context, on_layer=entries, loop=True)
     last = jnp.take_along_axis(final, (lengths - 1)[:, None, None], axis=1)
@@ -87,7 +88,7 @@ def step(
     Returns:
       Logits [B, V], float32 or better, of the token behind it, and the caches with it.
     """
-    context = context.replace(cache=caches)
+    context = context.replace(cache=caches, placement=context.placement.with_whole_stream())
     kept = lambda _, layer: layer.attention.cache
     final, run = final_stream(params, config, tokens[:, None], context, on_layer=kept)
     return _logits(params, config, final, context), tuple(run.layers)

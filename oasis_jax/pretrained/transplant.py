@@ -147,7 +147,7 @@ def prefix_keys(model: Pretrained, prefix: Sequence[int]) -> tuple[Array, Array]
 
     @jax.jit
     def run(params, ids):
-        context = Context(placement=model.placement)
+        context = Context(placement=model.placement.with_whole_stream())
         _, seen = final_stream(
             params,
             config,
@@ -158,7 +158,8 @@ def prefix_keys(model: Pretrained, prefix: Sequence[int]) -> tuple[Array, Array]
         )
         return tuple(jnp.stack([layer[i][0] for layer in seen.layers]) for i in (0, 1))
 
-    key, value = run(model.params, np.asarray([prefix], np.int32))
+    # As many rows as the mesh splits a batch into: one alone could not be.
+    key, value = run(model.params, np.asarray([prefix] * model.placement.ways("batch"), np.int32))
     return key.astype(config.dtype), value.astype(config.dtype)
 
 

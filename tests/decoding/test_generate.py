@@ -123,6 +123,11 @@ def test_no_prompt_is_nothing():
         (["text"], {}, "text needs a tokenizer"),
         ([[1] * 30], dict(max_new_tokens=11), "prompt and new tokens are 41 together, but the model was made for 40"),
         ([[1]], dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+        (
+            [[1]],
+            dict(kv_cache="int4"),
+            r"kv_cache: unknown name 'int4' \(did you mean 'int8'\?\); allowed: float, int8",
+        ),
         ([[1]], dict(stop=[""]), "a stop string is empty"),
         ([[1]], dict(stop=["x"]), "stop strings and text need a tokenizer"),
         ([[1]], dict(seed=[1, 2], max_new_tokens=2), "seed must be one number or 1, one a prompt, got 2"),
@@ -144,12 +149,39 @@ def test_models_that_cannot_decode_say_so():
         generate(learned, [[1] * 4], max_new_tokens=11)
 
 
-def test_few_programs_serve_many_lengths():
-    from oasis_jax.decoding.generate import _advance, _start
-
+def test_nothing_is_compiled_over_a_hundred_requests_of_mixed_lengths():
+    """Prompts of 1 to 32 tokens, 1 to 4 at once, behind two requests of each number of rows; every compilation of
+    the process is counted, those of single operations too.
+    """
+    compiled, random = [], np.random.default_rng(0)
+    count = lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     model = pretrained(num_layers=1)
-    generate(model, [tokens(1, 16)[0].tolist()], max_new_tokens=16)
-    before = _start._cache_size(), _advance._cache_size()
-    for length in range(9, 17):
-        generate(model, [tokens(1, length)[0].tolist()], max_new_tokens=16)
-    assert (_start._cache_size(), _advance._cache_size()) == before
+    request = lambda *lengths: generate(model, [tokens(1, n, n)[0].tolist() for n in lengths], max_new_tokens=16)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        for rows in (1, 2, 4):
+            request(*[16] * rows), request(*[32] * rows)
+        assert compiled
+        compiled.clear()
+        for _ in range(100):
+            request(*random.integers(1, 33, random.integers(1, 5)))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert not compiled
+
+
+def test_a_row_alone_is_the_row_among_sixteen():
+    model, prompts = pretrained(preset="oasis", window=5), [tokens(1, n, seed=n)[0].tolist() for n in range(1, 17)]
+    found = generate(model, prompts, max_new_tokens=12)
+    for prompt, row in zip(prompts, found):
+        assert generate(model, [prompt], max_new_tokens=12)[0].tokens == row.tokens
+
+
+def test_keys_and_values_in_8_bits_write_nearly_the_same():
+    model, prompt = pretrained(preset="oasis"), tokens(1, 9)[0].tolist()
+    (plain,) = generate(model, [prompt], max_new_tokens=1)
+    (short,) = generate(model, [prompt], max_new_tokens=1, kv_cache="int8")
+    assert short.logprobs == plain.logprobs  # the prompt itself is run in float
+    (plain,), (short,) = (generate(model, [prompt], max_new_tokens=4, kv_cache=kind) for kind in ("float", "int8"))
+    same = [a == b for a, b in zip(plain.tokens, short.tokens)].index(False) if plain.tokens != short.tokens else 4
+    assert same >= 2 and 0 < np.abs(np.subtract(plain.logprobs[:same], short.logprobs[:same])).max() < 0.1
