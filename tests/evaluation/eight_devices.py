@@ -11,8 +11,10 @@ from oasis_jax.evaluation import EVALUATORS, choose, evaluate, evaluate_model, m
 from oasis_jax.evaluation.interventions import intervene
 from oasis_jax.evaluation.passes import DecoderPass, lower, placed_batches
 from oasis_jax.evaluation.quantization import calibrate, parse_schemes, quantization
+from oasis_jax.evaluation.tasks.scoring import Row, score
 from oasis_jax.model.decoder import forward
 from oasis_jax.placement import make_mesh, place
+from oasis_jax.pretrained import Pretrained
 from oasis_jax.training.state import build_model, new_state
 
 LENGTH, VOCAB = 40, 331
@@ -75,6 +77,21 @@ def report(
     return found
 
 
+def scored(model: dict, mesh: dict, lengths: list[int]) -> dict:
+    """Log-likelihoods of all but the first token of rows of so many tokens."""
+    params, found, random = None, {}, np.random.default_rng(3)
+    rows = [Row(random.integers(VOCAB, size=length).tolist(), length - 1) for length in lengths]
+    for name, sizes, devices in (("alone", {}, jax.devices()[:1]), ("sharded", mesh, jax.devices())):
+        config = config_of(model, sizes, length=64)
+        placement = place(config, make_mesh(config.mesh, devices))
+        state = new_state(config, placement.mesh).params
+        params = perturbed(state) if params is None else params
+        state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, state)
+        scores = score(Pretrained(config.model, state, placement), rows, batch_size=3)
+        found[name] = [[float(x) for x in row.logprobs] + [bool(x) for x in row.greedy] for row in scores]
+    return found
+
+
 def modules(model: dict, mesh: dict, rows: list[int]) -> dict:
     """An NNX Decoder whose parameters are laid out as in training, and the same as somebody's function, beside one
     device.
@@ -100,5 +117,5 @@ def compiled(model: dict, mesh: dict, rows: list[int], length: int = LENGTH) -> 
 
 
 if __name__ == "__main__":
-    run = {"report": report, "modules": modules, "compiled": compiled}
+    run = {"report": report, "scored": scored, "modules": modules, "compiled": compiled}
     print(json.dumps([run[name](**case) for name, case in json.loads(sys.argv[1])]))

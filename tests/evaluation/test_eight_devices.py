@@ -151,3 +151,13 @@ def test_no_device_holds_a_matrix_of_all_probabilities(mesh):
     (text,) = on_eight_devices(("compiled", case))
     pairs = [(int(a), int(b)) for a, b in re.findall(r"f32\[(?:\d+,)*(\d+),(\d+)\]", text)]
     assert 320 < max(a * b for a, b in pairs if b == 320) < 320 * 320 // MESHES[mesh].get("sequence", 1)
+
+
+@pytest.mark.slow
+def test_log_likelihoods_of_rows_in_the_order_of_the_text():
+    """Where the text is split too, its tokens lie in another order on the devices."""
+    cases = [
+        ("scored", dict(model=dict(preset="oasis"), mesh=mesh, lengths=[41, 3, 18, 30])) for mesh in MESHES.values()
+    ]
+    for found in on_eight_devices(*cases):
+        assert check_equal(found["alone"], found["sharded"]) == 2 * (40 + 2 + 17 + 29)
