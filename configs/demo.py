@@ -7,7 +7,7 @@
 The second line trains its twin: the same wiring, data, seed and steps with softmax over tokens and over depth.
 Any other method of `train.py --help` is trained the same way.
 
-Hardware: two CPU cores, no download. Time and metrics: see README, "What make demo shows".
+Hardware: two CPU cores, no download. Time and metrics: see docs/demo.md.
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig

@@ -2,14 +2,13 @@
 
 At a trigger the model has to put out the mean of the content so far, anywhere else zero. Softmax attention puts out
 zero by sending its mass to a token without content, the begin token. Softmax1 could send it to the null instead; with a
-begin token at hand it does not (README, "What make demo shows").
+begin token at hand it does not (docs/demo.md).
 
     python train.py --config=configs/trigger.py --workdir=runs/softmax
     python train.py --config=configs/trigger.py --workdir=runs/softmax1 --set model.normalizer=softmax1
     python eval.py --workdir runs/softmax --workdir runs/softmax1 --report runs/sinks
 
-Hardware: two CPU cores, no download. Time and metrics (first_token_mass, null_mass): see README, "What make demo
-shows".
+Hardware: two CPU cores, no download. Time and metrics (first_token_mass, null_mass): see docs/demo.md.
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
