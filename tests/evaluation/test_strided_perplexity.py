@@ -1,6 +1,9 @@
 """Perplexity in strided windows: which token is scored in which window, and what the sums mean."""
 
+import importlib
 import json
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -149,6 +152,28 @@ def test_texts_that_cannot_be_scored_say_so():
         strided_perplexity(model(BytesTokenizer(), begin_token=256), "", window=8, stride=4)
     with pytest.raises(UserError, match="came without"):
         strided_perplexity(model(BytesTokenizer()).replace(tokenizer=None), TEXT, window=8, stride=4)
+
+
+def test_the_example_of_the_documentation_runs_as_it_is_shown(capsys):
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    _, example = re.findall(r"```python\n(.*?)```", text, re.DOTALL)  # the first needs the harness
+    names = dict(model=model(BytesTokenizer()), text=TEXT)
+    exec(compile(example, "docs/benchmarks.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert [line.partition(":")[0] for line in said.splitlines()] == list(names["found"])
+    assert names["found"] == strided_perplexity(names["model"], TEXT, window=32, stride=8)
+
+
+@pytest.mark.parametrize("command", ["lm-eval", "perplexity"])
+def test_the_commands_of_the_documentation_have_their_flags(command):
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    lines = re.findall(rf"^    python -m oasis_jax {command} (.*)$", text, re.MULTILINE)
+    assert lines
+    parser = importlib.import_module(f"oasis_jax.commands.{command.replace('-', '_')}").make_parser(command)
+    for line in lines:
+        _, others = parser.parse_known_args(line.split())
+        of_harness = {"--limit", "--include_path", "--output_path", "--log_samples"} if command == "lm-eval" else set()
+        assert {flag.partition("=")[0] for flag in others} <= of_harness
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ float32; tasks from local files through its command line; strided perplexity bes
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -34,6 +35,8 @@ SIZES = dict(
     pad_token_id=END,
 )  # fmt: skip
 WORDS = ["the", "grey", "goose", "saw", "a", "green", "field", "and", "a", "field", "of", "geese", "near", "Genève"]
+
+ONCE = pytest.mark.parametrize("folder", ["without"], indirect=True)
 
 
 def sentence(length: int, seed: int) -> str:
@@ -217,6 +220,16 @@ def tasks(tmp_path, monkeypatch) -> pathlib.Path:
     return tmp_path
 
 
+@ONCE
+def test_the_example_of_the_documentation_runs_as_it_is_shown(folder, tasks):
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    example, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    manager = TaskManager(include_path=str(tasks))
+    names = dict(model=load_pretrained(folder), tasks=["local_choices"], task_manager=manager)
+    exec(compile(example, "docs/benchmarks.md", "exec"), names)
+    assert 0 <= names["results"]["results"]["local_choices"]["acc,none"] <= 1
+
+
 def numbers(sample: dict) -> list[float]:
     """The log-likelihoods of a sample, beside which the harness keeps what is greedy."""
     kept = [value for response in sample["resps"] for value in np.ravel(np.asarray(response, object))]
@@ -226,9 +239,6 @@ def numbers(sample: dict) -> list[float]:
 def samples_of(out: pathlib.Path, task: str) -> list[dict]:
     (file,) = out.rglob(f"samples_{task}_*.jsonl")
     return sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
-
-
-ONCE = pytest.mark.parametrize("folder", ["without"], indirect=True)
 
 
 @ONCE
@@ -268,7 +278,6 @@ def test_mistakes_are_one_line(folder, tasks, capsys):
         (["--tasks=local_rolling", "--model_args=dtype=float64"], "--model_args"),
         (["--tasks=local_rolling", "--batch_size=auto"], "--batch-size"),
         (["--tasks=local_rolling", "--log_samples"], "Specify --output_path"),
-        (["--tasks=local_generated", "--max-length=61", "--gen_kwargs=max_gen_toks=61"], "61 new tokens leave no room"),
     ]
     for arguments, message in cases:
         with pytest.raises(SystemExit) as exit:
@@ -299,6 +308,8 @@ def test_models_that_the_harness_cannot_ask_say_so(folder):
         HarnessModel(found.model.replace(tokenizer=None))
     with pytest.raises(UserError, match="a continuation of 34 tokens does not fit into the 33"):
         found._loglikelihood_tokens([(None, [5], [7] * 34)])
+    with pytest.raises(UserError, match="33 new tokens leave no room for a context in 33 tokens"):
+        found._generate(["a"], {"max_gen_toks": 33}, [0])
     with pytest.raises(UserError, match="unknown name 'num_beams'"):
         found._generate(["a"], {"num_beams": 3}, [0])
     with pytest.raises(UserError, match="chat templates"):
