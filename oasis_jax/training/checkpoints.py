@@ -259,6 +259,9 @@ class Checkpoints:
                     f"checkpoint {bad} is not whole, step {step} is used instead: {reason}; {bad - step} steps lost"
                 )
             return found, list(broken)
+        replaced = [step for step in self._manager.all_steps(read=True) if step > max(steps)]
+        if replaced and not any((self.folder / str(step)).exists() for step in broken):
+            return self.first_whole(restore, sorted(replaced, reverse=True))  # a run that is training deleted them
         reasons = "; ".join(f"{step}: {reason}" for step, reason in broken.items())
         raise UserError(f"{self.folder}: no whole checkpoint ({reasons}); restore one or take another workdir")
 

@@ -21,6 +21,7 @@ from oasis_jax.training.description import check_corpus, describe
 from oasis_jax.training.distributed import batch_part, is_first
 from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.guard import Guard, TrainingStopped, floats
+from oasis_jax.training.lock import WorkdirLock
 from oasis_jax.training.metrics import MetricsWriter, NoWriter, ProgressBar, Speed, read_metrics
 from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.preemption import Preemption
@@ -45,6 +46,7 @@ class _Run(NamedTuple):
     checkpoints: Checkpoints
     progress: ProgressBar
     preemption: Preemption
+    lock: WorkdirLock
     evaluators: Mapping[str, Evaluator]
 
 
@@ -71,7 +73,7 @@ def fit(
 
     Raises:
       UserError: something the user can mend: config, mesh, data, another run's workdir, a workdir that cannot be
-        written.
+        written or that another process trains in.
       TrainingStopped: loss, gradient or parameters are no longer finite (such a state is never saved), or the workdir
         cannot take more.
       Preempted: SIGTERM came; the step it fell into was finished and saved.
@@ -86,6 +88,7 @@ def fit(
         # Where the run stands. Nothing is changed before the workdir's run is known to be this one.
         preemption = stack.enter_context(Preemption())
         progress = ProgressBar(steps=config.run.steps, tokens_per_step=tokens, silent=not is_first())
+        lock = stack.enter_context(WorkdirLock(workdir, progress.say))
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=Keep.of(config.run), say=progress.say))
         resumed = checkpoints.resume(config, mesh)
         warm = config.run.init_from and not resumed
@@ -104,7 +107,7 @@ def fit(
         if start:
             examples = lambda rows: training_examples(corpus, config, rows)
             state = state._replace(params=starting_parameters(start, config, state.params, examples, progress.say))
-        run = _Run(config, mesh, corpus, checkpoints, progress, preemption, evaluators or {})
+        run = _Run(config, mesh, corpus, checkpoints, progress, preemption, lock, evaluators or {})
         _log_and_train(run, workdir, state, resumed, profile, stack)
     return _last_line(workdir)
 
@@ -179,6 +182,7 @@ def _train(
 
         # What was left on the device is looked at before it is logged or saved.
         if due.log or due.save:
+            run.lock.check()
             with speed.spending("device"):
                 values = guard.fetch(pending)
             pending = {}

@@ -303,6 +303,16 @@ def test_no_whole_checkpoint(run, workdir, said):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["6", "9"]
 
 
+def test_what_a_run_deletes_while_it_is_read_is_looked_for_again(run, workdir, written):
+    for step in ("6", "9"):
+        shutil.rmtree(workdir / "checkpoints" / step)
+    folder = shutil.copytree(written / "checkpoints" / "6", workdir / "checkpoints" / "6")
+    with Checkpoints(workdir, keep=None, say=print) as checkpoints:
+        folder.rename(folder.with_name("12"))
+        manifest.write(folder.with_name("12"), 12, late=True)
+        assert checkpoints.first_whole(lambda step: step, checkpoints.steps()) == (12, [])
+
+
 # Another run
 
 

@@ -175,7 +175,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(before, asked, tmp_path):
     (workdir / "checkpoints" / "6" / "files.json").unlink()
     with starting_point(changed(asked, "run", init_from=str(workdir)), said.append) as start:
         assert start.what.startswith("step 3 in ")
-    assert said == ["checkpoint 6 is not whole, step 3 is used instead: files.json is missing"]
+    assert said == ["checkpoint 6 is not whole, step 3 is used instead: files.json is missing; 3 steps lost"]
     assert (workdir / "checkpoints" / "6").is_dir()
 
 
