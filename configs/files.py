@@ -3,7 +3,7 @@
     python train.py --config=configs/files.py --workdir=runs/mine --set "data.pattern=books/*.txt"
     python eval.py --workdir runs/mine --report runs/mine_report
 
-A twentieth of the files is held out. Of a .jsonl line the key `data.text_key` is read.
+A twentieth of the text is held out, by document. Of a .jsonl line the key `data.text_key` is read.
 The method is OASIS on AttnRes blocks in bfloat16; `--set model.preset=NAME` trains another.
 
 Hardware: made for one accelerator; on CPUs take fewer layers and `--set model.dtype=float32`. Metrics: those of your

@@ -34,7 +34,7 @@ class DataConfig:
     sequence_length: int = field(256, "tokens T of an example")
     batch_size: int = field(16, "examples of one optimizer step, over all devices")
     begin_token: bool = field(True, "every example starts with a begin token")
-    holdout_fraction: float = field(0.05, "share of the corpus, by file, that is never trained on")
+    holdout_fraction: float = field(0.05, "share of the corpus that is never trained on")
     trigger_dim: int = field(16, "corpus=trigger: size of the random content of a vector")
     trigger_rate: float = field(0.1, "corpus=trigger: share of positions that carry the trigger")
 

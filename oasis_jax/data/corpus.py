@@ -30,7 +30,7 @@ class Corpus:
       tokenizer: None where examples are vectors.
       train: examples to train on.
       heldout: examples kept back.
-      corrupt: what could not be read and was left out, a line each (data.corrupt=skip).
+      notes: what was left out and what is not as asked for, a line each, to be said when training starts.
       vector_dim: size of input and target vectors, None where examples are tokens.
     """
 
@@ -39,7 +39,7 @@ class Corpus:
     train: Source
     heldout: Source
     vector_dim: int | None = None
-    corrupt: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def seed_sequence(seed: int, *keys: int) -> np.random.SeedSequence:

@@ -1,5 +1,6 @@
 """Corpus `files`: local text, a .txt file is one document and every line of a .jsonl file is one."""
 
+import codecs
 import dataclasses
 import functools
 import glob
@@ -24,7 +25,8 @@ def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpu
     del seed  # the text is what it is
     files, corrupt = read_files(config)
     identity = {"name": "files"} | ({"corrupt": len(corrupt)} if corrupt else {})
-    return dataclasses.replace(text_corpus(files, config, tokenizer, identity=identity), corrupt=tuple(corrupt))
+    corpus = text_corpus(files, config, tokenizer, identity=identity)
+    return dataclasses.replace(corpus, notes=(*(f"left out: {what}" for what in corrupt), *corpus.notes))
 
 
 def read_files(config: DataConfig) -> tuple[list[TextFile], list[str]]:
@@ -47,7 +49,10 @@ def read_files(config: DataConfig) -> tuple[list[TextFile], list[str]]:
         content = attempt(lambda path=path: read(path, "data.pattern"))
         if content is None:
             continue
-        documents = json_documents(content, path, config.text_key, attempt) if path.suffix == ".jsonl" else [content]
+        if path.suffix == ".jsonl":
+            documents = json_documents(content, path, config.text_key, attempt)
+        else:
+            documents = [content.removeprefix(codecs.BOM_UTF8)]
         files.append(TextFile.from_content(name, content, documents))
     return files, corrupt
 

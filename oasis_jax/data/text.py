@@ -1,14 +1,17 @@
-"""What the text corpora share: files of documents, the held-out split, the token stream and its windows."""
+"""What the text corpora share: files of documents, the token stream and its windows."""
 
 import dataclasses
+import functools
 import hashlib
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from oasis_jax.config import DataConfig
 from oasis_jax.data.corpus import Corpus
+from oasis_jax.data.split import Split, hold_out
 from oasis_jax.data.tokenizers import TOKENIZERS, Tokenizer
 from oasis_jax.errors import UserError
 
@@ -22,31 +25,19 @@ class TextFile:
       sha256: of the file's bytes.
       size: of the file in bytes.
       documents: the texts in it that are not empty, as bytes.
+      empty: how many texts in it are.
     """
 
     name: str
     sha256: str
     size: int
     documents: Sequence[bytes]
+    empty: int
 
     @classmethod
     def from_content(cls, name: str, content: bytes, documents: Sequence[bytes]) -> "TextFile":
-        return cls(
-            name, hashlib.sha256(content).hexdigest(), len(content), [document for document in documents if document]
-        )
-
-    @property
-    def text_size(self) -> int:
-        return sum(map(len, self.documents))
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Documents to train on, documents kept back, and in words how they were chosen."""
-
-    train: Sequence[bytes]
-    heldout: Sequence[bytes]
-    rule: str
+        filled = [document for document in documents if document]
+        return cls(name, hashlib.sha256(content).hexdigest(), len(content), filled, len(documents) - len(filled))
 
 
 def read(path: pathlib.Path, where: str) -> bytes:
@@ -58,7 +49,12 @@ def read(path: pathlib.Path, where: str) -> bytes:
 
 
 def text_corpus(
-    files: Sequence[TextFile], config: DataConfig, tokenizer: Tokenizer | None, *, identity: dict
+    files: Sequence[TextFile],
+    config: DataConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    identity: dict,
+    divide: Callable[[float], Split] | None = None,
 ) -> Corpus:
     """Splits files, tokenizes them and cuts them into windows.
 
@@ -67,17 +63,34 @@ def text_corpus(
       config: reads tokenizer, bpe_vocab_size, sequence_length, begin_token and holdout_fraction.
       tokenizer: None: made as config says, a BPE from the training part alone.
       identity: what the caller knows about the corpus; joined by sha256 (over names and contents), bytes, files,
-        holdout and split.
+        holdout (its own sha256 over what is held out) and split.
+      divide: holdout_fraction -> split; None: `hold_out` of all documents.
     """
-    kind = tokenizer.kind if tokenizer else config.tokenizer
-    if kind != "bytes":
-        _require_utf8(files, kind)
-    split = hold_out(files, config.holdout_fraction)
-    tokenizer = tokenizer or TOKENIZERS[kind].train(split.train, config.bpe_vocab_size)
+    if not any(file.documents for file in files):
+        size = sum(file.size for file in files)
+        raise UserError(f"data.corpus: there is no text in it ({len(files)} files, {size} bytes)")
+    _require_utf8(files, tokenizer.kind if tokenizer else config.tokenizer)
+    divide = divide or functools.partial(hold_out, [document for file in files for document in file.documents])
+
+    def parts(fraction: float) -> tuple[Split, Tokenizer, "Windows", "Windows"]:
+        split = divide(fraction)
+        used = tokenizer or TOKENIZERS[config.tokenizer].train(split.train, config.bpe_vocab_size)
+        begin_id = used.begin_id if config.begin_token else None
+        windows = (
+            Windows(token_stream(part, used), config.sequence_length, begin_id) for part in (split.train, split.heldout)
+        )
+        return split, used, *windows
+
+    split, used, train, heldout = parts(config.holdout_fraction)
+    if not (len(train) and len(heldout)):
+        raise _too_short(
+            split, train, heldout, config.holdout_fraction, lambda fraction: all(map(len, parts(fraction)[2:]))
+        )
     holdout = {
         "fraction": config.holdout_fraction,
         "bytes": sum(map(len, split.heldout)),
         "documents": len(split.heldout),
+        "sha256": split.sha256,
     }
     summary = {
         "sha256": digest(files),
@@ -86,12 +99,9 @@ def text_corpus(
         "holdout": holdout,
         "split": split.rule,
     }
-    begin_id = tokenizer.begin_id if config.begin_token else None
-    train = Windows(token_stream(split.train, tokenizer), config.sequence_length, begin_id)
-    heldout = Windows(token_stream(split.heldout, tokenizer), config.sequence_length, begin_id)
-    _require_example(train, "training", "or a longer corpus", split.rule)
-    _require_example(heldout, "held-out", "a larger data.holdout_fraction, or a longer corpus", split.rule)
-    return Corpus(identity | summary, tokenizer, train, heldout)
+    empty = sum(file.empty for file in files)
+    notes = (f"left out: {empty} empty documents",) if empty else ()
+    return Corpus(identity | summary, used, train, heldout, notes=notes + split.notes)
 
 
 def digest(files: Sequence[TextFile]) -> str:
@@ -102,6 +112,8 @@ def digest(files: Sequence[TextFile]) -> str:
 
 
 def _require_utf8(files: Sequence[TextFile], kind: str) -> None:
+    if kind == "bytes":
+        return
     for file in files:
         for document in file.documents:
             try:
@@ -113,80 +125,33 @@ def _require_utf8(files: Sequence[TextFile], kind: str) -> None:
                 ) from None
 
 
-def _require_example(windows: "Windows", part: str, remedy: str, rule: str) -> None:
-    if not len(windows):
-        raise UserError(
-            f"data.sequence_length: {windows.length} is more than the {part} part's {len(windows.tokens)} tokens "
-            "can fill once; "
-            f"use a smaller data.sequence_length, {remedy} ({rule})"
-        )
+def _too_short(
+    split: Split, train: "Windows", heldout: "Windows", asked: float, works: Callable[[float], bool]
+) -> UserError:
+    """The error for a part that holds no example, with the numbers that help.
 
-
-def hold_out(files: Sequence[TextFile], fraction: float) -> Split:
-    """Keeps about `fraction` of the bytes back, the same ones for every seed, sequence length and tokenizer.
-
-    Several files are split by file. A single file gives the tail of its documents, a single document the tail of its
-    bytes.
+    Args:
+      asked: data.holdout_fraction.
+      works: whether both parts hold an example with another data.holdout_fraction.
     """
-    filled = [file for file in files if file.documents]
-    if not filled:
-        raise UserError(
-            f"data.corpus: there is no text in it ({len(files)} files, {sum(file.size for file in files)} bytes)"
-        )
-    if len(filled) > 1:
-        return _split_files(filled, fraction)
-    if len(filled[0].documents) > 1:
-        return _split_documents(filled[0].documents, fraction)
-    return _split_bytes(filled[0].documents[0], fraction)
-
-
-def _split_files(files: Sequence[TextFile], fraction: float) -> Split:
-    """Walks the files in the order of their names' hashes and keeps back every one that still fits."""
-    total = sum(file.text_size for file in files)
-    chosen: set[str] = set()
-    size = 0
-    for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).digest()):
-        if size + file.text_size <= fraction * total:
-            chosen.add(file.name)
-            size += file.text_size
-    how = "taken in the order of their names' sha256 as long as they fit"
-    if not chosen:
-        smallest = min(files, key=lambda file: (file.text_size, file.name))
-        chosen, size, how = (
-            {smallest.name},
-            smallest.text_size,
-            f"the smallest, as none is as small as {fraction} of the text",
-        )
-    train = [document for file in files if file.name not in chosen for document in file.documents]
-    heldout = [document for file in files if file.name in chosen for document in file.documents]
-    return Split(
-        train, heldout, f"by file: {len(chosen)} of {len(files)} files ({size} of {total} bytes) held out, {how}"
-    )
-
-
-def _split_documents(documents: Sequence[bytes], fraction: float) -> Split:
-    total = sum(map(len, documents))
-    first, size = len(documents), 0
-    while first > 1 and size < fraction * total:
-        first -= 1
-        size += len(documents[first])
-    rule = (
-        f"within the only file: its last {len(documents) - first} of {len(documents)} documents ({size} "
-        f"of {total} bytes) held out"
-    )
-    return Split(documents[:first], documents[first:], rule)
-
-
-def _split_bytes(text: bytes, fraction: float) -> Split:
-    """Cuts between two UTF-8 characters, where the bytes are UTF-8 at all."""
-    cut = len(text) - max(1, round(fraction * len(text)))
-    for _ in range(3):
-        if cut < len(text) and text[cut] & 0xC0 == 0x80:
-            cut += 1
-    return Split(
-        [text[:cut]],
-        [text[cut:]],
-        f"within the only document: its last {len(text) - cut} of {len(text)} bytes held out",
+    extra = train.begin_id is None
+    needed = train.length + extra
+    name, short = ("held-out", heldout) if len(train) else ("training", train)
+    remedies = []
+    longest = min(len(train.tokens), len(heldout.tokens)) - extra
+    if longest >= 2:
+        remedies.append(f"data.sequence_length={longest} or less")
+    # The share that gives the short part what it needs and a tenth more, rounded away from what is too little.
+    share = 1.1 * needed / (len(train.tokens) + len(heldout.tokens))
+    fraction = math.ceil(share * 1000) / 1000 if short is heldout else math.floor((1 - share) * 1000) / 1000
+    if 0 < fraction < 1 and works(fraction):
+        remedies.append(f"data.holdout_fraction={fraction:g}")
+    size = sum(map(len, [*split.train, *split.heldout]))
+    scale = size / (len(train.tokens) + len(heldout.tokens)) / min(asked, 1 - asked)  # bytes for a token in each part
+    remedies.append(f"a corpus of about {math.ceil(1.2 * scale * needed)} bytes instead of {size}")
+    return UserError(
+        f"data.sequence_length: {train.length} is more than the {name} part's {len(short.tokens)} tokens can fill "
+        f"once; use {', or '.join(remedies)} ({split.rule})"
     )
 
 

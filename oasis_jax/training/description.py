@@ -68,11 +68,17 @@ def differing_fields(asked: Config, stored: Config) -> list[str]:
 def check_corpus(corpus: Corpus, identity: dict) -> None:
     """Raises UserError, naming what differs, where a corpus is not the one of a checkpoint."""
     differing = [name for name in {**identity, **corpus.identity} if identity.get(name) != corpus.identity.get(name)]
-    if differing:
-        found = "; ".join(f"{name} was {identity.get(name)!r}, is {corpus.identity.get(name)!r}" for name in differing)
+    if not differing:
+        return
+    found = "; ".join(f"{name} was {identity.get(name)!r}, is {corpus.identity.get(name)!r}" for name in differing)
+    if set(differing) <= {"holdout", "split"}:
         raise UserError(
-            f"data: the corpus is not the one this run was trained on ({found}); restore it or take another workdir"
+            f"data: the text is the one this run was trained on, but this version holds out another part of it "
+            f"({found}); go on with the version that wrote the run, or take another workdir"
         )
+    raise UserError(
+        f"data: the corpus is not the one this run was trained on ({found}); restore it or take another workdir"
+    )
 
 
 def stored_config(metadata: dict) -> Config:

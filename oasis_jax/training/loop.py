@@ -98,8 +98,8 @@ def fit(
         if resumed:
             check_corpus(corpus, resumed.corpus_identity)
         config = with_sizes(config, corpus)
-        for what in corpus.corrupt:
-            progress.say(f"left out: {what}")
+        for note in corpus.notes:
+            progress.say(note)
         if resumed and resumed.step == config.run.steps:
             progress.say(f"{workdir} has all its {resumed.step} steps")
             return _last_line(workdir)

@@ -45,10 +45,14 @@ def test_jsonl_documents_become_the_stream(tmp_path):
         corpus="files", pattern=str(tmp_path / "a.jsonl"), text_key="body", sequence_length=5, holdout_fraction=0.2
     )
     corpus = load_corpus(config, seed=0)
-    assert corpus.tokenizer.decode(corpus.train.tokens) == "".join(letter * 9 for letter in "abcdefgh").encode()
+    streams = [corpus.tokenizer.decode(part.tokens).decode() for part in (corpus.train, corpus.heldout)]
+    assert [sorted(set(stream)) for stream in streams] == [
+        sorted(set("abcdefghij") - set(streams[1])),
+        sorted(set(streams[1])),
+    ]
+    assert list(map(len, streams)) == [72, 18] and all(letter * 9 in "".join(streams) for letter in "abcdefghij")
     assert (corpus.train.tokens == corpus.tokenizer.separator_id).sum() == 7
-    assert corpus.tokenizer.decode(corpus.heldout.tokens) == b"i" * 9 + b"j" * 9
-    assert "last 2 of 10 documents" in corpus.identity["split"]
+    assert "18 of 90 bytes in 2 of 10 documents" in corpus.identity["split"]
 
 
 @pytest.mark.parametrize(

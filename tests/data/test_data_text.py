@@ -1,7 +1,9 @@
 """Splits, streams and windows of the text corpora."""
 
+import dataclasses
 import hashlib
 import json
+import re
 import typing
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 
 from oasis_jax.config import DataConfig, field_type
 from oasis_jax.data import CORPORA, TOKENIZERS, load_corpus
-from oasis_jax.data.text import TextFile, Windows, hold_out, token_stream
-from oasis_jax.data.tokenizers import BytesTokenizer
+from oasis_jax.data.split import hold_out
+from oasis_jax.data.text import Windows, token_stream
+from oasis_jax.data.tokenizers import BPETokenizer, BytesTokenizer
 from oasis_jax.errors import UserError
 
 BEGIN, SEPARATOR = 256, 257
@@ -31,10 +34,6 @@ def write_texts(folder, count=20, size=50):
 def stream_of(windows):
     """The token stream a source of windows holds, read back through its examples."""
     return np.concatenate([windows[i]["targets"] for i in range(len(windows))])
-
-
-def text_file(name, *documents):
-    return TextFile.from_content(name, b"\n".join(documents), documents)
 
 
 def refusal(call, *arguments, **keywords):
@@ -62,15 +61,6 @@ def test_identity_names_the_content_and_nothing_else(tmp_path):
     assert load_corpus(files_config(moved), seed=0).identity["sha256"] != identity["sha256"]
 
 
-def test_split_by_file_is_disjoint_complete_and_about_the_fraction(tmp_path):
-    texts = write_texts(tmp_path)
-    split = hold_out([text_file(f"{i}", text) for i, text in enumerate(texts)], 0.25)
-    assert sorted([*split.train, *split.heldout]) == sorted(texts)
-    share = sum(map(len, split.heldout)) / sum(map(len, texts))
-    assert 0.15 < share <= 0.25
-    assert split.rule.startswith(f"by file: {len(split.heldout)} of 20 files")
-
-
 def test_a_file_never_lies_on_both_sides(tmp_path):
     write_texts(tmp_path)
     corpus = load_corpus(files_config(tmp_path, holdout_fraction=0.25), seed=0)
@@ -87,29 +77,6 @@ def test_split_keeps_its_files_when_tokenizer_and_length_change(tmp_path):
         )
     ]
     assert splits[0] == splits[1] == splits[2]
-
-
-def test_two_large_files_hold_out_the_smaller():
-    split = hold_out([text_file("a", b"x" * 100), text_file("b", b"y" * 90)], 0.05)
-    assert (split.train, split.heldout) == ([b"x" * 100], [b"y" * 90])
-    assert "the smallest" in split.rule
-
-
-def test_one_file_of_documents_holds_out_its_last_ones():
-    documents = [bytes([65 + i]) * 10 for i in range(20)]
-    split = hold_out([text_file("a.jsonl", *documents)], 0.11)
-    assert (split.train, split.heldout) == (documents[:17], documents[17:])
-    assert "its last 3 of 20 documents" in split.rule
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.17, 0.5, 0.93])
-def test_one_document_holds_out_its_tail_between_characters(fraction):
-    text = "aé漢😀" * 11
-    split = hold_out([text_file("a.txt", text.encode())], fraction)
-    (train,), (heldout,) = split.train, split.heldout
-    assert train.decode() + heldout.decode() == text
-    assert abs(len(heldout) - fraction * len(text.encode())) <= 4
-    assert f"its last {len(heldout)} of {len(text.encode())} bytes" in split.rule
 
 
 def test_stream_has_separators_between_documents_only():
@@ -174,27 +141,52 @@ def test_a_given_tokenizer_is_used_instead_of_a_new_one(tmp_path):
 
 def test_bpe_learns_from_the_training_part_alone(tmp_path):
     texts = write_texts(tmp_path)
-    config = files_config(tmp_path, tokenizer="bpe", bpe_vocab_size=400, sequence_length=2)
-    before = load_corpus(config, seed=0)
-    (kept,) = {before.tokenizer.decode(before.heldout[i]["targets"])[:1] for i in range(len(before.heldout))}
-    name = f"part{kept[0] - 65:02d}.txt"
-    (tmp_path / name).write_bytes(kept.lower() * len(texts[kept[0] - 65]))
-    after = load_corpus(config, seed=0)
-    assert after.tokenizer.identity == before.tokenizer.identity and after.identity != before.identity
+    config = files_config(tmp_path, tokenizer="bpe", bpe_vocab_size=400, sequence_length=2, holdout_fraction=0.25)
+    corpus, train = load_corpus(config, seed=0), hold_out(texts, 0.25).train
+    assert corpus.tokenizer.identity == BPETokenizer.train(train, 400).identity
+    assert corpus.tokenizer.identity != BPETokenizer.train(texts, 400).identity
 
 
-@pytest.mark.parametrize(
-    "fields, part, remedy",
-    [
-        ({"sequence_length": 2000}, "training part's", "longer corpus"),
-        ({"sequence_length": 60}, "held-out part's", "data.holdout_fraction"),
-    ],
-)
-def test_too_short_a_corpus_is_told_with_numbers(tmp_path, fields, part, remedy):
+SHORT = {
+    "held-out": {"sequence_length": 90},
+    "held-out without begin token": {"sequence_length": 90, "begin_token": False},
+    "training": {"sequence_length": 100, "holdout_fraction": 0.95},
+    "training without begin token": {"sequence_length": 100, "holdout_fraction": 0.95, "begin_token": False},
+    "held-out in tokens of a BPE": {"sequence_length": 90, "tokenizer": "bpe", "bpe_vocab_size": 259},
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_too_short_a_corpus_is_told_with_numbers_that_help(tmp_path, name):
+    """Each of the numbers is taken; a sequence one longer than the one named is refused again."""
     write_texts(tmp_path)
-    message = refusal(load_corpus, files_config(tmp_path, **fields), seed=0)
+    config = files_config(tmp_path, **SHORT[name])
+    message = refusal(load_corpus, config, seed=0)
+    assert f"the {name.split()[0]} part's" in message and "of 20 documents" in message
+    length = int(re.search(r"data\.sequence_length=(\d+) or less", message)[1])
+    fraction = float(re.search(r"data\.holdout_fraction=([\d.]+)", message)[1])
+    load_corpus(dataclasses.replace(config, sequence_length=length), seed=0)
+    refusal(load_corpus, dataclasses.replace(config, sequence_length=length + 1), seed=0)
+    load_corpus(dataclasses.replace(config, holdout_fraction=fraction), seed=0)
+
+
+def test_too_short_a_corpus_says_how_much_more_text_helps(tmp_path):
+    """More text of the same kind than named is enough."""
+    random = np.random.default_rng(3)
+    (tmp_path / "a.txt").write_bytes(random.integers(65, 91, 310, np.uint8).tobytes())
+    config = files_config(tmp_path, sequence_length=61)
+    message = refusal(load_corpus, config, seed=0)
+    size = int(re.search(r"a corpus of about (\d+) bytes instead of 310", message)[1])
+    assert size < 2 * 61 / config.holdout_fraction
+    (tmp_path / "b.txt").write_bytes(random.integers(65, 91, size - 310, np.uint8).tobytes())
+    load_corpus(config, seed=0)
+
+
+def test_a_text_without_room_for_two_examples_names_only_what_helps(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    message = refusal(load_corpus, files_config(tmp_path), seed=0)
     assert (
-        part in message and remedy in message and "of 20 files" in message and str(fields["sequence_length"]) in message
+        "data.sequence_length=" not in message and "holdout_fraction=" not in message and "about 168 bytes" in message
     )
 
 

@@ -401,6 +401,19 @@ def test_another_corpus_is_refused_by_name(run, text, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_another_split_of_the_same_text_is_refused_as_such(run):
+    """As a run of a version with another rule has it."""
+    corpus = run[2]
+    holdout = corpus.identity["holdout"]
+    older = [{"split": "by file: 2 of 9 files"}, {"holdout": holdout | {"sha256": "0" * 64}}]
+    for stored in older:
+        with pytest.raises(UserError, match=f"this version holds out another part of it .{next(iter(stored))} was"):
+            check_corpus(corpus, corpus.identity | stored)
+    without = {name: value for name, value in holdout.items() if name != "sha256"}
+    with pytest.raises(UserError, match="this version holds out another part"):
+        check_corpus(corpus, corpus.identity | {"holdout": without})
+
+
 def test_a_checkpoint_of_another_layout_is_refused(run, tmp_path, said):
     asked, config, corpus, states = run
     description = describe(config, corpus)

@@ -256,7 +256,7 @@ def test_mistakes_are_one_line_and_exit_code_2(pattern, tmp_path, stopped_at_5):
         ),
         ((f"--workdir={tmp_path / 'config.py'}",), "cannot write to"),
         # Ends after the checkpoints are opened and before anything is saved: no thread may be left behind.
-        ((f"--workdir={tmp_path / 'short'}", "--set", f"data.pattern={short}"), "use a smaller data.sequence_length"),
+        ((f"--workdir={tmp_path / 'short'}", "--set", f"data.pattern={short}"), "use a corpus of about"),
         (
             (f"--workdir={tmp_path / 'new'}", "--set", "data.batch_size=7", "--set", "optimizer.accumulation_steps=2"),
             "does not divide",

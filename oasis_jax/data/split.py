@@ -1,0 +1,118 @@
+"""Which text is never trained on."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+from oasis_jax.errors import UserError
+
+# How far the share held out may be from the one asked for, as a part of the latter, before a document is cut for it
+# and before it is said.
+_TOLERANCE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Documents to train on and documents kept back.
+
+    Attributes:
+      train, heldout: in the order of the corpus.
+      rule: in words, how they were chosen.
+      notes: what was left out and what is not as asked for, a line each.
+    """
+
+    train: Sequence[bytes]
+    heldout: Sequence[bytes]
+    rule: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Of what is held out: equal for equal documents in an equal order."""
+        return hashlib.sha256(b"".join(hashlib.sha256(document).digest() for document in self.heldout)).hexdigest()
+
+
+def hold_out(documents: Sequence[bytes], fraction: float) -> Split:
+    """Keeps about `fraction` of the bytes back: the same ones for every seed, sequence length, tokenizer, name and
+    order of files.
+
+    Documents with the same content (line ends aside) count once. The others are taken in the order of their hashes as
+    long as they fit; where that misses the share by more than a tenth, the next one in that order gives its tail.
+
+    Args:
+      documents: texts that are not empty.
+      fraction: of the bytes of all different documents, between 0 and 1.
+
+    Raises:
+      UserError: there is no text.
+    """
+    texts: dict[bytes, bytes] = {}
+    for document in documents:
+        texts.setdefault(_content_hash(document), document)
+    notes = []
+    if len(texts) < len(documents):
+        repeated = sum(map(len, documents)) - sum(map(len, texts.values()))
+        notes.append(
+            f"left out: {len(documents) - len(texts)} of {len(documents)} documents ({repeated} bytes), which repeat "
+            "the content of others"
+        )
+    kept = list(texts.values())
+    chosen, cut = _choose(list(texts), list(map(len, kept)), fraction)
+    parts = [_parts(text, i in chosen, cut.get(i, 0)) for i, text in enumerate(kept)]
+    train, heldout = ([part[side] for part in parts if part[side]] for side in (0, 1))
+    total, size = sum(map(len, kept)), sum(map(len, heldout))
+    rule = (
+        f"by document: {size} of {total} bytes in {len(heldout)} of {len(kept)} documents held out, taken in the order "
+        f"of their contents' sha256 as long as they fit{', the last of them its tail alone' if cut else ''}"
+    )
+    if abs(size - fraction * total) > _TOLERANCE * fraction * total:
+        notes.append(
+            f"held out: {size} of {total} bytes ({size / total:.3g}) where data.holdout_fraction={fraction} was asked "
+            "for; so small a text is not cut closer"
+        )
+    return Split(train, heldout, rule, tuple(notes))
+
+
+def hold_out_by_name(names: Sequence[str], documents: Sequence[bytes], fraction: float) -> Split:
+    """Keeps back the documents that fit into `fraction` of the bytes, taken in the order of their names' hashes: the
+    same names in every version of a collection, whatever changes in the texts. Nothing is cut, and copies stay.
+    """
+    keys = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
+    sizes = list(map(len, documents))
+    chosen, _ = _choose(keys, sizes, fraction)
+    rule = (
+        f"by file: {len(chosen)} of {len(documents)} files ({sum(sizes[i] for i in chosen)} of {sum(sizes)} bytes) "
+        "held out, taken in the order of their names' sha256 as long as they fit"
+    )
+    train, heldout = ([text for i, text in enumerate(documents) if (i in chosen) == side] for side in (False, True))
+    return Split(train, heldout, rule)
+
+
+def _content_hash(document: bytes) -> bytes:
+    return hashlib.sha256(document.replace(b"\r\n", b"\n")).digest()
+
+
+def _choose(keys: Sequence[bytes], sizes: Sequence[int], fraction: float) -> tuple[set[int], dict[int, int]]:
+    """The documents that are held out, and of one that is cut, how many of its last bytes are."""
+    if not keys:
+        raise UserError("data.corpus: there is no text in it")
+    wanted, size, chosen = fraction * sum(sizes), 0, set()
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    for i in order:
+        if size + sizes[i] <= wanted:
+            chosen.add(i)
+            size += sizes[i]
+    if size >= (1 - _TOLERANCE) * wanted:
+        return chosen, {}
+    # Less than everything is wanted, so one is left, and it is longer than what is missing.
+    first = next(i for i in order if i not in chosen)
+    return chosen, {first: max(1, round(wanted - size))}
+
+
+def _parts(text: bytes, chosen: bool, tail: int) -> tuple[bytes, bytes]:
+    """What of a document is trained on and what is held out; cut between two characters where it is UTF-8 at all."""
+    cut = 0 if chosen else len(text) - tail
+    for _ in range(3):
+        if 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:
+            cut += 1
+    return text[:cut], text[cut:]
