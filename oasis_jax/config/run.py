@@ -18,10 +18,14 @@ def sections() -> dict[str, type]:
 class DataConfig:
     """Where examples come from."""
 
-    corpus: Literal["stdlib", "files", "trigger"] = field(
-        "stdlib", "Python's standard library as text, local files, or the trigger task"
+    corpus: Literal["stdlib", "files", "pairs", "trigger"] = field(
+        "stdlib",
+        "Python's standard library as text, local files, questions and answers with the loss on answers alone, or the "
+        "trigger task",
     )
-    pattern: str = field("", "corpus=files: glob of .txt or .jsonl files")
+    pattern: str = field(
+        "", "corpus=files: glob of .txt or .jsonl files; corpus=pairs: of .jsonl files with question and answer"
+    )
     text_key: str = field("text", "corpus=files: the key that holds the text in a .jsonl line")
     corrupt: Literal["stop", "skip"] = field(
         "stop", "corpus=files: a file or line that cannot be read ends the run, or is named and left out"
@@ -44,8 +48,9 @@ class DataConfig:
         for name in ("holdout_fraction", "trigger_rate"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"data.{name}: must lie between 0 and 1, got {getattr(self, name)}")
-        if self.corpus == "files" and not self.pattern:
-            raise UserError("data.pattern: corpus=files needs a glob of .txt or .jsonl files")
+        if self.corpus in ("files", "pairs") and not self.pattern:
+            kinds = ".txt or .jsonl" if self.corpus == "files" else ".jsonl"
+            raise UserError(f"data.pattern: corpus={self.corpus} needs a glob of {kinds} files")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,14 @@
 """The table of corpora: a new one is one file with a `load` function and one line here."""
 
 from oasis_jax.config import DataConfig
-from oasis_jax.data import files, stdlib, trigger
+from oasis_jax.data import files, pairs, stdlib, trigger
 from oasis_jax.data.corpus import Corpus
 from oasis_jax.data.tokenizers import Tokenizer
 
 CORPORA = {
     "stdlib": stdlib.load,
     "files": files.load,
+    "pairs": pairs.load,
     "trigger": trigger.load,
 }
 

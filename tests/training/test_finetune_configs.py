@@ -3,6 +3,7 @@ random checkpoint of its family.
 """
 
 import dataclasses
+import json
 import pathlib
 
 import numpy as np
@@ -19,6 +20,7 @@ from oasis_jax.pretrained import load_pretrained
 from oasis_jax.pretrained.families import read_model_config
 from oasis_jax.training.load import load_run
 from oasis_jax.training.loop import fit
+from oasis_jax.training.metrics import read_metrics
 from oasis_jax.training.plan import with_vocabulary
 from oasis_jax.training.warm_start import _OWN
 
@@ -103,3 +105,25 @@ def test_each_runs_from_a_small_checkpoint(name, family, tmp_path):
         run.params["layers"]["mlp"]["up"], model.params["layers"]["mlp"]["up"], rtol=0, atol=1e-5
     )
     assert run.params["routers"]["query"].shape == (4, 24, 64)
+
+
+@pytest.mark.slow
+def test_gsm8k_is_learned_from_a_small_checkpoint_and_resumed_bit_by_bit(tmp_path):
+    random = np.random.default_rng(0)
+    text = lambda: " ".join(f"w{i}" for i in random.integers(0, 211, random.integers(3, 9)))
+    lines = [json.dumps({"question": text(), "answer": text()}) for _ in range(31)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    source = small_checkpoint(tmp_path / "llama", "llama")
+    assignments = [f"data.pattern={tmp_path}/pairs.jsonl", "data.sequence_length=45", "data.batch_size=3"]
+    assignments += [f"run.init_from={source}", "run.log_interval=1", "run.checkpoint_interval=2", "mesh.data=1"]
+    assignments += ["run.eval_interval=2", "run.eval_batches=1", "optimizer.schedule=constant"]
+    config = lambda steps: apply_overrides(
+        load_config(CONFIGS / "finetune_gsm8k.py"), [*assignments, f"run.steps={steps}"]
+    )
+    losses = lambda workdir: [line["loss"] for line in read_metrics(workdir) if "loss" in line]
+    fit(config(4), tmp_path / "whole")
+    fit(config(2), tmp_path / "parts")
+    fit(config(4), tmp_path / "parts")
+    found = losses(tmp_path / "whole")
+    assert found == losses(tmp_path / "parts") and len(found) == 4 and np.isfinite(found).all()
+    assert load_run(tmp_path / "whole").config.data.corpus == "pairs"
