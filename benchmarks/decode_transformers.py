@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from oasis_jax.decoding.generate import generate
-from oasis_jax.decoding.steps import prefill, step
+from oasis_jax.decoding.steps import for_steps, prefill, step
 from oasis_jax.model.cache import STORAGES, KVCache
 from oasis_jax.model.context import Context
 from oasis_jax.pretrained import Pretrained, load_pretrained, save_pretrained
@@ -109,6 +109,7 @@ def beside_a_read(name: str, model: Pretrained, repetitions: int) -> dict:
     entry = lambda seed: jax.random.normal(jax.random.key(seed), shape)
     read = jax.jit(lambda arrays: [x.sum() for x in arrays])
     advance = jax.jit(lambda params, token, caches: step(params, config, token, caches, Context()), donate_argnums=2)
+    params = for_steps(model.params)
     for storage, store in STORAGES.items():
         caches = tuple(
             KVCache(store(entry(2 * i)), store(entry(2 * i + 1)), jnp.full(1, CACHED)) for i in range(config.num_layers)
@@ -118,7 +119,7 @@ def beside_a_read(name: str, model: Pretrained, repetitions: int) -> dict:
         state = [caches]
 
         def one(state=state):
-            logits, state[0] = advance(model.params, jnp.array([5]), state[0])
+            logits, state[0] = advance(params, jnp.array([5]), state[0])
             return logits
 
         runs = {"a token": one, "plain read": lambda arrays=arrays: read([*weights, *jax.tree.leaves(arrays)])}

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.decoding.sampling import GREEDY, Sampling, sample
-from oasis_jax.decoding.steps import Caches, for_length, prefill, step
+from oasis_jax.decoding.steps import Caches, for_length, for_steps, prefill, step
 from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.model.cache import STORAGES
 from oasis_jax.model.context import Context
@@ -111,9 +111,10 @@ def generate(
     program = _Program(config, model.placement, sampling, ends, size, kv_cache)
     arrays = _arrays(rows, size, max_new_tokens, seed, model.placement)
     state = _start(model.params, model.numerics, *arrays, program=program)
+    params = for_steps(model.params)
     writers = [_Writer(model, max_new_tokens, ends, stop, number, on_text) for number in range(len(rows))]
     while not all(writer.ended for writer in writers):
-        state, tokens, logprobs = _advance(model.params, model.numerics, state, program)
+        state, tokens, logprobs = _advance(params, model.numerics, state, program)
         tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
         for writer, row, row_logprobs in zip(writers, tokens, logprobs):
             writer.take(row, row_logprobs)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,6 +14,7 @@ from oasis_jax.model.cache import KVCache, RingCache
 from oasis_jax.model.context import Context
 from oasis_jax.model.decoder import final_stream
 from oasis_jax.model.head import head_kernel, project_outputs
+from oasis_jax.model.layout import is_stacked, unstack_layers
 
 Caches = tuple[KVCache, ...]
 
@@ -45,6 +47,20 @@ def for_length(config: ModelConfig, length: int) -> ModelConfig:
         scaling = dataclasses.replace(scaling, short_factors=scaling.long_factors)
         return dataclasses.replace(config, rope_scaling=scaling)
     return config
+
+
+def for_steps(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parameters as steps read them: on a CPU layer by layer, a copy of them.
+
+    A step on a CPU would copy every layer's out of the stack, for every token: 1.75 times the CPU time of a row of a
+    20M model, 1.24 times that of 16 rows (2026-11-28).
+    """
+    if not is_stacked(params) or jax.default_backend() != "cpu":
+        return params
+    return _unstacked(params)
+
+
+_unstacked = jax.jit(unstack_layers)
 
 
 def prefill(
