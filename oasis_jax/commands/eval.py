@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from oasis_jax.commands.options import add_processes, add_set, join_processes, read_processes
 from oasis_jax.commands.parser import Parser
+from oasis_jax.commands.task_flags import add_tasks, task_settings
 from oasis_jax.overrides import parse_overrides
 
 # What an evaluation may set otherwise than the run: `oasis_jax.training.load.HOW`, tables left out.
@@ -64,6 +65,7 @@ def make_parser(program: str) -> Parser:
         help="quantization schemes to measure beside float, with commas between: w8a8_tensor,w4a8+smooth",
     )
     _add_model_flags(parser)
+    add_tasks(parser)
     add_set(parser, "how models are computed and where their data lie, such as mesh.fsdp=8", FIELDS)
     add_processes(parser)
     return parser
@@ -98,6 +100,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax eval") -> None:
     overrides = parse_overrides(args.set)  # their names and types are checked before anything is loaded
     given = {name: value for name in MODEL_FLAGS if (value := getattr(args, name)) is not None}
     _check(parser, args, given, overrides)
+    settings = task_settings(parser, args)
     join_processes(read_processes(parser, args))
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
@@ -121,6 +124,8 @@ def main(argv: Sequence[str], program: str = "oasis_jax eval") -> None:
         interventions=_names(args.interventions),
         quantize=_names(args.quantize),
         overrides=args.set,
+        tasks=_names(args.tasks),
+        task_settings=settings,
     )
     if is_first():
         print_comparison(runs)

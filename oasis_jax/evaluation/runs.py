@@ -11,6 +11,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
+
+import jax
 
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation import DEFINITIONS, Evaluator, bootstrap, choose
@@ -22,6 +25,7 @@ from oasis_jax.evaluation.report.comparison import MeasuredRun, groups, not_comp
 from oasis_jax.evaluation.report.page import write_report
 from oasis_jax.evaluation.report.views import look
 from oasis_jax.evaluation.subjects import ModelOptions, Subject, subject_of_run, subjects_of_model
+from oasis_jax.evaluation.tasks.table import prepare, run_tasks
 from oasis_jax.training.distributed import is_first, wait_for_all
 from oasis_jax.training.load import load_run
 
@@ -39,6 +43,8 @@ def evaluate(
     interventions: Sequence[str] = (),
     quantize: Sequence[str] = (),
     overrides: Iterable[str] = (),
+    tasks: Sequence[str] = (),
+    task_settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[MeasuredRun]:
     """Measures runs and pretrained models and writes report/metrics.json, report/index.html and report/figures/*.png.
 
@@ -55,15 +61,20 @@ def evaluate(
       quantize: quantization schemes such as "w8a8_tensor" or "w4a8+smooth"; each is measured beside float.
       overrides: "section.field=value" of how models are computed, such as "mesh.fsdp=8"; by default all devices split
         the batch.
+      tasks: names of `oasis_jax.evaluation.tasks.table.TASKS`: what each source is scored on as it is, in float and
+        under each scheme. Their texts are kept in report/<task>/; what an interrupted evaluation has left is not made
+        again.
+      task_settings: fields of the tasks' settings, such as {"gsm8k_file": "test.jsonl"}.
 
     Raises:
       UserError: a workdir twice or without a run, a model that cannot be read, a corpus that is not the run's, an
-        unknown measure, intervention or scheme, an override of what was trained, a report that cannot be written.
+        unknown measure, intervention, scheme or task, an override of what was trained, a report that cannot be written.
     """
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches: must be at least 1, got {num_batches}")
     evaluators, interventions = choose(measures, "--measures"), choose_interventions(interventions, "--interventions")
     schemes = parse_schemes(quantize)
+    prepared = prepare(tasks, task_settings, quantize)
     labels, folder, overrides = unique_labels(workdirs, models), pathlib.Path(report), list(overrides)
     if is_first():
         _check_writable(folder)
@@ -73,12 +84,34 @@ def evaluate(
         *(subjects_of_model(model, label, options) for model, label in zip(models, labels[len(workdirs) :])),
     )
     runs = [measure_subject(subject, evaluators, interventions, schemes) for subject in subjects]
+    if prepared:
+        runs = _with_tasks(runs, [*map(str, workdirs)], prepared, folder, quantize, options)
     if is_first():
         text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
         (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
         write_report(runs, folder)
     wait_for_all("the report is written")
     return runs
+
+
+def _with_tasks(
+    runs: Sequence[MeasuredRun],
+    workdirs: Sequence[str],
+    tasks: Mapping[str, Any],
+    folder: pathlib.Path,
+    schemes: Sequence[str],
+    options: ModelOptions,
+) -> list[MeasuredRun]:
+    """The runs with what tasks say of them. A run is loaded as it computes, a model as the options say."""
+    found = []
+    for run in runs:
+        how: dict[str, Any] = dict(dtype=options.dtype, begin_token=options.begin_token, mesh=options.mesh)
+        if run.workdir in workdirs:
+            mesh = run.config.mesh if jax.device_count() > 1 else None
+            how = dict(dtype=None, begin_token="auto", mesh=mesh)
+        results = run_tasks(tasks, run.workdir, run.label, folder, schemes, **how)
+        found.append(run._replace(tasks=_finite(results)))
+    return found
 
 
 def unique_labels(workdirs: Sequence[str | os.PathLike], models: Sequence[str] = ()) -> list[str]:
@@ -225,5 +258,6 @@ def _run_as_json(run: MeasuredRun) -> dict:
             for effect in run.interventions
         ],
         "quantization": run.quantization,
+        "tasks": dict(run.tasks),
         "view": run.view,
     }

@@ -35,6 +35,8 @@ def test_the_flags_reach_the_evaluation(calls, capsys):
         interventions=[],
         quantize=["w8a8_tensor"],
         overrides=["mesh.fsdp=8", "mesh.tensor=2"],
+        tasks=[],
+        task_settings={},
     )
     assert capsys.readouterr().out == "report: r/index.html\n"
 
@@ -101,9 +103,19 @@ def test_the_flags_of_models_reach_the_evaluation(calls):
     )
 
 
+def test_the_flags_of_tasks_reach_the_evaluation(calls):
+    flags = ["--tasks=gsm8k", "--gsm8k-file=t.jsonl", "--shots=0", "--samples=5", "--pass-at=3", "--temperature=0.7"]
+    command.main(["--model=m", "--report=r", *flags])
+    (_, _, options), _ = calls
+    assert options["tasks"] == ["gsm8k"]
+    assert options["task_settings"] == dict(gsm8k_file="t.jsonl", shots=0, samples=5, pass_at=3, temperature=0.7)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--model=a", "--shots=2", "--seed=3"], "--shots, --seed: only with --tasks"),
+        (["--model=a", "--tasks=gsm8k", "--rotate"], "--tasks: models are scored as they are; leave out --transplant"),
         (["--workdir=a", "--text=b", "--rotate"], "--text, --rotate: only with --model; a run reads its own"),
         (["--model=a", "--set=data.pattern=b"], "--set data.pattern: only with --workdir; a model reads --text"),
         (["--model=a", "--length=0"], "--length: must be at least 1, got 0"),

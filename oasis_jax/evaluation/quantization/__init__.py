@@ -10,6 +10,7 @@ from oasis_jax.evaluation.quantization.calibration import (
 from oasis_jax.evaluation.quantization.inference import (
     ALWAYS_FLOAT,
     Quantized,
+    check_texts,
     losses,
     quantization,
     quantized,
@@ -28,6 +29,7 @@ __all__ = [
     "Scheme",
     "calibrate",
     "calibration_for",
+    "check_texts",
     "losses",
     "parse_scheme",
     "parse_schemes",

@@ -174,6 +174,19 @@ def _unflatten(static: tuple[Scheme, str], arrays: tuple[Calibration]) -> Quanti
 jax.tree_util.register_pytree_node(Quantized, lambda x: ((x.calibration,), (x.scheme, x.scope)), _unflatten)
 
 
+def check_texts(scheme: str) -> Scheme:
+    """The scheme of a name; raises UserError for one under which no text is made, see `quantized`."""
+    parsed = parse_scheme(scheme)
+    if parsed.per_tensor and not parsed.static:
+        raise UserError(
+            f"--quantize: {scheme} takes ranges of a whole batch, so that a text would depend on its neighbours; take one "
+            f"with ranges from calibration: {', '.join(name for name, x in SCHEMES.items() if x.static)}"
+        )
+    if parsed.sink_float:
+        raise UserError(f"--quantize: {scheme}: which token is a text's first is not known here; leave out +sink_float")
+    return parsed
+
+
 def quantized(model: Pretrained, scheme: str, calibration_batches: Iterable[Batch] = ()) -> Pretrained:
     """The model as it makes and scores text under a scheme; its weights are rounded here, once.
 
@@ -185,14 +198,7 @@ def quantized(model: Pretrained, scheme: str, calibration_batches: Iterable[Batc
       UserError: no such scheme; one whose ranges are of a whole batch, under which what a text gets depends on what it
         is computed with; +sink_float, which only whole texts have.
     """
-    parsed = parse_scheme(scheme)
-    if parsed.per_tensor and not parsed.static:
-        raise UserError(
-            f"--quantize: {scheme} takes ranges of a whole batch, so that a text would depend on its neighbours; take one "
-            f"with ranges from calibration: {', '.join(name for name, x in SCHEMES.items() if x.static)}"
-        )
-    if parsed.sink_float:
-        raise UserError(f"--quantize: {scheme}: which token is a text's first is not known here; leave out +sink_float")
+    parsed = check_texts(scheme)
     calibration = calibration_for(parsed, model.params, model.config, model.placement, calibration_batches)
     numerics = Quantized(parsed, calibration)
     return model.changed(model.config, model.params, f"quantized: {scheme}", numerics=numerics)

@@ -32,6 +32,7 @@ class MeasuredRun(NamedTuple):
     quantization: Mapping[str, dict] = MappingProxyType(
         {}
     )  # by scheme, as `oasis_jax.evaluation.quantization.inference` says
+    tasks: Mapping[str, dict] = MappingProxyType({})  # as `oasis_jax.evaluation.tasks.table.run_tasks` says
     notes: Sequence[str] = ()  # what was done to a pretrained model, and how its texts begin
 
 

@@ -22,7 +22,7 @@ from oasis_jax.evaluation.report.comparison import (
 )
 from oasis_jax.evaluation.report.figures import Picture, color, save, scale_css, svg
 from oasis_jax.evaluation.report.pictures import pictures
-from oasis_jax.evaluation.report.sections import interventions, quantized, token_views
+from oasis_jax.evaluation.report.sections import interventions, quantized, task_scores, token_views
 from oasis_jax.evaluation.report.words import findings, summary
 
 _STYLE = pathlib.Path(__file__).with_name("style.css")
@@ -71,6 +71,7 @@ def _page(runs: Sequence[MeasuredRun], found: Sequence[Picture]) -> str:
         + "".join(_picture(picture, runs) for picture in found if picture.on_page)
         + token_views(runs)
         + quantized(runs)
+        + task_scores(runs)
         + interventions(runs)
         + _definitions()
         + _origins(runs)

@@ -13,6 +13,7 @@ from oasis_jax.evaluation.quantization import ALWAYS_FLOAT
 from oasis_jax.evaluation.report.comparison import ABSENT, MeasuredRun, change_text, interval_text, nats_text, show
 from oasis_jax.evaluation.report.figures import HEAT, color
 from oasis_jax.evaluation.report.pictures import TOKEN_VIEWS, schemes, token_scale
+from oasis_jax.evaluation.report.task_scores import task_tables
 
 Runs = Sequence[MeasuredRun]
 _LEVELS = 64  # colours of the token view
@@ -162,6 +163,28 @@ def by_role(tensors: dict[str, str]) -> dict[str, str]:
     alike = {role for role, ways in groups.items() if len(ways) == 1}
     roles = {name: re.sub(r"^layer\d+", "layer*", name) for name in tensors}
     return {roles[name] if roles[name] in alike else name: how for name, how in tensors.items()}
+
+
+# Tasks
+
+
+def task_scores(runs: Runs) -> str:
+    """What tasks say of every model, in float and quantized."""
+    parts = ""
+    for table in task_tables(runs):
+        heads = ("model", "numerics", "questions", *map(_text, table.extractions))
+        lines = [
+            (
+                _text(row.model),
+                _text(row.numerics),
+                str(row.questions),
+                *(_with_interval(*map(_text, row.scores[name])) for name in table.extractions),
+            )
+            for row in table.rows
+        ]
+        parts += f"<h2>{_text(table.title)}</h2><p class='note'>Below a score its interval: {_text(table.note)}.</p>"
+        parts += _table(heads, lines, left=2)
+    return f"<section>{parts}</section>\n" if parts else ""
 
 
 # Interventions

@@ -21,6 +21,7 @@ from oasis_jax.evaluation.report.comparison import (
     rows,
     show,
 )
+from oasis_jax.evaluation.report.task_scores import TaskTable, task_tables
 from oasis_jax.evaluation.report.words import findings, summary
 
 
@@ -86,6 +87,19 @@ def quantization_table(run: MeasuredRun) -> Table:
     return found
 
 
+def task_table(scores: TaskTable) -> Table:
+    """Every model on one task, in float and quantized."""
+    found = Table(title=escape(scores.title), title_justify="left", title_style="bold", caption=scores.note)
+    found.add_column("model")
+    found.add_column("numerics")
+    for heading in ("questions", *(x for name in scores.extractions for x in (name, "95 % interval"))):
+        found.add_column(heading, justify="right")
+    for row in scores.rows:
+        cells = [text for name in scores.extractions for text in row.scores[name]]
+        found.add_row(escape(row.model), row.numerics, str(row.questions), *cells)
+    return found
+
+
 def print_comparison(runs: Sequence[MeasuredRun]) -> None:
     """One table per group of comparable runs, and below it what its numbers say."""
     console = Console(highlight=False)
@@ -98,5 +112,7 @@ def print_comparison(runs: Sequence[MeasuredRun]) -> None:
             console.print(interventions_table(run))
         if run.quantization:
             console.print(quantization_table(run))
+    for scores in task_tables(runs):
+        console.print(task_table(scores))
     if not_comparable(runs):
         console.print(not_comparable(runs) + "\n", markup=False)
