@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from oasis_jax.commands.options import add_processes, add_set, join_processes, read_processes
+from oasis_jax.commands.options import add_processes, add_set, folder, join_processes, read_processes
 from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.task_flags import add_tasks, task_settings
 from oasis_jax.overrides import parse_overrides
@@ -28,7 +28,9 @@ MODEL_FLAGS = {
 def make_parser(program: str) -> Parser:
     """The flags of the command."""
     parser = Parser(prog=program, description="Measures runs and pretrained models and writes them side by side.")
-    parser.add_argument("--workdir", action="append", default=[], metavar="FOLDER", help="a trained run; repeatable")
+    parser.add_argument(
+        "--workdir", action="append", default=[], type=folder, metavar="FOLDER", help="a trained run; repeatable"
+    )
     parser.add_argument(
         "--model",
         action="append",
@@ -37,7 +39,11 @@ def make_parser(program: str) -> Parser:
         help="a pretrained model: a folder of safetensors, a .gguf file, owner/name on a hub; repeatable",
     )
     parser.add_argument(
-        "--report", required=True, metavar="FOLDER", help="where index.html, metrics.json and figures/ are written"
+        "--report",
+        required=True,
+        type=folder,
+        metavar="FOLDER",
+        help="where index.html, metrics.json and figures/ are written",
     )
     parser.add_argument(
         "--batches",

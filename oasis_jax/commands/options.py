@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import pathlib
 import typing
 from collections.abc import Collection
 from typing import Literal, NamedTuple
@@ -10,6 +11,16 @@ from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.table import aligned, terminal_width
 from oasis_jax.config import METHOD_FIELDS, field_type
 from oasis_jax.overrides import all_fields, is_table, parse_overrides
+
+# Folders
+
+
+def folder(text: str) -> pathlib.Path:
+    """A folder that a flag names; an empty name, as an unset variable in a shell leaves it, would be the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("names no folder; for the current one write .")
+    return pathlib.Path(text)
+
 
 # --set
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from oasis_jax.commands.config_file import load_config
-from oasis_jax.commands.options import ProcessFlags, add_processes, add_set, join_processes, read_processes
+from oasis_jax.commands.options import ProcessFlags, add_processes, add_set, folder, join_processes, read_processes
 from oasis_jax.commands.parser import Parser
 from oasis_jax.config import Config
 from oasis_jax.overrides import apply_overrides
@@ -33,7 +33,7 @@ def make_parser(program: str) -> Parser:
         help="a Python file with get_config(), or the name of one that comes with the library: demo",
     )
     aim = parser.add_mutually_exclusive_group(required=True)
-    aim.add_argument("--workdir", metavar="FOLDER", type=pathlib.Path, help="where checkpoints and metrics are written")
+    aim.add_argument("--workdir", metavar="FOLDER", type=folder, help="where checkpoints and metrics are written")
     aim.add_argument(
         "--plan",
         metavar="HARDWARE:SHAPE",

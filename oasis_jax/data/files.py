@@ -58,14 +58,16 @@ def read_files(config: DataConfig) -> tuple[list[TextFile], list[str]]:
 
 
 def matching_files(pattern: str) -> list[pathlib.Path]:
-    """The files that a glob matches; ** means any depth of folders.
+    """The files that a glob matches; ** means any depth of folders. What there is under a name such as a[1] is meant
+    by that name.
 
     Raises:
       UserError: nothing matches, or a match is neither .txt nor .jsonl (leaving it out in silence would hide a misspelt
         pattern).
     """
     expanded = os.path.expanduser(pattern)
-    paths = [pathlib.Path(path) for path in glob.glob(expanded, recursive=True) if not os.path.isdir(path)]
+    found = glob.glob(_without_names(pathlib.Path(expanded)), recursive=True)
+    paths = [pathlib.Path(path) for path in found if not os.path.isdir(path)]
     if not paths:
         raise UserError(f"data.pattern: no file matches {pattern!r}{_hint(pathlib.Path(expanded))}")
     for path in paths:
@@ -75,6 +77,15 @@ def matching_files(pattern: str) -> list[pathlib.Path]:
                 "pattern with one of them"
             )
     return [pathlib.Path(os.path.abspath(path)) for path in paths]
+
+
+def _without_names(pattern: pathlib.Path) -> str:
+    """The pattern, with those of its first parts that are names of something escaped."""
+    place, rest = pathlib.Path(pattern.anchor), list(pattern.relative_to(pattern.anchor).parts)
+    while rest and os.path.lexists(place / rest[0]):
+        place /= rest.pop(0)
+    start = glob.escape(str(place)) if place.parts else ""
+    return os.path.join(start, *rest)
 
 
 def _hint(pattern: pathlib.Path) -> str:

@@ -88,7 +88,7 @@ def evaluate(
         runs = _with_tasks(runs, [*map(str, workdirs)], prepared, folder, quantize, options)
     if is_first():
         text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
-        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         write_report(runs, folder)
     wait_for_all("the report is written")
     return runs

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -41,6 +42,25 @@ def _one_line(error: Exception) -> str:
     """The start of what a failed restore says; its full text holds tracebacks of the storage library."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+class _Alias:
+    """A folder under a name that the storage library can take: it reads [ ] * ? as patterns, a backslash as something
+    else than itself, and cannot pass on bytes that are no UTF-8.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, create: bool):
+        self.path, self._scratch = folder, None
+        if any(character in "[]*?\\" or "\ud800" <= character <= "\udfff" for character in str(folder)):
+            if create:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._scratch = tempfile.TemporaryDirectory(prefix="oasis_jax-")
+            self.path = pathlib.Path(self._scratch.name, "checkpoints")
+            self.path.symlink_to(folder, target_is_directory=True)
+
+    def remove(self) -> None:
+        if self._scratch:
+            self._scratch.cleanup()
 
 
 class Keep(NamedTuple):
@@ -96,7 +116,8 @@ class Checkpoints:
         )
         wait_for_all("unfinished checkpoints are removed")
         self._saving: int | None = None
-        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        self._alias = _Alias(self.folder.absolute(), create=keep is not None)
+        self._manager = ocp.CheckpointManager(self._alias.path, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -109,6 +130,8 @@ class Checkpoints:
         except UserError:
             if kind is None:  # else what ended the run is said already
                 raise
+        finally:
+            self._alias.remove()
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ import pathlib
 import jax
 import pytest
 
+from oasis_jax.commands import eval, train
 from oasis_jax.commands.config_file import load_config
 from oasis_jax.commands.train import main, make_parser, parse
 from oasis_jax.overrides import apply_overrides
@@ -78,3 +79,10 @@ def test_a_plan_compiles_training_and_evaluation(memory, code, monkeypatch, caps
     for name in ("together", "evaluation", "evaluation in training"):
         assert verdict in rows[name], name
     assert ("suggestion: " in said.out) == bool(code)
+
+
+def test_an_empty_name_of_a_folder_is_refused(capsys):
+    for command, flags in ((train, [CONFIG, "--workdir="]), (eval, ["--workdir", "", "--report=x"])):
+        with pytest.raises(SystemExit, match="2"):
+            command.main(flags, "x")
+        assert capsys.readouterr().err == "x: error: argument --workdir: names no folder; for the current one write .\n"

@@ -1,6 +1,7 @@
 """Which files the `files` corpus reads, what it takes from .jsonl, and what it says about the ones it cannot read."""
 
 import json
+import os
 
 import pytest
 
@@ -103,3 +104,17 @@ def test_an_unreadable_file_is_named(tmp_path):
     config = DataConfig(corpus="files", pattern=str(tmp_path / "*.txt"))
     message = refusal(load_corpus, config, seed=0)
     assert "cannot read" in message and "gone.txt" in message and "No such file" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["a[1]b", "a*b", "a?b", "a\\b", "$HOME", "a&b<c>", " a b ", "a\nb", "-a", os.fsdecode(b"a\xffb")]
+)
+def test_a_folder_or_file_is_meant_by_its_name(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    (tmp_path / "other").mkdir()
+    for path in (folder / f"{name}.txt", folder / "2.txt", tmp_path / "other" / "3.txt"):
+        path.write_text("plums")
+    assert {path.name for path in matching_files(f"{folder}/*.txt")} == {f"{name}.txt", "2.txt"}
+    assert matching_files(str(folder / f"{name}.txt")) == [folder / f"{name}.txt"]
+    assert len(matching_files(f"{tmp_path}/*/*.txt")) == 3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -120,6 +121,36 @@ def test_everything_comes_back(run, workdir, said):
 
 def test_the_newest_are_kept(workdir):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["6", "9"]
+
+
+NAMES = [
+    "a[1]b",
+    "a*b",
+    "a?b",
+    "a\\b",
+    "$HOME",
+    "a&b<c>",
+    " a b ",
+    "a\nb",
+    "-a",
+    "x" * 255,
+    os.fsdecode(b"a\xffb"),
+    "{a}",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_whatever_a_workdir_is_called(run, written, tmp_path, said, name):
+    asked, config, corpus, states = run
+    workdir = tmp_path / name
+    workdir.mkdir()
+    with Checkpoints(workdir, keep=Keep(1), say=said.append) as checkpoints:
+        for step in (3, 6):
+            checkpoints.save(states[step], step=step, data_state={}, description=describe(config, corpus))
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["6"]
+    resumed = resume(asked, workdir, said)
+    assert resumed.step == 6 and equal(resumed.state, states[6])
+    assert said == []
 
 
 def test_an_empty_workdir_is_a_new_run(run, tmp_path, said):

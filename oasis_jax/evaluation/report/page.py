@@ -35,7 +35,7 @@ def write_report(runs: Sequence[MeasuredRun], folder: pathlib.Path) -> pathlib.P
     for picture in found:
         save(picture, folder / "figures")
     page = folder / "index.html"
-    page.write_text(_page(runs, found), encoding="utf-8")
+    page.write_text(_page(runs, found), encoding="utf-8", errors="backslashreplace")
     return page
 
 
