@@ -7,15 +7,23 @@ import glob
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Callable
 
 from oasis_jax.config import DataConfig
 from oasis_jax.data.corpus import Corpus
-from oasis_jax.data.text import TextFile, read, text_corpus
+from oasis_jax.data.text import TextFile, read, require_utf8, text_corpus
 from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError, nearest
 
 _SUFFIXES = (".txt", ".jsonl")
+# Reading these would wait or never end.
+_NO_FILES = {
+    stat.S_ISFIFO: "FIFO",
+    stat.S_ISSOCK: "socket",
+    stat.S_ISCHR: "character device",
+    stat.S_ISBLK: "block device",
+}
 
 
 def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpus:
@@ -23,14 +31,19 @@ def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpu
     folder may move.
     """
     del seed  # the text is what it is
-    files, corrupt = read_files(config)
+    files, corrupt = read_files(config, tokenizer.kind if tokenizer else config.tokenizer)
     identity = {"name": "files"} | ({"corrupt": len(corrupt)} if corrupt else {})
     corpus = text_corpus(files, config, tokenizer, identity=identity)
     return dataclasses.replace(corpus, notes=(*(f"left out: {what}" for what in corrupt), *corpus.notes))
 
 
-def read_files(config: DataConfig) -> tuple[list[TextFile], list[str]]:
-    """The files that `config.pattern` matches, and of those that were left out as `config.corrupt` says, why."""
+def read_files(config: DataConfig, tokenizer: str = "bytes") -> tuple[list[TextFile], list[str]]:
+    """The files that `config.pattern` matches, and of those that were left out as `config.corrupt` says, why.
+
+    Args:
+      config: reads pattern, text_key and corrupt.
+      tokenizer: the kind that has to take the text.
+    """
     paths = matching_files(config.pattern)
     root = pathlib.Path(os.path.commonpath([path.parent for path in paths]))
     files, corrupt = [], []
@@ -46,7 +59,7 @@ def read_files(config: DataConfig) -> tuple[list[TextFile], list[str]]:
             return None
 
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
-        content = attempt(lambda path=path: read(path, "data.pattern"))
+        content = attempt(functools.partial(_content, path, name, tokenizer))
         if content is None:
             continue
         if path.suffix == ".jsonl":
@@ -57,17 +70,34 @@ def read_files(config: DataConfig) -> tuple[list[TextFile], list[str]]:
     return files, corrupt
 
 
+def _content(path: pathlib.Path, name: str, tokenizer: str) -> bytes:
+    """The bytes of a file with text in it; raises UserError where it cannot be read or taken for text."""
+    content = read(path, "data.pattern")
+    if content and content.count(0) == len(content):
+        raise UserError(f"data.pattern: {str(path)!r} holds {len(content)} NUL bytes and no text")
+    if path.suffix != ".jsonl":  # its lines are looked at one by one
+        require_utf8(content, name, tokenizer)
+    return content
+
+
 def matching_files(pattern: str) -> list[pathlib.Path]:
     """The files that a glob matches; ** means any depth of folders. What there is under a name such as a[1] is meant
     by that name.
 
     Raises:
       UserError: nothing matches, or a match is neither .txt nor .jsonl (leaving it out in silence would hide a misspelt
-        pattern).
+        pattern), or no regular file, or the pattern means one file as a name and others as a glob.
     """
     expanded = os.path.expanduser(pattern)
     found = glob.glob(_without_names(pathlib.Path(expanded)), recursive=True)
     paths = [pathlib.Path(path) for path in found if not os.path.isdir(path)]
+    if glob.has_magic(expanded) and os.path.lexists(expanded) and not os.path.isdir(expanded):
+        others = [path for path in glob.glob(expanded, recursive=True) if path != expanded and not os.path.isdir(path)]
+        if others:
+            raise UserError(
+                f"data.pattern: {pattern!r} is the name of a file and matches {others[0]!r} too; write "
+                f"{glob.escape(expanded)!r} for the file of that name"
+            )
     if not paths:
         raise UserError(f"data.pattern: no file matches {pattern!r}{_hint(pathlib.Path(expanded))}")
     for path in paths:
@@ -76,6 +106,9 @@ def matching_files(pattern: str) -> list[pathlib.Path]:
                 f"data.pattern: {pattern!r} matches {str(path)!r}, which is neither .txt nor .jsonl; end the "
                 "pattern with one of them"
             )
+        if path.exists() and not path.is_file():
+            kind = next(name for is_it, name in _NO_FILES.items() if is_it(path.stat().st_mode))
+            raise UserError(f"data.pattern: {pattern!r} matches {str(path)!r}, which is no file but a {kind}")
     return [pathlib.Path(os.path.abspath(path)) for path in paths]
 
 
@@ -95,6 +128,8 @@ def _hint(pattern: pathlib.Path) -> str:
     folder = pathlib.Path(pattern.anchor or ".")
     for part in pattern.relative_to(pattern.anchor).parts:
         if glob.has_magic(part):
+            if (folder / part).exists():
+                return f"; to mean what is called {part!r}, write {glob.escape(part)!r}"
             break
         if not (folder / part).exists():
             names = os.listdir(folder) if os.access(folder, os.R_OK) and folder.is_dir() else []
@@ -122,13 +157,28 @@ def json_documents(
     return [text for text in texts if text is not None]
 
 
+class _Object(dict):
+    """A JSON object that knows which of its keys came more than once; the last value of those is kept."""
+
+    def __init__(self, pairs: list[tuple[str, object]]):
+        super().__init__(pairs)
+        names = [name for name, _ in pairs] if len(self) < len(pairs) else []
+        self.repeated = {name for name in names if names.count(name) > 1}
+
+
 def _json_text(line: bytes, where: str, key: str) -> bytes:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_Object)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; JSON has to be UTF-8") from None
     except json.JSONDecodeError as error:
+        if not line.strip(b"\0\r"):
+            raise UserError(
+                f"{where}: not valid JSON: the line holds {line.count(0)} NUL bytes and nothing else"
+            ) from None
         raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise UserError(f"{where}: not readable as JSON: {error}") from None
     except RecursionError:
         raise UserError(f"{where}: not readable as JSON: nested too deeply") from None
     if not isinstance(record, dict):
@@ -139,6 +189,8 @@ def _json_text(line: bytes, where: str, key: str) -> bytes:
             f"{where}: no key {key!r}{nearest(key, record)}; keys of this line: {keys}; data.text_key names the "
             "one to read"
         )
+    if key in record.repeated:
+        raise UserError(f"{where}: the key {key!r} is there more than once; which text is meant?")
     if not isinstance(record[key], str):
         raise UserError(
             f"{where}: {key!r} is not text but a {type(record[key]).__name__}; data.text_key names the key to read"

@@ -63,7 +63,7 @@ def hold_out(documents: Sequence[bytes], fraction: float) -> Split:
     total, size = sum(map(len, kept)), sum(map(len, heldout))
     rule = (
         f"by document: {size} of {total} bytes in {len(heldout)} of {len(kept)} documents held out, taken in the order "
-        f"of their contents' sha256 as long as they fit{', the last of them its tail alone' if cut else ''}"
+        f"of their contents' sha256 as long as they fit{', of the last one its tail alone' if cut else ''}"
     )
     if abs(size - fraction * total) > _TOLERANCE * fraction * total:
         notes.append(

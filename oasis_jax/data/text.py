@@ -1,5 +1,6 @@
 """What the text corpora share: files of documents, the token stream and its windows."""
 
+import codecs
 import dataclasses
 import functools
 import hashlib
@@ -69,7 +70,9 @@ def text_corpus(
     if not any(file.documents for file in files):
         size = sum(file.size for file in files)
         raise UserError(f"data.corpus: there is no text in it ({len(files)} files, {size} bytes)")
-    _require_utf8(files, tokenizer.kind if tokenizer else config.tokenizer)
+    for file in files:
+        for document in file.documents:
+            require_utf8(document, file.name, tokenizer.kind if tokenizer else config.tokenizer)
     divide = divide or functools.partial(hold_out, [document for file in files for document in file.documents])
 
     def parts(fraction: float) -> tuple[Split, Tokenizer, "Windows", "Windows"]:
@@ -100,8 +103,11 @@ def text_corpus(
         "split": split.rule,
     }
     empty = sum(file.empty for file in files)
-    notes = (f"left out: {empty} empty documents",) if empty else ()
-    return Corpus(identity | summary, used, train, heldout, notes=notes + split.notes)
+    notes = [f"left out: {empty} empty documents"] if empty else []
+    holding = [file.name for file in files if any(b"\0" in document for document in file.documents)]
+    if holding:
+        notes.append(f"NUL bytes, kept as text: in {len(holding)} of {len(files)} files, such as {holding[0]!r}")
+    return Corpus(identity | summary, used, train, heldout, notes=(*notes, *split.notes))
 
 
 def digest(files: Sequence[TextFile]) -> str:
@@ -111,18 +117,19 @@ def digest(files: Sequence[TextFile]) -> str:
     ).hexdigest()
 
 
-def _require_utf8(files: Sequence[TextFile], kind: str) -> None:
+def require_utf8(document: bytes, name: str, kind: str) -> None:
+    """Raises UserError, naming the file, for a text that a tokenizer of this kind cannot take."""
     if kind == "bytes":
         return
-    for file in files:
-        for document in file.documents:
-            try:
-                document.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"data.tokenizer={kind} needs UTF-8, but {file.name!r} is not at byte {error.start}; use "
-                    "data.tokenizer=bytes, which keeps any bytes"
-                ) from None
+    try:
+        document.decode()
+    except UnicodeDecodeError as error:
+        marked = document.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        how = "it begins as UTF-16 does: convert it, or " if marked else ""
+        raise UserError(
+            f"data.tokenizer={kind} needs UTF-8, but {name!r} is not at byte {error.start}; {how}use "
+            "data.tokenizer=bytes, which keeps any bytes"
+        ) from None
 
 
 def _too_short(

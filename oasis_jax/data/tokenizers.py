@@ -2,8 +2,10 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,6 +18,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 # Documents handed to the library at a time: enough for all cores, few enough that its objects stay small.
 _DOCUMENTS_AT_ONCE = 64
+
+# What a BPE trained here takes for words: GPT-2's pattern with runs of at most 64 characters. Learning takes time
+# quadratic in the length of a word, so that five megabytes without a blank would not end.
+_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
+# Characters that a BPE trained here reads at once: the library takes 100 bytes and more for each.
+_PIECE = 2**20
+# Where a text can be cut without changing a word: before the blank between letters or digits.
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?=[ \n][^\W_])")
 
 
 class Tokenizer:
@@ -130,13 +140,20 @@ class LibraryTokenizer(Tokenizer):
 
     def encode_all(self, documents):
         for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-            try:
-                texts = [document.decode() for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"tokenizer={self.kind}: the text is not UTF-8 at byte {error.start}; use tokenizer=bytes"
-                ) from None
-            for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False):
+            yield from self._ids([self._text(document) for document in documents[start : start + _DOCUMENTS_AT_ONCE]])
+
+    def _text(self, document: bytes) -> str:
+        try:
+            return document.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"tokenizer={self.kind}: the text is not UTF-8 at byte {error.start}; use tokenizer=bytes"
+            ) from None
+
+    def _ids(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
+            some = texts[start : start + _DOCUMENTS_AT_ONCE]
+            for encoding in self._library.encode_batch_fast(some, add_special_tokens=False):
                 yield np.array(encoding.ids, np.int32)
 
     @functools.cached_property
@@ -196,8 +213,19 @@ def _sentencepiece_bytes(token: str) -> bytes:
     return token.replace("\u2581", " ").encode()
 
 
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces that are not much longer than `_PIECE`, cut between words where there are any."""
+    start = 0
+    while len(text) - start > 2 * _PIECE:
+        found = _BETWEEN_WORDS.search(text, start + _PIECE, start + 2 * _PIECE)
+        end = found.start() if found else start + _PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 class BPETokenizer(LibraryTokenizer):
-    """Byte-level byte-pair encoding trained here; every UTF-8 text comes back exactly.
+    """Byte-level byte-pair encoding trained here; every UTF-8 text comes back exactly, however long its words are.
 
     Its specials follow the library's vocabulary and are no part of it: there a text that spells one would turn into it.
     """
@@ -212,14 +240,27 @@ class BPETokenizer(LibraryTokenizer):
     @classmethod
     def train(cls, documents, vocab_size):
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
-        library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size - 2,
             show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         )
-        library.train_from_iterator((document.decode() for document in documents), trainer)
+        texts = (piece for document in documents for piece in _pieces(document.decode()))
+        library.train_from_iterator(texts, trainer)
         return cls(library.to_str())
+
+    def encode_all(self, documents):
+        for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+            texts = [list(_pieces(self._text(document))) for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
+            ids = self._ids([piece for pieces in texts for piece in pieces])
+            for pieces in texts:
+                yield np.concatenate([np.zeros(0, np.int32), *itertools.islice(ids, len(pieces))])
 
     def to_json(self):
         return json.dumps({"kind": self.kind, "model": self._model})
