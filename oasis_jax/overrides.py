@@ -101,6 +101,7 @@ def _parse_value(where: str, text: str, hint: object) -> object:
             pass
         if hint is int and _is_whole(text):
             return int(float(text))
+        text = text if len(text) <= 40 else f"{text[:37]}..."
         raise UserError(f"{where}: expected {'a whole number' if hint is int else 'a number'}, got {text!r}")
     return text
 

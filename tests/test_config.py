@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from oasis_jax.commands.options import describe_fields
 from oasis_jax.config import (
     METHOD_FIELDS,
     PRESETS,
@@ -25,6 +26,7 @@ from oasis_jax.config import (
     to_dict,
 )
 from oasis_jax.errors import UserError
+from oasis_jax.overrides import apply_overrides
 
 # The methods as their papers give them: normalizer, wiring, router, depth normalizer, coupling, gate, blocks.
 METHODS = {
@@ -257,7 +259,7 @@ WRONG = {
     "files without a pattern": (lambda: DataConfig(corpus="files"), "data.pattern: corpus=files needs a glob"),
     "share of 1": (
         lambda: DataConfig(holdout_fraction=1.0),
-        "data.holdout_fraction: must lie between 0 and 1, got 1.0",
+        "data.holdout_fraction: must be above 0 and at most 0.9, got 1.0",
     ),
     "mesh of nothing": (lambda: MeshConfig(data=0), "mesh.data: must be -1 or at least 1, got 0"),
     "accumulation": (
@@ -283,3 +285,38 @@ def test_a_wrong_value_is_told_in_one_line(case):
         build()
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
+
+
+OUTSIDE = {
+    "optimizer.beta1": (1.0, -0.1), "optimizer.beta2": (1.0, 2.0), "optimizer.epsilon": (-1e-8, 1.5),
+    "optimizer.final_fraction": (1.1, -0.1), "optimizer.weight_decay": (-0.1,), "optimizer.warmup_steps": (-1, 2**40),
+    "data.holdout_fraction": (0.999999, 0.0), "data.trigger_rate": (1.0,), "data.batch_size": (0, 10**30),
+    "model.clip_alpha": (-1.0,), "model.norm_epsilon": (1e30, -1e-9), "model.residual_clip": (1e-40, -1.0),
+    "model.null_weight": (1.5,), "model.width": (10**30,), "model.num_layers": (10**12,), "run.seed": (-1,),
+    "run.steps": (0, 10**5000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_numbers_that_make_no_sense_are_refused_by_field(name):
+    """The same in Python and from the command line."""
+    section, field = name.split(".")
+    for value in OUTSIDE[name]:
+        with pytest.raises(UserError, match=f"^{name}: must ") as direct:
+            dataclasses.replace(getattr(Config(), section), **{field: value})
+        assert "\n" not in str(direct.value) and len(str(direct.value)) < 200
+        if value != 10**5000:
+            with pytest.raises(UserError) as typed:
+                apply_overrides(Config(), [f"{name}={value}"])
+            assert str(typed.value) == str(direct.value)
+
+
+def test_a_number_of_thousands_of_digits_is_refused_in_a_short_line():
+    for text in ("9" * 5000, "-" + "9" * 5000, "1e9999"):
+        with pytest.raises(UserError, match=r"^run.steps: ") as error:
+            apply_overrides(Config(), [f"run.steps={text}"])
+        assert len(str(error.value)) < 200
+
+
+def test_ranges_stand_in_the_help():
+    assert "; at least 0 and below 1" in " ".join(describe_fields(160, ["optimizer.beta1"]).split())

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.table import aligned, terminal_width
 from oasis_jax.config import METHOD_FIELDS, field_type
+from oasis_jax.config.schema import range_in_words
 from oasis_jax.overrides import all_fields, is_table, parse_overrides
 
 # Folders
@@ -58,6 +59,8 @@ def _row(section: str, cls: type, field: dataclasses.Field) -> tuple[str, str, s
     kind = "table" if is_table(hint) else "name" if typing.get_origin(hint) is Literal else hint.__name__
     if kind == "name":
         text += f"; one of: {', '.join(typing.get_args(hint))}"
+    if words := range_in_words(field.metadata.get("range", {})):
+        text += f"; {words}"
     if kind == "table":
         text += "; only in a config file"
     return f"{section}.{field.name}", kind, _default(section, field, kind), text

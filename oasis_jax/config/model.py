@@ -12,6 +12,8 @@ from oasis_jax.config.methods import METHOD_FIELDS, PRESETS
 from oasis_jax.config.schema import check_fields, check_minimum, field
 from oasis_jax.errors import UserError, unknown_name
 
+_SMALLEST = 2.0**-126  # of the numbers that float32 holds in full; devices take smaller ones for 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormConfig:
@@ -143,18 +145,18 @@ class AttentionConfig:
         False, "null_key, null_key_value: a learned null logit per head is added to the null keys' scores"
     )
     null_weight: float = field(
-        1.0, "factor of the null's exponential, from 0, softmax, to 1; of normalizers with a null logit"
+        1.0, "factor of the null's exponential, from 0, softmax, to 1; of normalizers with a null logit", low=0, high=1
     )
     clip_gamma: float = field(0.0, "clipped softmax: lower stretch gamma (<= 0); 0: -clip_alpha / number of keys")
     clip_zeta: float = field(1.0, "clipped softmax: upper stretch zeta (>= 1)")
-    clip_alpha: float = field(4.0, "clipped softmax: alpha, used where clip_gamma is 0")
+    clip_alpha: float = field(4.0, "clipped softmax: alpha, used where clip_gamma is 0", low=0)
     gate: Literal["none", "elementwise", "per_head"] = field(
         "none", "sigmoid gate on each head's output before the output projection"
     )
     qkv_bias: bool = field(False, "biases on queries, keys and values")
     output_bias: bool = field(False, "bias on the output projection")
     qk_norm: bool = field(False, "RMSNorm with gain on queries and keys, per head, before rotary positions")
-    norm_epsilon: float = field(1e-6, NormConfig.__dataclass_fields__["norm_epsilon"].metadata["help"])
+    norm_epsilon: float = field(1e-6, NormConfig.__dataclass_fields__["norm_epsilon"].metadata["help"], low=0, high=1)
     attention_scale: float = field(0.0, "factor of the scores; 0: head size ** -0.5")
     rope_theta: float = field(10_000.0, "base of rotary positions; 0: no rotary positions")
     rope_fraction: float = field(1.0, "share of a head's channels that turn with the position, the first ones")
@@ -196,8 +198,6 @@ class AttentionConfig:
                 f"{section}.rope_scaling: longrope needs a factor for each of the {self.rotary_size // 2} frequencies, "
                 f"got {len(scaling.long_factors)}"
             )
-        if not 0 <= self.null_weight <= 1:
-            raise UserError(f"{section}.null_weight: must lie between 0 and 1, got {self.null_weight}")
         if self.null_bias and self.normalizer not in ("null_key", "null_key_value"):
             raise UserError(
                 f"{section}.null_bias: goes with normalizer=null_key or null_key_value, got {self.normalizer}"
@@ -311,6 +311,8 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
             self, section, num_layers=1, residual_clip=0.0, blocks=0, vocab_size=0, vector_dim=0,
             learned_positions=0, position_offset=0, context_length=0, router_init_std=0.0,
         )  # fmt: skip
+        if 0 < self.residual_clip < _SMALLEST:
+            raise UserError(f"{section}.residual_clip: must be 0 or at least {_SMALLEST:.3g}, got {self.residual_clip}")
         for name, wiring in (("alpha_gate", "cumulative"), ("sum_preserving", "delta")):
             if getattr(self, name) and self.wiring != wiring:
                 raise UserError(f"{section}.{name}: goes with wiring={wiring}, got wiring={self.wiring}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from oasis_jax.config.model import LayerPattern, ModelConfig, RopeScaling
-from oasis_jax.config.schema import build, check_fields, check_minimum, field, field_type
+from oasis_jax.config.schema import build, check_fields, field, field_type
 from oasis_jax.errors import UserError
 
 
@@ -34,20 +34,16 @@ class DataConfig:
         "bytes",
         "one token a byte; a byte-level BPE trained on the corpus; or that of the pretrained model it starts from",
     )
-    bpe_vocab_size: int = field(4096, "tokenizer=bpe: tokens to learn, special ones included")
-    sequence_length: int = field(256, "tokens T of an example")
-    batch_size: int = field(16, "examples of one optimizer step, over all devices")
+    bpe_vocab_size: int = field(4096, "tokenizer=bpe: tokens to learn, special ones included", low=258)
+    sequence_length: int = field(256, "tokens T of an example", low=2)
+    batch_size: int = field(16, "examples of one optimizer step, over all devices", low=1)
     begin_token: bool = field(True, "every example starts with a begin token")
-    holdout_fraction: float = field(0.05, "share of the corpus that is never trained on")
-    trigger_dim: int = field(16, "corpus=trigger: size of the random content of a vector")
-    trigger_rate: float = field(0.1, "corpus=trigger: share of positions that carry the trigger")
+    holdout_fraction: float = field(0.05, "share of the corpus that is never trained on", above=0, high=0.9)
+    trigger_dim: int = field(16, "corpus=trigger: size of the random content of a vector", low=1)
+    trigger_rate: float = field(0.1, "corpus=trigger: share of positions that carry the trigger", above=0, below=1)
 
     def __post_init__(self):
         check_fields(self, "data")
-        check_minimum(self, "data", sequence_length=2, batch_size=1, bpe_vocab_size=258, trigger_dim=1)
-        for name in ("holdout_fraction", "trigger_rate"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"data.{name}: must lie between 0 and 1, got {getattr(self, name)}")
         if self.corpus in ("files", "pairs") and not self.pattern:
             kinds = ".txt or .jsonl" if self.corpus == "files" else ".jsonl"
             raise UserError(f"data.pattern: corpus={self.corpus} needs a glob of {kinds} files")
@@ -57,40 +53,29 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    learning_rate: float = field(3e-3, "peak learning rate")
-    warmup_steps: int = field(20, "steps of linear warm-up from 0")
+    learning_rate: float = field(3e-3, "peak learning rate", low=0)
+    warmup_steps: int = field(20, "steps of linear warm-up from 0", low=0)
     schedule: Literal["cosine", "linear", "constant"] = field("cosine", "decay after the warm-up")
-    final_fraction: float = field(0.1, "learning rate at the last step, as a share of the peak")
-    router_multiplier: float = field(1.0, "learning rate of the depth routers, as a multiple of the others'")
+    final_fraction: float = field(0.1, "learning rate at the last step, as a share of the peak", low=0, high=1)
+    router_multiplier: float = field(1.0, "learning rate of the depth routers, as a multiple of the others'", low=0)
     null_ramp_steps: int = field(
-        0, "steps over which model.null_weight grows from 0, softmax, to what it is; 0: it is there from the start"
+        0,
+        "steps over which model.null_weight grows from 0, softmax, to what it is; 0: it is there from the start",
+        low=0,
     )
-    weight_decay: float = field(0.1, "decoupled weight decay, on matrices and embeddings only")
-    beta1: float = field(0.9, "decay of the first moment")
-    beta2: float = field(0.95, "decay of the second moment")
-    epsilon: float = field(1e-8, "added to the root of the second moment")
-    clip_norm: float = field(1.0, "largest global norm of the gradient; 0: no clipping")
-    accumulation_steps: int = field(1, "micro-batches whose gradients make one step; divides data.batch_size")
+    weight_decay: float = field(0.1, "decoupled weight decay, on matrices and embeddings only", low=0)
+    beta1: float = field(0.9, "decay of the first moment", low=0, below=1)
+    beta2: float = field(0.95, "decay of the second moment", low=0, below=1)
+    epsilon: float = field(1e-8, "added to the root of the second moment", low=0, high=1)
+    clip_norm: float = field(1.0, "largest global norm of the gradient; 0: no clipping", low=0)
+    accumulation_steps: int = field(1, "micro-batches whose gradients make one step; divides data.batch_size", low=1)
     nonfinite: Literal["stop", "skip"] = field(
         "stop", "a loss or gradient that is not finite ends the run, or its step changes nothing"
     )
-    nonfinite_limit: int = field(10, "nonfinite=skip: so many skipped steps in a row end the run")
+    nonfinite_limit: int = field(10, "nonfinite=skip: so many skipped steps in a row end the run", low=1)
 
     def __post_init__(self):
         check_fields(self, "optimizer")
-        check_minimum(
-            self,
-            "optimizer",
-            learning_rate=0.0,
-            router_multiplier=0.0,
-            null_ramp_steps=0,
-            warmup_steps=0,
-            weight_decay=0.0,
-            clip_norm=0.0,
-            accumulation_steps=1,
-            final_fraction=0.0,
-            nonfinite_limit=1,
-        )
 
 
 # Logical axis -> mesh axes it is split over. Parameters: vocab, embed, heads, kv_heads, mlp. Activations: batch,
@@ -113,14 +98,15 @@ class MeshConfig:
     """How devices are laid out and what is split over them."""
 
     data: int = field(-1, "replicas that split the batch; -1: all devices the other axes leave")
-    fsdp: int = field(1, "devices that split the batch and the parameters")
-    tensor: int = field(1, "devices that split heads, MLP and vocabulary")
-    sequence: int = field(1, "devices that split the positions of an example; attention passes its keys around them")
+    fsdp: int = field(1, "devices that split the batch and the parameters", low=1)
+    tensor: int = field(1, "devices that split heads, MLP and vocabulary", low=1)
+    sequence: int = field(
+        1, "devices that split the positions of an example; attention passes its keys around them", low=1
+    )
     rules: tuple = field(DEFAULT_RULES, "logical axis name -> mesh axes, the one table of what is split over what")
 
     def __post_init__(self):
         check_fields(self, "mesh")
-        check_minimum(self, "mesh", fsdp=1, tensor=1, sequence=1)
         if self.data == 0 or self.data < -1:
             raise UserError(f"mesh.data: must be -1 or at least 1, got {self.data}")
 
@@ -129,7 +115,7 @@ class MeshConfig:
 class RunConfig:
     """How long a run is and what it writes."""
 
-    steps: int = field(300, "optimizer steps")
+    steps: int = field(300, "optimizer steps", low=1)
     init_from: str = field(
         "",
         "start from the parameters of another run's newest checkpoint (its workdir), or of a pretrained model (its "
@@ -140,35 +126,23 @@ class RunConfig:
         "where the null of a model from init_from starts: as the normalizer says; at one per cent of the mass of each "
         "head (normalizer=learned_sink); or with the key and value of its begin token (normalizer=null_key_value)",
     )
-    seed: int = field(0, "seed of parameters, order of examples and everything random")
-    log_interval: int = field(1, "steps between lines of metrics.jsonl")
-    telemetry_interval: int = field(50, "steps between logs of null mass, first-token mass and beta; 0: never")
-    eval_interval: int = field(0, "steps between runs of the evaluators; 0: never")
-    eval_batches: int = field(8, "held-out batches an evaluation reads")
-    checkpoint_interval: int = field(100, "steps between checkpoints; the last step is always saved")
-    keep_checkpoints: int = field(2, "newest checkpoints that are kept")
-    keep_every: int = field(0, "checkpoints of steps divisible by this are kept for good; 0: none")
+    seed: int = field(0, "seed of parameters, order of examples and everything random", low=0)
+    log_interval: int = field(1, "steps between lines of metrics.jsonl", low=1)
+    telemetry_interval: int = field(50, "steps between logs of null mass, first-token mass and beta; 0: never", low=0)
+    eval_interval: int = field(0, "steps between runs of the evaluators; 0: never", low=0)
+    eval_batches: int = field(8, "held-out batches an evaluation reads", low=1)
+    checkpoint_interval: int = field(100, "steps between checkpoints; the last step is always saved", low=1)
+    keep_checkpoints: int = field(2, "newest checkpoints that are kept", low=1)
+    keep_every: int = field(0, "checkpoints of steps divisible by this are kept for good; 0: none", low=0)
     keep_best: int = field(
         0,
         "checkpoints with the lowest eval/loss that are kept too; needs checkpoint_interval divisible by eval_interval",
+        low=0,
     )
     tensorboard: bool = field(False, "also write TensorBoard files (needs the tensorboard extra)")
 
     def __post_init__(self):
         check_fields(self, "run")
-        check_minimum(
-            self,
-            "run",
-            steps=1,
-            log_interval=1,
-            telemetry_interval=0,
-            eval_interval=0,
-            eval_batches=1,
-            checkpoint_interval=1,
-            keep_checkpoints=1,
-            keep_every=0,
-            keep_best=0,
-        )
         if self.keep_every and self.keep_every % self.checkpoint_interval:
             raise UserError(
                 f"run.keep_every: {self.keep_every} is not a multiple of checkpoint_interval={self.checkpoint_interval}"

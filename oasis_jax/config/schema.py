@@ -3,17 +3,36 @@ words.
 """
 
 import dataclasses
-import math
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from oasis_jax.errors import UserError, unknown_name
 
+LARGEST = 2**31 - 1  # of whole numbers: sizes, steps and seeds; what indices on devices can count
 
-def field(default, help: str):
-    """A field of a section; `help` is its line in --help."""
-    return dataclasses.field(default=default, metadata={"help": help})
+
+def field(default, help: str, *, low=None, high=None, above=None, below=None):
+    """A field of a section; `help` is its line in --help. Numbers from `low` to `high`, the ends allowed, or above
+    `above` and below `below`, which are not.
+    """
+    ends = dict(low=low, high=high, above=above, below=below)
+    ends = {name: end for name, end in ends.items() if end is not None}
+    return dataclasses.field(default=default, metadata={"help": help, "range": ends})
+
+
+_ENDS = {
+    "low": (lambda value, end: value >= end, "at least {:g}"),
+    "above": (lambda value, end: value > end, "above {:g}"),
+    "high": (lambda value, end: value <= end, "at most {:g}"),
+    "below": (lambda value, end: value < end, "below {:g}"),
+}
+
+
+def range_in_words(ends: Mapping[str, float]) -> str:
+    """{"low": 0, "below": 1} -> "at least 0 and below 1"; "" for a field without a range."""
+    return " and ".join(words.format(ends[name]) for name, (_, words) in _ENDS.items() if name in ends)
 
 
 def field_type(cls: type, name: str):
@@ -33,8 +52,13 @@ def check_fields(config, section: str) -> None:
             accepted = (int, float) if hint is float else hint
             if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
                 raise UserError(f"{where}: expected {hint.__name__}, got {value!r} of type {type(value).__name__}")
-            if hint is float and not math.isfinite(value):
-                raise UserError(f"{where}: must be finite, got {value!r}")
+            if hint is int and abs(value) > LARGEST:
+                raise UserError(f"{where}: must lie between -{LARGEST} and {LARGEST}, got a number of more digits")
+            if hint is float and not -sys.float_info.max <= value <= sys.float_info.max:
+                raise UserError(f"{where}: must be finite, got {float(value) if isinstance(value, float) else 'more'}")
+            ends = item.metadata.get("range", {})
+            if not all(_ENDS[name][0](value, end) for name, end in ends.items()):
+                raise UserError(f"{where}: must be {range_in_words(ends)}, got {value}")
 
 
 def check_minimum(config, section: str, **minimum: float) -> None:

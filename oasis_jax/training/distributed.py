@@ -12,6 +12,7 @@ from oasis_jax.errors import UserError
 # A process that is gone is noticed after this long at the latest; the others then end with an error instead of waiting
 # for it.
 HEARTBEAT_SECONDS = 60
+MOST_PROCESSES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Processes:
             raise UserError(f"--coordinator: expected HOST:PORT of process 0, got {self.coordinator!r}")
         if self.count < 1:
             raise UserError(f"--processes: must be at least 1, got {self.count}")
+        if self.count > MOST_PROCESSES:
+            raise UserError(f"--processes: must be at most {MOST_PROCESSES}, got {self.count}")
         if not 0 <= self.index < self.count:
             raise UserError(
                 f"--process: must lie between 0 and {self.count - 1} for --processes={self.count}, got {self.index}"

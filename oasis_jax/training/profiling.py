@@ -14,7 +14,7 @@ def parse_steps(text: str) -> tuple[int, int]:
       UserError: it is not two rising step numbers.
     """
     first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) < int(last)):
+    if not (text.isascii() and len(text) < 30 and first.isdigit() and last.isdigit() and 1 <= int(first) < int(last)):
         raise UserError(f"--profile: expected FIRST:END with 1 <= FIRST < END, such as 10:15, got {text!r}")
     return int(first), int(last)
 
