@@ -179,6 +179,8 @@ def _train(
             seen = floats(telemetry(state, batch))
             speed.restart(step - 1)
         state, pending[step] = train_step(state, batch)
+        # Few steps are on their way at a time: with several devices, more than they have threads would deadlock.
+        jax.block_until_ready(pending.get(step - 2))
 
         # What was left on the device is looked at before it is logged or saved.
         if due.log or due.save:
