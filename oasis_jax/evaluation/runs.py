@@ -83,13 +83,17 @@ def evaluate(
         (subject_of_run(*of, num_batches) for of in zip(loaded, map(str, workdirs), labels)),
         *(subjects_of_model(model, label, options) for model, label in zip(models, labels[len(workdirs) :])),
     )
-    runs = [measure_subject(subject, evaluators, interventions, schemes) for subject in subjects]
+    runs = []
+    for subject in subjects:
+        runs.append(measure_subject(subject, evaluators, interventions, schemes))
+        if is_first():  # what is measured is written before anything else can go wrong
+            _write_metrics(runs, folder, complete=False)
     if prepared:
         runs = _with_tasks(runs, [*map(str, workdirs)], prepared, folder, quantize, options)
     if is_first():
-        text = json.dumps(as_json(runs), indent=1, allow_nan=False, ensure_ascii=False)
-        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        write_report(runs, folder)
+        _write_metrics(runs, folder, complete=True)
+        for problem in write_report(runs, folder):
+            print(f"{problem}; all numbers are in {folder / 'metrics.json'}", file=sys.stderr)
     wait_for_all("the report is written")
     return runs
 
@@ -114,6 +118,16 @@ def _with_tasks(
     return found
 
 
+def _write_metrics(runs: Sequence[MeasuredRun], folder: pathlib.Path, *, complete: bool) -> None:
+    text = json.dumps({"complete": complete, **as_json(runs)}, indent=1, allow_nan=False, ensure_ascii=False)
+    partial = folder / "metrics.json.partial"
+    try:
+        partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        partial.replace(folder / "metrics.json")
+    except OSError as error:
+        raise UserError(f"--report: cannot write {str(folder / 'metrics.json')!r}: {error.strerror}") from None
+
+
 def unique_labels(workdirs: Sequence[str | os.PathLike], models: Sequence[str] = ()) -> list[str]:
     """The shortest ends of the paths that tell them apart; raises UserError where two are one folder, or
     there is none.
@@ -127,7 +141,8 @@ def unique_labels(workdirs: Sequence[str | os.PathLike], models: Sequence[str] =
             raise UserError(f"{flag}: {str(source)!r} is given twice")
     named = [path.with_suffix("") if path.suffix == ".gguf" else path for path in paths]
     for count in range(1, max(len(path.parts) for path in named) + 1):
-        labels = ["/".join(path.parts[-count:]) for path in named]
+        # bytes of a name that are no UTF-8 stand as \xff, which every font and terminal has
+        labels = [os.fsencode("/".join(path.parts[-count:])).decode(errors="backslashreplace") for path in named]
         if len(set(labels)) == len(labels):
             break
     return labels

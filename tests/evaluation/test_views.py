@@ -16,6 +16,7 @@ from oasis_jax.config import Config, DataConfig, ModelConfig
 from oasis_jax.data.tokenizers import BytesTokenizer
 from oasis_jax.evaluation import DEFINITIONS
 from oasis_jax.evaluation.interventions import Effect
+from oasis_jax.evaluation.report import page as page_module
 from oasis_jax.evaluation.report.comparison import TABLE, MeasuredRun, cell, change_text, interval_text
 from oasis_jax.evaluation.report.page import write_report
 from oasis_jax.evaluation.report.sections import by_role
@@ -163,7 +164,9 @@ def test_words_about_quantization():
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> pathlib.Path:
-    return write_report(RUNS, tmp_path_factory.mktemp("report"))
+    folder = tmp_path_factory.mktemp("report")
+    assert write_report(RUNS, folder) == []
+    return folder / "index.html"
 
 
 def test_figures_are_png_and_svg(page):
@@ -241,3 +244,23 @@ def test_the_browser_check_sees_errors_and_requests(tmp_path):
     _, log = browse(tmp_path / "bad.html", tmp_path, 390, "console.error('oh no')")
     assert "oh no" in log and "CONSOLE" in log
     assert "http://127.0.0.1:9/x.png" in log and "Content Security Policy" in log
+
+
+def test_a_picture_that_fails_is_named_and_the_rest_is_there(tmp_path, monkeypatch):
+    def save_all_but_one(picture, folder, save=page_module.save):
+        if picture.name == "sink_mass":
+            raise OSError(28, "No space left on device")
+        return save(picture, folder)
+
+    monkeypatch.setattr(page_module, "save", save_all_but_one)
+    (problem,) = write_report(RUNS, tmp_path)
+    assert problem == "picture sink_mass is left out: OSError: [Errno 28] No space left on device"
+    page = (tmp_path / "index.html").read_text()
+    assert html.escape(problem) in page and "Measures" in page
+    assert len(list((tmp_path / "figures").glob("*.png"))) > 3
+
+
+def test_text_that_a_plot_library_reads_as_markup_is_shown_as_it_is(tmp_path):
+    for label in ("$x$", r"$\frac{$", "a$b", "_hidden"):
+        assert write_report([RUNS[0]._replace(label=label)], tmp_path) == []
+        assert html.escape(label).replace("_", "_<wbr>") in (tmp_path / "index.html").read_text()

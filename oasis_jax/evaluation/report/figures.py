@@ -303,7 +303,7 @@ def token_grid(title: str, text: Sequence[str], values: Sequence[float], top: fl
             axes.text(
                 i % columns,
                 i // columns,
-                token[:4].replace("$", r"\$"),
+                token[:4],
                 ha="center",
                 va="center",
                 family="monospace",
@@ -320,6 +320,7 @@ def token_grid(title: str, text: Sequence[str], values: Sequence[float], top: fl
 # Output
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # labels and tokens are text, whatever they hold
 def svg(panel: Panel) -> str:
     """One panel as an <svg> element to stand inside a page; its title is left to the page."""
     figure = Figure(figsize=(PANEL_WIDTH, panel.height), layout="constrained")
@@ -343,6 +344,7 @@ def _for_page(text: str) -> str:
     return re.sub(r"\n\s*", "\n", text)
 
 
+@matplotlib.rc_context({"text.parse_math": False})
 def save(picture: Picture, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes all panels of a picture, three a row at most, with title, legend and colour bar; returns the PNG
     and the SVG file.

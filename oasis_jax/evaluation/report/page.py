@@ -28,15 +28,34 @@ from oasis_jax.evaluation.report.words import findings, summary
 _STYLE = pathlib.Path(__file__).with_name("style.css")
 
 
-def write_report(runs: Sequence[MeasuredRun], folder: pathlib.Path) -> pathlib.Path:
-    """Writes folder/index.html and folder/figures/*.png and *.svg, and returns the page's path."""
-    found = pictures(runs)
-    (folder / "figures").mkdir(exist_ok=True)
+def write_report(runs: Sequence[MeasuredRun], folder: pathlib.Path) -> list[str]:
+    """Writes folder/index.html and folder/figures/*.png and *.svg; returns in words what could not be made and is left
+    out, as the page says, too.
+    """
+    problems, drawn = [], []
+    try:
+        found = pictures(runs)
+    except Exception as error:  # numbers of a broken model can be anything, and so can what a plot library says of them
+        found = []
+        problems.append(f"all pictures are left out: {_reason(error)}")
     for picture in found:
-        save(picture, folder / "figures")
+        try:
+            (folder / "figures").mkdir(exist_ok=True)
+            save(picture, folder / "figures")
+            drawn.append(_picture(picture, runs) if picture.on_page else "")
+        except Exception as error:
+            problems.append(f"picture {picture.name} is left out: {_reason(error)}")
     page = folder / "index.html"
-    page.write_text(_page(runs, found), encoding="utf-8", errors="backslashreplace")
-    return page
+    try:
+        text = _page(runs, "".join(drawn), problems)
+        page.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        problems.append(f"{page} could not be written: {_reason(error)}")
+    return problems
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _text(value: object) -> str:
@@ -52,7 +71,7 @@ def _chip(index: int) -> str:
     return f'<span class="chip" style="background:{color(index)}"></span>'
 
 
-def _page(runs: Sequence[MeasuredRun], found: Sequence[Picture]) -> str:
+def _page(runs: Sequence[MeasuredRun], drawn: str, problems: Sequence[str]) -> str:
     names = (
         " and ".join([", ".join(run.label for run in runs[:-1]), runs[-1].label]) if len(runs) > 1 else runs[0].label
     )
@@ -68,7 +87,8 @@ def _page(runs: Sequence[MeasuredRun], found: Sequence[Picture]) -> str:
         f"<h1>{_text(names)}</h1>{leads}"
         + (f'<p class="warn">{_text(warning)}</p>' if warning else "")
         + tables
-        + "".join(_picture(picture, runs) for picture in found if picture.on_page)
+        + "".join(f'<p class="warn">{_text(problem)}</p>' for problem in problems)
+        + drawn
         + token_views(runs)
         + quantized(runs)
         + task_scores(runs)
