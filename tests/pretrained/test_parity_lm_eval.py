@@ -5,6 +5,7 @@ float32; tasks from local files through its command line; strided perplexity bes
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -312,8 +313,37 @@ def test_models_that_the_harness_cannot_ask_say_so(folder):
         found._generate(["a"], {"max_gen_toks": 33}, [0])
     with pytest.raises(UserError, match="unknown name 'num_beams'"):
         found._generate(["a"], {"num_beams": 3}, [0])
-    with pytest.raises(UserError, match="chat templates"):
+    with pytest.raises(UserError, match="came without a chat template"):
         found.chat_template(True)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def test_chats(folder, tmp_path):
+    """Texts, tokens and what is generated, beside the harness' adapter, also where an answer is to be continued."""
+    path = tmp_path / "chat"
+    shutil.copytree(folder, path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    theirs = HFLM(pretrained=str(path), device="cpu", dtype="float32", batch_size=3)
+    ours = HarnessModel(load_pretrained(path), batch_size=3)
+    assert ours.chat_template(True) == TEMPLATE == theirs.chat_template(True)
+    chats = [
+        ([{"role": "system", "content": "a goose"}, {"role": "user", "content": sentence(5, 1)}], True),
+        ([{"role": "user", "content": sentence(3, 2)}, {"role": "assistant", "content": "near"}], False),
+    ]
+    for messages, answer in chats:
+        text = theirs.apply_chat_template(messages, add_generation_prompt=answer)
+        assert ours.apply_chat_template(messages, add_generation_prompt=answer) == text
+        assert ours.tok_encode(text) == theirs.tokenizer.encode(text, add_special_tokens=False)
+        assert ours.tok_encode(text)[0] == BEGIN
+    with pytest.raises(UserError, match="only the model's own is known, not 'rag'"):
+        ours.chat_template("rag")
 
 
 def test_what_a_task_says_about_generation():

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from oasis_jax.config import MeshConfig
 from oasis_jax.decoding import Sampling, generate
+from oasis_jax.decoding.chat import render
 from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.evaluation.tasks.loading import load_model
 from oasis_jax.evaluation.tasks.scoring import Row, longest_text, score
@@ -72,6 +73,7 @@ class HarnessModel(TemplateLM):
         self.model, self.batch_size = model, int(batch_size)
         self.max_length = max_length or longest or UNBOUNDED
         tokens = (model.begin_token, model.source_config.get("bos_token_id"), model.tokenizer.separator_id)
+        self._chat = False
         self._prefix = next((token for token in tokens if token is not None), None)
         if self._prefix is None:
             raise UserError("lm-eval: this model has no begin token and no separator; name one with --begin-token")
@@ -116,14 +118,38 @@ class HarnessModel(TemplateLM):
         return str(self.model.card.get("source", "oasis_jax")).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        raise UserError("lm-eval: chat templates are not applied to models of oasis_jax; leave out apply_chat_template")
+        """The text of the model's template, for the harness' records; from now on prompts are taken as what it made.
+
+        Raises:
+          UserError: the model has none, or another than the one it came with is asked for.
+        """
+        if not chat_template:
+            return None
+        if self.model.chat is None:
+            raise UserError("lm-eval: --apply_chat_template: this model came without a chat template")
+        if chat_template is not True:
+            raise UserError(f"lm-eval: --apply_chat_template: only the model's own is known, not {chat_template!r}")
+        self._chat = True
+        return self.model.chat.text
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages as one text. Without a generation prompt it ends in the last message, which is to be continued."""
+        text = render(self.model, chat_history, answer=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
 
     def get_model_info(self) -> dict[str, Any]:
         """What results say about the model."""
         return {"model_config": repr(self.model.config), "model_card": dict(self.model.card)}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """The tokens of a text; behind a begin token where the model has one, unless told otherwise."""
+        """The tokens of a text; behind a begin token where the model has one, unless told otherwise. Of a chat the
+        template writes all special tokens, as such.
+        """
+        if self._chat:
+            return self.model.tokenizer.encode_with_specials(string).tolist()
         ids, begin = self.model.tokenizer.encode(string).tolist(), self.model.begin_token
         return ids if begin is None or add_special_tokens is False else [begin, *ids]
 
