@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from oasis_jax.commands.options import add_set, read_set
+from oasis_jax.commands.options import add_set, folder, read_set
 from oasis_jax.commands.parser import Parser
 from oasis_jax.overrides import apply_overrides
 
@@ -17,7 +17,7 @@ def make_parser(program: str) -> Parser:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to continue; several: all at once")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="SOURCE", help="a folder of safetensors, a .gguf file, owner/name on a hub")
-    source.add_argument("--workdir", metavar="FOLDER", help="a trained run")
+    source.add_argument("--workdir", type=folder, metavar="FOLDER", help="a trained run")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many; 128")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="0, the default: the likeliest token"

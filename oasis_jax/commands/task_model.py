@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from oasis_jax.commands.options import read_set
+from oasis_jax.commands.options import folder, read_set
 from oasis_jax.commands.parser import Parser
 
 FIELDS = ("mesh.data", "mesh.fsdp", "mesh.tensor")
@@ -13,7 +13,7 @@ def add_model(parser: Parser) -> None:
     """--model or --workdir, --dtype, --begin-token and --quantize; `model_arguments` reads them."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="SOURCE", help="a folder of safetensors, a .gguf file, owner/name on a hub")
-    source.add_argument("--workdir", metavar="FOLDER", help="a trained run")
+    source.add_argument("--workdir", type=folder, metavar="FOLDER", help="a trained run")
     parser.add_argument("--dtype", metavar="NAME", help="of parameters and computations: float32 or bfloat16")
     parser.add_argument(
         "--begin-token",
@@ -31,7 +31,7 @@ def model_arguments(parser: Parser, args: argparse.Namespace) -> dict[str, Any]:
     if args.dtype not in (None, "float32", "bfloat16"):
         parser.error(f"--dtype: must be float32 or bfloat16, got {args.dtype!r}")
     found = {
-        "source": args.model or args.workdir,
+        "source": args.model or str(args.workdir),
         "dtype": args.dtype,
         "begin_token": args.begin_token,
         "quantize": args.quantize,

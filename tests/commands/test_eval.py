@@ -1,5 +1,7 @@
 """The flags of `oasis_jax eval`: what reaches the evaluation, and what is refused before anything is loaded."""
 
+import pathlib
+
 import pytest
 
 from oasis_jax.commands import eval as command
@@ -26,7 +28,7 @@ def test_the_flags_reach_the_evaluation(calls, capsys):
     others = ["--batches=3", "--measures=sinks, joint", "--quantize=w8a8_tensor", "--set=mesh.fsdp=8"]
     command.main(["--workdir=a", "--workdir", "b", "--report=r", *others, "--set", "mesh.tensor=2"])
     (_, places, options), printed = calls
-    assert places == (["a", "b"], "r") and printed == ("print", ["run"])
+    assert places == ([pathlib.Path("a"), pathlib.Path("b")], pathlib.Path("r")) and printed == ("print", ["run"])
     assert options.pop("options") == ModelOptions(num_batches=3, mesh=MeshConfig(fsdp=8, tensor=2))
     assert options == dict(
         models=[],
@@ -97,7 +99,7 @@ def test_the_flags_of_models_reach_the_evaluation(calls):
     flags = ["--text=a.txt", "--length=7", "--batch-size=2", "--begin-token=none", "--dtype=bfloat16", "--rotate"]
     command.main(["--model=m", "--model", "n", "--report=r", *flags, "--transplant=auto", XLA])
     (_, places, options), _ = calls
-    assert places == ([], "r") and options["models"] == ["m", "n"]
+    assert places == ([], pathlib.Path("r")) and options["models"] == ["m", "n"]
     assert options["options"] == ModelOptions(
         "a.txt", 7, 8, 2, "none", "bfloat16", None, {"attention_implementation": "xla"}, "auto", True
     )
