@@ -6,6 +6,7 @@ what it needs of JAX it imports inside, so that --help and mistakes in flags do 
 
 # Command -> what it does, as `python -m oasis_jax --help` says it.
 COMMANDS = {
+    "prepare": "turns text into shards of tokens, to train on with data.corpus=prepared",
     "train": "trains the model of a config, or plans whether that fits on some hardware",
     "eval": "measures trained runs and pretrained models and writes a report",
     "generate": "continues texts with a trained run or a pretrained model",

@@ -18,13 +18,15 @@ def sections() -> dict[str, type]:
 class DataConfig:
     """Where examples come from."""
 
-    corpus: Literal["stdlib", "files", "pairs", "trigger"] = field(
+    corpus: Literal["stdlib", "files", "prepared", "pairs", "trigger"] = field(
         "stdlib",
-        "Python's standard library as text, local files, questions and answers with the loss on answers alone, or the "
-        "trigger task",
+        "Python's standard library as text, local files, what `oasis_jax prepare` wrote, questions and answers with the "
+        "loss on answers alone, or the trigger task",
     )
     pattern: str = field(
-        "", "corpus=files: glob of .txt or .jsonl files; corpus=pairs: of .jsonl files with question and answer"
+        "",
+        "corpus=files: glob of .txt or .jsonl files; corpus=prepared: the folder; corpus=pairs: glob of .jsonl files with "
+        "question and answer",
     )
     text_key: str = field("text", "corpus=files: the key that holds the text in a .jsonl line")
     corrupt: Literal["stop", "skip"] = field(
@@ -44,9 +46,13 @@ class DataConfig:
 
     def __post_init__(self):
         check_fields(self, "data")
-        if self.corpus in ("files", "pairs") and not self.pattern:
-            kinds = ".txt or .jsonl" if self.corpus == "files" else ".jsonl"
-            raise UserError(f"data.pattern: corpus={self.corpus} needs a glob of {kinds} files")
+        needs = {
+            "files": "a glob of .txt or .jsonl files",
+            "prepared": "the folder that `oasis_jax prepare` wrote",
+            "pairs": "a glob of .jsonl files",
+        }
+        if self.corpus in needs and not self.pattern:
+            raise UserError(f"data.pattern: corpus={self.corpus} needs {needs[self.corpus]}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

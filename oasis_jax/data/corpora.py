@@ -1,7 +1,7 @@
 """The table of corpora: a new one is one file with a `load` function and one line here."""
 
 from oasis_jax.config import DataConfig
-from oasis_jax.data import files, pairs, stdlib, trigger
+from oasis_jax.data import files, pairs, prepared, stdlib, trigger
 from oasis_jax.data.corpus import Corpus
 from oasis_jax.data.tokenizers import Tokenizer
 
@@ -9,6 +9,7 @@ CORPORA = {
     "stdlib": stdlib.load,
     "files": files.load,
     "pairs": pairs.load,
+    "prepared": prepared.load,
     "trigger": trigger.load,
 }
 

@@ -8,10 +8,11 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from oasis_jax.config import DataConfig
 from oasis_jax.data.corpus import Corpus
+from oasis_jax.data.formats import PACKED, parquet_texts
 from oasis_jax.data.text import TextFile, read, require_utf8, text_corpus
 from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError, nearest
@@ -44,12 +45,26 @@ def read_files(config: DataConfig, tokenizer: str = "bytes") -> tuple[list[TextF
       config: reads pattern, text_key and corrupt.
       tokenizer: the kind that has to take the text.
     """
-    paths = matching_files(config.pattern)
-    root = pathlib.Path(os.path.commonpath([path.parent for path in paths]))
     files, corrupt = [], []
+    attempt = attempting(config, corrupt)
+    for name, path in named(matching_files(config.pattern)):
+        found = documents_of(path, name, config.text_key, tokenizer, attempt)
+        if found is not None:
+            content, documents = found
+            files.append(TextFile.from_content(name, content, documents))
+    return files, corrupt
+
+
+def named(paths: Sequence[pathlib.Path]) -> list[tuple[str, pathlib.Path]]:
+    """Files in the order of their names, which count relative to the folder they share."""
+    root = pathlib.Path(os.path.commonpath([path.parent for path in paths]))
+    return sorted((path.relative_to(root).as_posix(), path) for path in paths)
+
+
+def attempting(config: DataConfig, corrupt: list[str]) -> Callable:
+    """Calls what it is given; where that cannot be read and `config.corrupt` is "skip", notes why and gives None."""
 
     def attempt(read_it):
-        """Its result, or None where it cannot be read and is to be skipped."""
         try:
             return read_it()
         except UserError as error:
@@ -58,34 +73,48 @@ def read_files(config: DataConfig, tokenizer: str = "bytes") -> tuple[list[TextF
             corrupt.append(str(error))
             return None
 
-    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
-        content = attempt(functools.partial(_content, path, name, tokenizer))
-        if content is None:
-            continue
-        if path.suffix == ".jsonl":
-            documents = json_documents(content, path, config.text_key, attempt)
-        else:
-            documents = [content.removeprefix(codecs.BOM_UTF8)]
-        files.append(TextFile.from_content(name, content, documents))
-    return files, corrupt
+    return attempt
+
+
+def documents_of(
+    path: pathlib.Path, name: str, key: str, tokenizer: str, attempt: Callable
+) -> tuple[bytes, list[bytes]] | None:
+    """A file's bytes and the texts in it; None where `attempt` gives None for the whole file."""
+    content = attempt(functools.partial(_content, path, name, tokenizer))
+    if content is None:
+        return None
+    kind = text_suffix(path)
+    if kind == ".parquet":
+        texts = attempt(functools.partial(parquet_texts, path, key))
+        return None if texts is None else (content, texts)
+    if kind == ".jsonl":
+        return content, json_documents(content, path, key, attempt)
+    return content, [content.removeprefix(codecs.BOM_UTF8)]
+
+
+def text_suffix(path: pathlib.Path) -> str:
+    """What kind of text a file holds: its suffix, that of a compression aside."""
+    return pathlib.Path(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def _content(path: pathlib.Path, name: str, tokenizer: str) -> bytes:
     """The bytes of a file with text in it; raises UserError where it cannot be read or taken for text."""
     content = read(path, "data.pattern")
+    if path.suffix in PACKED:
+        content = PACKED[path.suffix](content, str(path))
     if content and content.count(0) == len(content):
         raise UserError(f"data.pattern: {str(path)!r} holds {len(content)} NUL bytes and no text")
-    if path.suffix != ".jsonl":  # its lines are looked at one by one
+    if text_suffix(path) == ".txt":  # the lines of others are looked at one by one
         require_utf8(content, name, tokenizer)
     return content
 
 
-def matching_files(pattern: str) -> list[pathlib.Path]:
+def matching_files(pattern: str, suffixes: Sequence[str] = _SUFFIXES) -> list[pathlib.Path]:
     """The files that a glob matches; ** means any depth of folders. What there is under a name such as a[1] is meant
     by that name.
 
     Raises:
-      UserError: nothing matches, or a match is neither .txt nor .jsonl (leaving it out in silence would hide a misspelt
+      UserError: nothing matches, or a match ends with none of `suffixes` (leaving it out in silence would hide a misspelt
         pattern), or no regular file, or the pattern means one file as a name and others as a glob.
     """
     expanded = os.path.expanduser(pattern)
@@ -101,9 +130,9 @@ def matching_files(pattern: str) -> list[pathlib.Path]:
     if not paths:
         raise UserError(f"data.pattern: no file matches {pattern!r}{_hint(pathlib.Path(expanded))}")
     for path in paths:
-        if path.suffix not in _SUFFIXES:
+        if not path.name.endswith(tuple(suffixes)):
             raise UserError(
-                f"data.pattern: {pattern!r} matches {str(path)!r}, which is neither .txt nor .jsonl; end the "
+                f"data.pattern: {pattern!r} matches {str(path)!r}, which is neither {' nor '.join(suffixes)}; end the "
                 "pattern with one of them"
             )
         if path.exists() and not path.is_file():

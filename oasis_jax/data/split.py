@@ -48,7 +48,7 @@ def hold_out(documents: Sequence[bytes], fraction: float) -> Split:
     """
     texts: dict[bytes, bytes] = {}
     for document in documents:
-        texts.setdefault(_content_hash(document), document)
+        texts.setdefault(content_hash(document), document)
     notes = []
     if len(texts) < len(documents):
         repeated = sum(map(len, documents)) - sum(map(len, texts.values()))
@@ -57,20 +57,25 @@ def hold_out(documents: Sequence[bytes], fraction: float) -> Split:
             "the content of others"
         )
     kept = list(texts.values())
-    chosen, cut = _choose(list(texts), list(map(len, kept)), fraction)
-    parts = [_parts(text, i in chosen, cut.get(i, 0)) for i, text in enumerate(kept)]
+    chosen, cut = choose(list(texts), list(map(len, kept)), fraction)
+    parts = [halves(text, i in chosen, cut.get(i, 0)) for i, text in enumerate(kept)]
     train, heldout = ([part[side] for part in parts if part[side]] for side in (0, 1))
     total, size = sum(map(len, kept)), sum(map(len, heldout))
-    rule = (
-        f"by document: {size} of {total} bytes in {len(heldout)} of {len(kept)} documents held out, taken in the order "
-        f"of their contents' sha256 as long as they fit{', of the last one its tail alone' if cut else ''}"
-    )
+    chosen_how = rule(total, size, len(heldout), len(kept), bool(cut))
     if abs(size - fraction * total) > _TOLERANCE * fraction * total:
         notes.append(
             f"held out: {size} of {total} bytes ({size / total:.3g}) where data.holdout_fraction={fraction} was asked "
             "for; so small a text is not cut closer"
         )
-    return Split(train, heldout, rule, tuple(notes))
+    return Split(train, heldout, chosen_how, tuple(notes))
+
+
+def rule(total: int, size: int, count: int, documents: int, cut: bool) -> str:
+    """In words, how `count` of `documents` documents, `size` of `total` bytes, were chosen."""
+    return (
+        f"by document: {size} of {total} bytes in {count} of {documents} documents held out, taken in the order of "
+        f"their contents' sha256 as long as they fit{', of the last one its tail alone' if cut else ''}"
+    )
 
 
 def hold_out_by_name(names: Sequence[str], documents: Sequence[bytes], fraction: float) -> Split:
@@ -79,7 +84,7 @@ def hold_out_by_name(names: Sequence[str], documents: Sequence[bytes], fraction:
     """
     keys = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
     sizes = list(map(len, documents))
-    chosen, _ = _choose(keys, sizes, fraction)
+    chosen, _ = choose(keys, sizes, fraction)
     rule = (
         f"by file: {len(chosen)} of {len(documents)} files ({sum(sizes[i] for i in chosen)} of {sum(sizes)} bytes) "
         "held out, taken in the order of their names' sha256 as long as they fit"
@@ -88,11 +93,12 @@ def hold_out_by_name(names: Sequence[str], documents: Sequence[bytes], fraction:
     return Split(train, heldout, rule)
 
 
-def _content_hash(document: bytes) -> bytes:
+def content_hash(document: bytes) -> bytes:
+    """What tells documents apart: the sha256 of their bytes, line ends aside."""
     return hashlib.sha256(document.replace(b"\r\n", b"\n")).digest()
 
 
-def _choose(keys: Sequence[bytes], sizes: Sequence[int], fraction: float) -> tuple[set[int], dict[int, int]]:
+def choose(keys: Sequence[bytes], sizes: Sequence[int], fraction: float) -> tuple[set[int], dict[int, int]]:
     """The documents that are held out, and of one that is cut, how many of its last bytes are."""
     if not keys:
         raise UserError("data.corpus: there is no text in it")
@@ -109,7 +115,7 @@ def _choose(keys: Sequence[bytes], sizes: Sequence[int], fraction: float) -> tup
     return chosen, {first: max(1, round(wanted - size))}
 
 
-def _parts(text: bytes, chosen: bool, tail: int) -> tuple[bytes, bytes]:
+def halves(text: bytes, chosen: bool, tail: int) -> tuple[bytes, bytes]:
     """What of a document is trained on and what is held out; cut between two characters where it is UTF-8 at all."""
     cut = 0 if chosen else len(text) - tail
     for _ in range(3):

@@ -1,0 +1,166 @@
+"""Corpus `prepared`: a folder of token shards that `oasis_jax prepare` wrote, read at random.
+
+The folder holds ArrayRecord shards of each part, train and heldout, and index.json, which says what they were made
+from. The tokens of a part's shards, one shard after another, are the stream that `data.corpus=files` makes of the same
+files, and it is cut into the same windows.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from oasis_jax.config import DataConfig
+from oasis_jax.data.corpus import Corpus
+from oasis_jax.data.text import Windows
+from oasis_jax.data.tokenizers import Tokenizer
+from oasis_jax.errors import UserError
+
+INDEX = "index.json"
+FORMAT = 1
+RECORD_TOKENS = 1024  # of every record of a shard but its last
+PARTS = ("train", "heldout")
+
+
+class ShardedTokens:
+    """The tokens of shards, one after another; slices are read from the files as they are asked for.
+
+    Args:
+      folder: where they lie.
+      shards: of each its "file" and how many "tokens" are in it.
+      dtype: of a token.
+
+    Raises:
+      UserError: names a shard that is not there, not as long as it was written, or corrupt where it is read.
+    """
+
+    def __init__(self, folder: pathlib.Path, shards: Sequence[Mapping], dtype: np.dtype):
+        self._paths, self.dtype = [folder / shard["file"] for shard in shards], dtype
+        for path, shard in zip(self._paths, shards):
+            check_size(path, shard["size"])
+        self._ends = np.cumsum([shard["tokens"] for shard in shards], dtype=np.int64)
+        self._readers: dict[int, object] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        start, stop, _ = window.indices(len(self))
+        pieces = [np.zeros(0, self.dtype)]
+        while start < stop:
+            shard = int(np.searchsorted(self._ends, start, side="right"))
+            end = int(self._ends[shard])
+            first = int(self._ends[shard - 1]) if shard else 0
+            pieces.append(self._read(shard, start - first, min(stop, end) - first))
+            start = end
+        return np.concatenate(pieces)
+
+    def _read(self, shard: int, start: int, stop: int) -> np.ndarray:
+        first = start // RECORD_TOKENS
+        try:
+            if shard not in self._readers:
+                self._readers[shard] = _reader(self._paths[shard])
+            records = self._readers[shard].read(list(range(first, -(-stop // RECORD_TOKENS))))
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise corrupt(self._paths[shard], error) from None
+        tokens = np.frombuffer(b"".join(records), self.dtype)
+        return tokens[start - first * RECORD_TOKENS : stop - first * RECORD_TOKENS]
+
+
+def _reader(path: pathlib.Path):
+    from array_record.python.array_record_module import ArrayRecordReader  # here: it comes with grain
+
+    return ArrayRecordReader(str(path))
+
+
+def corrupt(path: pathlib.Path, why: object) -> UserError:
+    """The error for a shard that is not what was written."""
+    text = " ".join(str(why).split())
+    return UserError(f"{path}: the shard is corrupt ({text[:120]}); prepare it again into another folder")
+
+
+def check_size(path: pathlib.Path, size: int) -> None:
+    """Raises UserError for a shard that is gone or shorter or longer than it was."""
+    if not path.is_file():
+        raise UserError(f"{path}: the shard is missing; restore it or prepare again into another folder")
+    if path.stat().st_size != size:
+        raise corrupt(path, f"{path.stat().st_size} bytes where {size} were written")
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_index(folder: str | os.PathLike) -> dict:
+    """What index.json says; raises UserError where there is none, or one of another format."""
+    path = pathlib.Path(folder).expanduser() / INDEX
+    try:
+        index = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"data.pattern: {str(folder)!r} holds no prepared corpus (no {INDEX}); `oasis_jax prepare` writes one, and "
+            "goes on where it was stopped"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise UserError(f"{path}: is not of format {FORMAT}, which this version reads")
+    return index
+
+
+def verify(folder: str | os.PathLike) -> int:
+    """How many shards there are, all of which have their checksums; raises UserError for the first that has not."""
+    index, folder = read_index(folder), pathlib.Path(folder).expanduser()
+    shards = [shard for part in PARTS for shard in index["parts"][part]["shards"]]
+    for shard in shards:
+        check_size(folder / shard["file"], shard["size"])
+        if file_sha256(folder / shard["file"]) != shard["sha256"]:
+            raise corrupt(folder / shard["file"], "its sha256 is not the one in the index")
+    return len(shards)
+
+
+def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpus:
+    """The corpus in the folder `config.pattern`, which may have moved since it was prepared.
+
+    Raises:
+      UserError: no such folder, a shard that is not as it was, or a tokenizer or a share held out other than asked for.
+    """
+    del seed  # the text is what it is
+    index, folder = read_index(config.pattern), pathlib.Path(config.pattern).expanduser()
+    own = index["tokenizer"]["identity"]
+    if tokenizer is None:
+        if config.tokenizer != own["kind"]:
+            raise UserError(
+                f"data.tokenizer: {config.tokenizer} asked for, but {config.pattern!r} was prepared with {own['kind']} "
+                f"(sha256 {own['sha256']}); set data.tokenizer={own['kind']}"
+            )
+        tokenizer = Tokenizer.from_json(index["tokenizer"]["json"])
+    if tokenizer.identity != own:
+        raise UserError(
+            f"data.tokenizer: {config.pattern!r} was prepared with {own['kind']}, sha256 {own['sha256']}; this run "
+            f"reads {tokenizer.kind}, sha256 {tokenizer.identity['sha256']}"
+        )
+    fraction = index["holdout"]["fraction"]
+    if config.holdout_fraction != fraction:
+        raise UserError(
+            f"data.holdout_fraction: {config.holdout_fraction} asked for, but {config.pattern!r} was prepared with "
+            f"{fraction}; take that, or prepare again"
+        )
+    begin_id, dtype = tokenizer.begin_id if config.begin_token else None, np.dtype(index["dtype"])
+    train, heldout = (
+        Windows(ShardedTokens(folder, index["parts"][part]["shards"], dtype), config.sequence_length, begin_id)
+        for part in PARTS
+    )
+    for part, windows in zip(("training", "held-out"), (train, heldout)):
+        if not len(windows):
+            raise UserError(
+                f"data.sequence_length: {config.sequence_length} is more than the {part} part's {len(windows.tokens)} "
+                f"tokens can fill once; use at most {len(windows.tokens) - (begin_id is None)} ({index['split']})"
+            )
+    names = ("sha256", "shards_sha256", "bytes", "files", "holdout", "split")
+    return Corpus({"name": "prepared"} | {name: index[name] for name in names}, tokenizer, train, heldout)
