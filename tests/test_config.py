@@ -257,6 +257,7 @@ WRONG = {
         "model.blocks: 8 blocks for 6 sublayers",
     ),
     "files without a pattern": (lambda: DataConfig(corpus="files"), "data.pattern: corpus=files needs a glob"),
+    "prepared without a folder": (lambda: DataConfig(corpus="prepared"), "data.pattern: corpus=prepared needs the"),
     "share of 1": (
         lambda: DataConfig(holdout_fraction=1.0),
         "data.holdout_fraction: must be above 0 and at most 0.9, got 1.0",

@@ -21,7 +21,7 @@ def make_parser(program: str) -> Parser:
     parser.add_argument(
         "--tokenizer",
         metavar="SOURCE",
-        help="bytes, bpe (learned here from the training part), or a model with one: a folder, a .gguf file, owner/name",
+        help="bytes, bpe (learned from the training part), or a model with one: a folder, a .gguf file, owner/name",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the shards lie")
     parser.add_argument("--licence", default="", metavar="TEXT", help="of the text, as index.json is to say it")
@@ -59,7 +59,8 @@ def main(argv: Sequence[str], program: str = "oasis_jax prepare") -> None:
     train, heldout = (index["parts"][part] for part in ("train", "heldout"))
     print(
         f"{args.out}: {train['tokens']} tokens to train on in {len(train['shards'])} shards, {heldout['tokens']} held "
-        f"out in {len(heldout['shards'])}; train with data.corpus=prepared data.pattern={args.out} data.tokenizer={kind}"
+        f"out in {len(heldout['shards'])}; train with data.corpus=prepared data.pattern={args.out} "
+        f"data.tokenizer={kind}"
     )
 
 

@@ -114,8 +114,8 @@ def matching_files(pattern: str, suffixes: Sequence[str] = _SUFFIXES) -> list[pa
     by that name.
 
     Raises:
-      UserError: nothing matches, or a match ends with none of `suffixes` (leaving it out in silence would hide a misspelt
-        pattern), or no regular file, or the pattern means one file as a name and others as a glob.
+      UserError: nothing matches, or a match ends with none of `suffixes` (leaving it out in silence would hide a
+        misspelt pattern), or is no regular file, or the pattern means one file as a name and others as a glob.
     """
     expanded = os.path.expanduser(pattern)
     found = glob.glob(_without_names(pathlib.Path(expanded)), recursive=True)

@@ -1,4 +1,4 @@
-"""From text to shards of tokens, see `oasis_jax.data.prepared`; started again, it goes on after the last whole shard."""
+"""From text to shards of tokens, see `oasis_jax.data.prepared`; started again, it goes on after the last whole one."""
 
 import contextlib
 import dataclasses
