@@ -1,4 +1,4 @@
-"""Shards of tokens: the stream that the files give, after kills and full disks too, and what is said of damaged ones."""
+"""Shards of tokens: the stream that the files give, after kills and full disks too, and what is said of damage."""
 
 import dataclasses
 import gzip
