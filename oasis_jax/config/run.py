@@ -9,6 +9,9 @@ from oasis_jax.config.schema import build, check_fields, field, field_type
 from oasis_jax.errors import UserError
 
 
+LARGEST_HOLDOUT = 0.9  # more would be a mistake: nothing is learned from the rest
+
+
 def sections() -> dict[str, type]:
     """The sections of a Config by name, in order."""
     return {section.name: field_type(Config, section.name) for section in dataclasses.fields(Config)}
@@ -18,7 +21,7 @@ def sections() -> dict[str, type]:
 class DataConfig:
     """Where examples come from."""
 
-    corpus: Literal["stdlib", "files", "prepared", "pairs", "trigger"] = field(
+    corpus: Literal["stdlib", "files", "pairs", "prepared", "trigger"] = field(
         "stdlib",
         "Python's standard library as text, local files, what `oasis_jax prepare` wrote, questions and answers with the "
         "loss on answers alone, or the trigger task",
@@ -40,7 +43,7 @@ class DataConfig:
     sequence_length: int = field(256, "tokens T of an example", low=2)
     batch_size: int = field(16, "examples of one optimizer step, over all devices", low=1)
     begin_token: bool = field(True, "every example starts with a begin token")
-    holdout_fraction: float = field(0.05, "share of the corpus that is never trained on", above=0, high=0.9)
+    holdout_fraction: float = field(0.05, "share of the corpus that is never trained on", above=0, high=LARGEST_HOLDOUT)
     trigger_dim: int = field(16, "corpus=trigger: size of the random content of a vector", low=1)
     trigger_rate: float = field(0.1, "corpus=trigger: share of positions that carry the trigger", above=0, below=1)
 

@@ -156,11 +156,9 @@ def _hint(pattern: pathlib.Path) -> str:
         return ", it is a folder; add /*.txt or /**/*.jsonl, or the like"
     folder = pathlib.Path(pattern.anchor or ".")
     for part in pattern.relative_to(pattern.anchor).parts:
-        if glob.has_magic(part):
-            if (folder / part).exists():
-                return f"; to mean what is called {part!r}, write {glob.escape(part)!r}"
-            break
         if not (folder / part).exists():
+            if glob.has_magic(part):
+                break
             names = os.listdir(folder) if os.access(folder, os.R_OK) and folder.is_dir() else []
             return f": {str(folder.absolute())!r} has no {part!r}{nearest(part, names)}"
         folder = folder / part

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from oasis_jax.config import DataConfig
+from oasis_jax.config.run import LARGEST_HOLDOUT
 from oasis_jax.data.corpus import Corpus
 from oasis_jax.data.split import Split, hold_out
 from oasis_jax.data.tokenizers import TOKENIZERS, Tokenizer
@@ -151,7 +152,7 @@ def _too_short(
     # The share that gives the short part what it needs and a tenth more, rounded away from what is too little.
     share = 1.1 * needed / (len(train.tokens) + len(heldout.tokens))
     fraction = math.ceil(share * 1000) / 1000 if short is heldout else math.floor((1 - share) * 1000) / 1000
-    if 0 < fraction < 1 and works(fraction):
+    if 0 < fraction <= LARGEST_HOLDOUT and works(fraction):
         remedies.append(f"data.holdout_fraction={fraction:g}")
     size = sum(map(len, [*split.train, *split.heldout]))
     scale = size / (len(train.tokens) + len(heldout.tokens)) / min(asked, 1 - asked)  # bytes for a token in each part

@@ -150,8 +150,8 @@ def test_bpe_learns_from_the_training_part_alone(tmp_path):
 SHORT = {
     "held-out": {"sequence_length": 90},
     "held-out without begin token": {"sequence_length": 90, "begin_token": False},
-    "training": {"sequence_length": 100, "holdout_fraction": 0.95},
-    "training without begin token": {"sequence_length": 100, "holdout_fraction": 0.95, "begin_token": False},
+    "training": {"sequence_length": 200, "holdout_fraction": 0.9},
+    "training without begin token": {"sequence_length": 200, "holdout_fraction": 0.9, "begin_token": False},
     "held-out in tokens of a BPE": {"sequence_length": 90, "tokenizer": "bpe", "bpe_vocab_size": 259},
 }
 
