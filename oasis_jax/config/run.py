@@ -8,7 +8,6 @@ from oasis_jax.config.model import LayerPattern, ModelConfig, RopeScaling
 from oasis_jax.config.schema import build, check_fields, field, field_type
 from oasis_jax.errors import UserError
 
-
 LARGEST_HOLDOUT = 0.9  # more would be a mistake: nothing is learned from the rest
 
 
