@@ -9,8 +9,8 @@ DIR holds safetensors, config.json and tokenizer.json; a .gguf file does, too. L
 whole pairs are packed into rows and do not see each other. A twentieth of the questions is held out.
 `--set model.preset=attnres` adds depth routers that start as the model itself (docs/pretrained.md).
 
-Hardware: as the model asks for; SmolLM2-135M trains on two CPU cores. Metrics: held-out loss of the answers; not trained
-to the end here, so neither times nor a score.
+Hardware: as the model asks for; SmolLM2-135M trains on two CPU cores. Metrics: held-out loss of the answers; not
+trained to the end here, so neither times nor a score.
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig

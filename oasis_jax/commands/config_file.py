@@ -44,7 +44,7 @@ def load_config(path: str | os.PathLike, flag: str = "--config") -> Config:
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """The configs that come with the library: those of the clone it runs from, else those that were installed with it."""
+    """The configs that come with the library: those of the clone it runs from, else those that were installed."""
     clone = pathlib.Path(__file__).parents[2]
     paths = list((clone / "configs").glob("*.py")) if (clone / "setup.cfg").is_file() else []
     if not paths:

@@ -17,7 +17,7 @@ from oasis_jax.overrides import all_fields, is_table, parse_overrides
 
 
 def folder(text: str) -> pathlib.Path:
-    """A folder that a flag names; an empty name, as an unset variable in a shell leaves it, would be the current one."""
+    """A folder that a flag names; an empty name, as an unset variable leaves it, would be the current one."""
     if not text:
         raise argparse.ArgumentTypeError("names no folder; for the current one write .")
     return pathlib.Path(text)

@@ -22,13 +22,13 @@ class DataConfig:
 
     corpus: Literal["stdlib", "files", "pairs", "prepared", "trigger"] = field(
         "stdlib",
-        "Python's standard library as text, local files, what `oasis_jax prepare` wrote, questions and answers with the "
-        "loss on answers alone, or the trigger task",
+        "Python's standard library as text, local files, questions and answers with the loss on answers alone, what "
+        "`oasis_jax prepare` wrote, or the trigger task",
     )
     pattern: str = field(
         "",
-        "corpus=files: glob of .txt or .jsonl files; corpus=prepared: the folder; corpus=pairs: glob of .jsonl files with "
-        "question and answer",
+        "corpus=files: glob of .txt or .jsonl files; corpus=pairs: of .jsonl files with question and answer; "
+        "corpus=prepared: the folder",
     )
     text_key: str = field("text", "corpus=files: the key that holds the text in a .jsonl line")
     corrupt: Literal["stop", "skip"] = field(

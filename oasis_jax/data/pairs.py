@@ -1,7 +1,7 @@
 """Corpus `pairs`: questions and answers from .jsonl files, packed into rows, with the loss on the answers alone.
 
-A pair is one document: begin token, "Question: ...\nAnswer:", then " " and the answer, then the separator, which ends an
-answer and is learned. Documents lie in a row one after the other and do not see each other: "segment_ids" tells them
+A pair is one document: begin token, "Question: ...\nAnswer:", then " " and the answer, then the separator, which ends
+an answer and is learned. Documents lie in a row one after the other and do not see each other: "segment_ids" tells them
 apart, and the rest of a row is padding of weight 0 in a segment of its own.
 """
 
@@ -108,8 +108,8 @@ def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpu
     for pair, document in zip(pairs, documents):
         if len(document.targets) > config.sequence_length:
             raise UserError(
-                f"data.sequence_length: {pair.where} has {len(document.targets)} tokens, a row {config.sequence_length}; "
-                "take longer rows"
+                f"data.sequence_length: {pair.where} has {len(document.targets)} tokens, a row "
+                f"{config.sequence_length}; take longer rows"
             )
     train, held = ([d for d, out in zip(documents, heldout) if out is part] for part in (False, True))
     identity = {

@@ -240,7 +240,7 @@ class _Text:
 
 
 def calibration_batches(model: Pretrained, text: str = "stdlib", *, sequences: int = 8) -> list[Batch]:
-    """Text from which quantization takes ranges where nothing is measured: sequences of up to 512 tokens, spread evenly.
+    """Text from which quantization takes ranges where nothing is measured: sequences of up to 512 tokens.
 
     Args:
       text: see `ModelOptions`.

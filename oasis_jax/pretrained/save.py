@@ -32,7 +32,7 @@ _TYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat1
 
 
 def save_pretrained(model: Pretrained, folder: str | os.PathLike, *, dtype: str | None = None) -> str:
-    """Writes model.safetensors (in shards where it is large), config.json, tokenizer.json, a chat template and a README.md.
+    """Writes model.safetensors (in shards where it is large), config.json, tokenizer.json, chat template, README.md.
 
     Args:
       model: what to write.

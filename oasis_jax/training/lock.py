@@ -91,7 +91,7 @@ class WorkdirLock:
             mine.unlink(missing_ok=True)
 
     def _wait_for(self, clock: pathlib.Path) -> dict[str, Any] | None:
-        """The holder, once it is known to be gone (None: there is no lock any more); raises UserError for one that lives."""
+        """The holder, once it is known to be gone (None: there is no lock); raises UserError for one that lives."""
         first, said = None, False
         while True:
             holder, touched = _read(self._path)

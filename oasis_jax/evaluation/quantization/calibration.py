@@ -236,8 +236,8 @@ def _round(model: DecoderPass, params, recorded: Recorded) -> Calibration:
 def calibration_for(
     scheme: Scheme, params: Mapping[str, Any], config: ModelConfig, placement: Placement, batches: Iterable[Batch]
 ) -> Calibration:
-    """All that a scheme knows of a model beforehand: its weights, rounded once, and from `batches`, where it needs them,
-    factors and ranges.
+    """All that a scheme knows of a model beforehand: its weights, rounded once, and, from `batches`, factors and ranges
+    where it needs them.
 
     GPTQ and AWQ read x^T x of every linear layer, 4 D^2 bytes each, at once and of the float model.
 

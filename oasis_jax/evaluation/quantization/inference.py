@@ -179,8 +179,8 @@ def check_texts(scheme: str) -> Scheme:
     parsed = parse_scheme(scheme)
     if parsed.per_tensor and not parsed.static:
         raise UserError(
-            f"--quantize: {scheme} takes ranges of a whole batch, so that a text would depend on its neighbours; take one "
-            f"with ranges from calibration: {', '.join(name for name, x in SCHEMES.items() if x.static)}"
+            f"--quantize: {scheme} takes ranges of a whole batch, so that a text would depend on its neighbours; take "
+            f"one with ranges from calibration: {', '.join(name for name, x in SCHEMES.items() if x.static)}"
         )
     if parsed.sink_float:
         raise UserError(f"--quantize: {scheme}: which token is a text's first is not known here; leave out +sink_float")

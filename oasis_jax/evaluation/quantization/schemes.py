@@ -22,8 +22,8 @@ class Scheme:
       everywhere: also the embedding table, attention scores, probabilities, context, residual sums and depth mixtures
         (the reference of arXiv 2605.17887, after arXiv 2306.12929).
       clip: per token: the share of the largest |x| that becomes the highest code.
-      scales: of groups: "" float32, "e8m0" powers of two, "e4m3" below one of the whole tensor, that of activations from
-        calibration.
+      scales: of groups: "" float32, "e8m0" powers of two, "e4m3" below one of the whole tensor, which of activations
+        comes from calibration.
       mse, gptq, awq, smooth, rotate, float_head, integer, sink_float: the options of `OPTIONS`.
     """
 

@@ -150,7 +150,7 @@ def gptq(scheme: Scheme, weight: Float[Array, "D M"], nearest: Codes, products: 
 
 
 def _inverse_root(products: Float[Array, "D D"]) -> Float[Array, "D D"]:
-    """U, upper triangular, of (H + damping)^-1 = U^T U; a channel that is always 0 costs nothing and follows nothing."""
+    """U, upper triangular, of (H + damping)^-1 = U^T U; a channel that is always 0 costs nothing."""
     diagonal = jnp.diagonal(products)
     dead = jnp.where(diagonal == 0, jnp.where(diagonal.mean() > 0, diagonal.mean(), 1.0), 0.0)
     damped = products + jnp.diag(dead + GPTQ_DAMPING * diagonal.mean())

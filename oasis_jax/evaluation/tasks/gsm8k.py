@@ -151,8 +151,8 @@ class Task:
                 ids = [*begin, *model.tokenizer.encode(text).tolist()]
             if longest and len(ids) + settings.max_new_tokens > longest:
                 raise UserError(
-                    f"--gsm8k-file: {pair.where}: a prompt of {len(ids)} tokens and {settings.max_new_tokens} new ones do "
-                    f"not fit the model's {longest}; take fewer --shots or --max-new-tokens"
+                    f"--gsm8k-file: {pair.where}: a prompt of {len(ids)} tokens and {settings.max_new_tokens} new ones "
+                    f"do not fit the model's {longest}; take fewer --shots or --max-new-tokens"
                 )
             asked.append(ids)
         return asked

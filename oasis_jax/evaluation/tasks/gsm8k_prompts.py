@@ -11,7 +11,7 @@ FIXED = tuple(
     Pair(question, answer, "fixed")
     for question, answer in (
         (
-            "A baker makes 24 rolls and sells them in bags of 4. Each bag costs $3. How much does he earn with all bags?",
+            "A baker makes 24 rolls and sells them in bags of 4. Each bag costs $3. How much does he earn?",
             "He fills 24 / 4 = 6 bags. He earns 6 * 3 = 18 dollars.\n#### 18",
         ),
         (
@@ -27,11 +27,11 @@ FIXED = tuple(
             "The discount is 120 * 0.25 = 30 dollars. The coat costs 120 - 30 = 90 dollars.\n#### 90",
         ),
         (
-            "Omar reads 12 pages a day on 5 days and 20 pages a day on the other 2. How many pages does he read in a week?",
+            "Omar reads 12 pages a day on 5 days and 20 a day on the other 2. How many pages does he read in a week?",
             "On 5 days he reads 12 * 5 = 60 pages. On 2 days he reads 20 * 2 = 40. Together these are 100.\n#### 100",
         ),
         (
-            "A tank holds 900 liters and is one third full. Each minute 50 liters flow in. After how many minutes is it full?",
+            "A tank holds 900 liters and is one third full. Each minute 50 liters flow in. How many minutes until it is full?",
             "One third is 900 / 3 = 300 liters, so 600 are missing. That takes 600 / 50 = 12 minutes.\n#### 12",
         ),
         (

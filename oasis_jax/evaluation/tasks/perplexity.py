@@ -20,7 +20,7 @@ DEFINITIONS = {
     "perplexity": "exp(nats / tokens): depends on the tokenizer",
     "bits_per_byte": MEASURES["bits_per_byte"]["average"] + "; comparable across tokenizers",
     "byte_perplexity": "exp(nats / bytes)",
-    "word_perplexity": "exp(nats / bytes * bytes of the whole text / words): exp(nats / words) where every token counts",
+    "word_perplexity": "exp(nats / bytes * bytes of the whole text / words): exp(nats / words) where all tokens count",
 }
 
 

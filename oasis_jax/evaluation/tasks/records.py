@@ -1,4 +1,4 @@
-"""Generations on disk as they are made: a .jsonl file whose first line says what they are of, and that is gone on with."""
+"""Generations on disk as they are made: a .jsonl file that is gone on with; its first line says what they are of."""
 
 import json
 import os
