@@ -31,7 +31,7 @@ FIXED = tuple(
             "On 5 days he reads 12 * 5 = 60 pages. On 2 days he reads 20 * 2 = 40. Together these are 100.\n#### 100",
         ),
         (
-            "A tank holds 900 liters and is one third full. Each minute 50 liters flow in. How many minutes until it is full?",
+            "A tank of 900 liters is a third full. Each minute 50 liters flow in. After how many minutes is it full?",
             "One third is 900 / 3 = 300 liters, so 600 are missing. That takes 600 / 50 = 12 minutes.\n#### 12",
         ),
         (
