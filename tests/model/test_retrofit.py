@@ -110,7 +110,7 @@ def test_a_run_knows_the_weight_of_its_null_at_every_step():
     [
         (dict(preset="attnres", alpha_gate=True), "alpha_gate: goes with wiring=cumulative, got wiring=delta"),
         (dict(preset="oasis", sum_preserving=True), "sum_preserving: goes with wiring=delta, got wiring=cumulative"),
-        (dict(null_weight=1.5), "null_weight: must lie between 0 and 1, got 1.5"),
+        (dict(null_weight=1.5), "null_weight: must be at least 0 and at most 1, got 1.5"),
         (dict(null_bias=True), "null_bias: goes with normalizer=null_key or null_key_value, got softmax1"),
         (dict(router_init_std=-1.0), "router_init_std: must be at least 0"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
+import tokenizers
 from flax import nnx
 
 from oasis_jax import Decoder, ModelConfig
@@ -99,3 +100,24 @@ def random_model(config: ModelConfig, seed: int = 0, begin_token: int | None = N
     random = np.random.default_rng(seed)
     moved = [leaf + 0.3 * random.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
     return Pretrained(config, jax.tree.unflatten(structure, moved), begin_token=begin_token)
+
+
+def small_checkpoint(folder: pathlib.Path, family: str) -> pathlib.Path:
+    """A checkpoint of a family, with a tokenizer of one token a word."""
+    config = CONFIG | dict(model_type=family, tie_word_embeddings=True)
+    values = tensors(config)
+    if family == "phi3":
+        config |= {"partial_rotary_factor": 0.75, "head_dim": 8}
+        values = tensors(config)
+        for layer in range(2):
+            at = f"model.layers.{layer}."
+            for new, parts in (("self_attn.qkv_proj", "self_attn.{}_proj"), ("mlp.gate_up_proj", "mlp.{}_proj")):
+                old = [parts.format(x) for x in ("qkv" if "qkv" in new else ("gate", "up"))]
+                joined = [values.pop(f"{at}{x}.weight") for x in old]
+                values[f"{at}{new}.weight"] = np.concatenate(joined)
+    write(folder, config, {name: x if x.ndim == 1 else 0.1 * x for name, x in values.items()})
+    words = {f"w{i}": i for i in range(config["vocab_size"])}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(folder / "tokenizer.json"))
+    return folder

@@ -8,9 +8,8 @@ import pathlib
 
 import numpy as np
 import pytest
-import tokenizers
 from pretrained.test_families import PUBLISHED
-from pretrained.tiny import CONFIG, tensors, write
+from pretrained.tiny import small_checkpoint
 from sampling import sampled
 
 from oasis_jax.commands.config_file import load_config
@@ -53,26 +52,6 @@ def test_sizes_are_those_of_the_published_model(name, monkeypatch, tmp_path):
     found = (data.batch_size, optimizer.accumulation_steps, optimizer.learning_rate, optimizer.warmup_steps)
     assert (*found, config.run.steps) == RECIPES[name]
     assert (data.sequence_length, optimizer.schedule) == (512, "linear")
-
-
-def small_checkpoint(folder: pathlib.Path, family: str) -> pathlib.Path:
-    config = CONFIG | dict(model_type=family, tie_word_embeddings=True)
-    values = tensors(config)
-    if family == "phi3":
-        config |= {"partial_rotary_factor": 0.75, "head_dim": 8}
-        values = tensors(config)
-        for layer in range(2):
-            at = f"model.layers.{layer}."
-            for new, parts in (("self_attn.qkv_proj", "self_attn.{}_proj"), ("mlp.gate_up_proj", "mlp.{}_proj")):
-                old = [parts.format(x) for x in ("qkv" if "qkv" in new else ("gate", "up"))]
-                joined = [values.pop(f"{at}{x}.weight") for x in old]
-                values[f"{at}{new}.weight"] = np.concatenate(joined)
-    write(folder, config, {name: x if x.ndim == 1 else 0.1 * x for name, x in values.items()})
-    words = {f"w{i}": i for i in range(config["vocab_size"])}
-    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    library.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 SMALL = ["num_layers=2", "width=24", "num_heads=3", "num_kv_heads=1", "mlp_dim=40", "vocab_size=211", "dtype=float32"]

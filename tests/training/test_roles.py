@@ -120,7 +120,7 @@ def test_the_router_multiplier_multiplies_the_updates_of_routers_and_nothing_els
 
 
 def test_a_negative_multiplier_is_refused():
-    with pytest.raises(UserError, match=r"optimizer\.router_multiplier: must be at least 0.0, got -1"):
+    with pytest.raises(UserError, match=r"optimizer\.router_multiplier: must be at least 0, got -1\.0"):
         OptimizerConfig(router_multiplier=-1.0)
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from training.test_finetune_configs import small_checkpoint
+from pretrained.tiny import small_checkpoint
 
 from oasis_jax.evaluation.report.task_scores import task_tables
 from oasis_jax.evaluation.report.terminal import print_comparison
