@@ -3,6 +3,7 @@ calibration batches.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -224,7 +225,9 @@ class _Rounding:
 @partial(jax.jit, static_argnames="model")
 def _round(model: DecoderPass, params, recorded: Recorded) -> Calibration:
     """A pass over as few tokens as a mesh divides, for the weights that it meets."""
-    config, rows, length = model.config, model.placement.ways("batch"), 2 * model.placement.ways("sequence")
+    config, ways = model.config, model.placement.ways
+    # The zigzag order gives every device two parts of a text.
+    rows, length = ways("batch"), math.lcm(ways("stream"), 2 * ways("length"))
     tokens = jnp.zeros((rows, length), jnp.int32)
     inputs = tokens if config.inputs == "tokens" else jnp.zeros((rows, length, config.vector_dim), config.dtype)
     context = model.context({}, recorded)
