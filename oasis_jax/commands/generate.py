@@ -4,20 +4,16 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from oasis_jax.commands.options import add_set, folder, read_set
+from oasis_jax.commands.options import add_set
 from oasis_jax.commands.parser import Parser
-from oasis_jax.overrides import apply_overrides
-
-FIELDS = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+from oasis_jax.commands.task_model import FIELDS, add_model, load_described, model_arguments
 
 
 def make_parser(program: str) -> Parser:
     """The flags of the command."""
     parser = Parser(prog=program, description="Continues texts; a single one is written as it is made.")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to continue; several: all at once")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="SOURCE", help="a folder of safetensors, a .gguf file, owner/name on a hub")
-    source.add_argument("--workdir", type=folder, metavar="FOLDER", help="a trained run")
+    add_model(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many; 128")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="0, the default: the likeliest token"
@@ -40,7 +36,6 @@ def make_parser(program: str) -> Parser:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; 0")
     parser.add_argument("--kv-cache", default="float", metavar="NAME", help="keys and values: float, or int8")
-    parser.add_argument("--dtype", metavar="NAME", help="of parameters and computations: float32 or bfloat16")
     parser.add_argument("--transplant", action="store_true", help="with its begin token as the null of its attention")
     add_set(parser, "how a model is split over devices, such as mesh.tensor=2", FIELDS)
     return parser
@@ -50,18 +45,13 @@ def main(argv: Sequence[str], program: str = "oasis_jax generate") -> None:
     """Writes the texts to standard output."""
     parser = make_parser(program)
     args = parser.parse_args(argv)
-    given = read_set(parser, args, FIELDS)
+    described = model_arguments(parser, args)
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
-    from oasis_jax.config import Config
     from oasis_jax.decoding import Sampling, generate
-    from oasis_jax.pretrained import load_pretrained, transplant_sink
 
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
-    mesh = apply_overrides(Config(), args.set).mesh if given else None
-    model = load_pretrained(args.model or args.workdir, dtype=args.dtype, mesh=mesh)
-    if args.transplant:
-        model = transplant_sink(model)
+    model = load_described(described, transplant=args.transplant)
     options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop, seed=args.seed)
     options |= dict(kv_cache=args.kv_cache)
     prompts = [_chat(model, prompt) for prompt in args.prompts] if args.chat else args.prompts

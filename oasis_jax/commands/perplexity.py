@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from oasis_jax.commands.options import add_set
 from oasis_jax.commands.parser import Parser
-from oasis_jax.commands.task_model import FIELDS, add_model, model_arguments
+from oasis_jax.commands.task_model import FIELDS, add_model, load_described, model_arguments
 from oasis_jax.errors import UserError
 
 
@@ -44,12 +44,9 @@ def main(argv: Sequence[str], program: str = "oasis_jax perplexity") -> None:
         _write(args.out, "", "a")  # fails before anything is computed, and loses nothing
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
-    from oasis_jax.config import MeshConfig
-    from oasis_jax.evaluation.tasks.loading import load_model
     from oasis_jax.evaluation.tasks.perplexity import strided_perplexity
 
-    mesh = described.pop("mesh", None)
-    model = load_model(**described, mesh=mesh and MeshConfig(**mesh))
+    model = load_described(described)
     windows = {"window": args.window, "stride": args.stride, "begin_at": args.begin_at}
     found = strided_perplexity(model, text, **windows, batch_size=args.batch_size)
     begin = "no begin token" if model.begin_token is None else f"begin token {model.begin_token} at {args.begin_at}"

@@ -1,10 +1,14 @@
 """Flags that say which model a task runs on, and how."""
 
 import argparse
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from oasis_jax.commands.options import folder, read_set
 from oasis_jax.commands.parser import Parser
+
+if TYPE_CHECKING:
+    from oasis_jax.pretrained import Pretrained
 
 FIELDS = ("mesh.data", "mesh.fsdp", "mesh.tensor")
 
@@ -38,3 +42,12 @@ def model_arguments(parser: Parser, args: argparse.Namespace) -> dict[str, Any]:
         "mesh": read_set(parser, args, FIELDS).get("mesh"),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def load_described(described: Mapping[str, Any], **options: Any) -> "Pretrained":
+    """The model that `model_arguments` describes; options are those of `load_model`."""
+    from oasis_jax.config import MeshConfig
+    from oasis_jax.evaluation.tasks.loading import load_model
+
+    mesh = described.get("mesh")
+    return load_model(**{**described, "mesh": mesh and MeshConfig(**mesh)}, **options)

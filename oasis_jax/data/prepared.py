@@ -40,6 +40,8 @@ class ShardedTokens:
     def __init__(self, folder: pathlib.Path, shards: Sequence[Mapping], dtype: np.dtype):
         self._paths, self.dtype = [folder / shard["file"] for shard in shards], dtype
         for path, shard in zip(self._paths, shards):
+            if pathlib.PurePath(shard["file"]).name != shard["file"]:  # an index is data of others
+                raise UserError(f"{folder / INDEX}: {shard['file']!r} is no name of a file in its folder")
             check_size(path, shard["size"])
         self._ends = np.cumsum([shard["tokens"] for shard in shards], dtype=np.int64)
         self._readers: dict[int, object] = {}

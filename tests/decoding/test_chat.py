@@ -19,7 +19,8 @@ from oasis_jax.pretrained.source import ChatTemplate
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}\n"
-    "    {% if true %}\n{{ '<|im_start|>' + message['role'] + ' ' + message.content | trim + '<|im_end|>' }}\n{% endif %}\n"
+    "    {% if true %}\n{{ '<|im_start|>' + message['role'] + ' ' + message.content | trim + '<|im_end|>' }}\n"
+    "{% endif %}\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
 ASK = [{"role": "user", "content": " w7 w9\n"}]
@@ -89,7 +90,8 @@ def test_what_templates_are_given():
     words = (
         "{{ tools is none }} {{ documents is none }} {{ eos_token }} {{ {'b': 'ü<'} | tojson }} {{ messages | length }}"
     )
-    loop = "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}{{ strftime_now('%Y') | length }}"
+    loop = "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    loop += "{{ strftime_now('%Y') | length }}"
     found = render(with_template(FAKE, words + loop), ASK)
     assert found == 'True True <|im_end|> {"b": "ü<"} 1014'
 

@@ -31,7 +31,9 @@ KINDS |= {
     "alternating": dict(preset="attnres", **MIXED),
     "two windows": dict(preset="oasis", layer_pattern=(LayerPattern(window=2), LayerPattern(window=7))),
     "window of one": dict(preset="oasis", window=1),
-    "several nulls, window": dict(preset="residual", normalizer="null_key_value", null_keys=3, null_bias=True, window=4),
+    "several nulls, window": dict(
+        preset="residual", normalizer="null_key_value", null_keys=3, null_bias=True, window=4
+    ),
     "delta, projected": dict(preset="softmax1", wiring="delta", router="projected", **MIXED),
     "cumulative, static": dict(preset="oasis", router="static", **MIXED),
     "soft cap, norms": dict(preset="oasis", logit_softcap=2.0, qk_norm=True, window=3, gate="per_head"),

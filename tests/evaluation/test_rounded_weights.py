@@ -33,8 +33,8 @@ def inputs_of(size: int, tokens: int = 300) -> np.ndarray:
 
 
 def np_gptq(weight: np.ndarray, x: np.ndarray, bits: int, group: int) -> np.ndarray:
-    """Optimal brain quantization in the order of the contraction (arXiv 2210.17323, section 3.1), by the inverse of what
-    is left of H, anew for every term; float64.
+    """Optimal brain quantization in the order of the contraction (arXiv 2210.17323, section 3.1), by the inverse of
+    what is left of H, anew for every term; float64.
     """
     products = x.T @ x
     mean = np.diagonal(products).mean()

@@ -247,8 +247,8 @@ def calibration_for(
     Raises:
       UserError: the scheme reads calibration batches and there are none.
     """
-    batches, recorded = list(batches), Recorded({}, {}, {})
-    if scheme.smooth or scheme.gptq or scheme.awq:
+    batches, recorded = list(batches) if scheme.calibrated else [], Recorded({}, {}, {})
+    if scheme.reads_inputs:
         recording = Recording(rotate=scheme.rotate, products=scheme.gptq or scheme.awq)
         recorded = calibrate(params, config, placement, batches, recording)
     found = _round(DecoderPass(config, placement, _Rounding(scheme)), params, recorded)

@@ -44,6 +44,16 @@ class Scheme:
     integer: bool = False
     sink_float: bool = False
 
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether weights and factors follow from the inputs of their layers."""
+        return self.smooth or self.gptq or self.awq
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it reads calibration batches."""
+        return self.static or self.reads_inputs
+
 
 SCHEMES = {
     "w8a8_tensor": Scheme(Format(8), Format(8), per_tensor=True, static=True, everywhere=True),

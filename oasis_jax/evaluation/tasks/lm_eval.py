@@ -1,19 +1,17 @@
 """The language model evaluation harness (lm-eval) on models of this library; importing this registers "oasis_jax"."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from oasis_jax.config import MeshConfig
 from oasis_jax.decoding import Sampling, generate
 from oasis_jax.decoding.chat import render
 from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.evaluation.tasks.loading import load_model
+from oasis_jax.evaluation.tasks.progress import TaskProgress
 from oasis_jax.evaluation.tasks.scoring import Row, longest_text, score
 from oasis_jax.pretrained import Pretrained
 
@@ -170,8 +168,8 @@ class HarnessModel(TemplateLM):
         if cut:
             logger.warning("%d of %d contexts lose their start to fit %d tokens", cut, len(requests), self.max_length)
         found = [(0.0, True)] * len(requests)
-        with _progress("log-likelihoods", len(rows), disable_tqdm) as done:
-            scores = score(self.model, rows, batch_size=self.batch_size, on_scored=done)
+        with TaskProgress("log-likelihoods", len(rows), silent=disable_tqdm) as progress:
+            scores = score(self.model, rows, batch_size=self.batch_size, on_scored=progress.done)
         for place, scored in zip(places, scores):
             found[place] = scored.total, bool(scored.greedy.all())
         for (texts, *_), answer in zip(requests, found):
@@ -203,13 +201,13 @@ class HarnessModel(TemplateLM):
         longest_first = lambda request: -len(request[0])
         grouped = Collator(numbered, sort_fn=longest_first, group_fn=lambda request: request[1], group_by="gen_kwargs")
         texts: list[str] = []
-        with _progress("generating", len(requests), disable_tqdm) as done:
+        with TaskProgress("generating", len(requests), silent=disable_tqdm) as progress:
             for batch in grouped.get_batched(n=self.batch_size):
                 found = self._generate([context for context, *_ in batch], batch[0][1], [seed for *_, seed in batch])
                 texts += found
                 for (context, options, _), text in zip(batch, found):
                     self.cache_hook.add_partial("generate_until", (context, options), text)
-                done(len(batch))
+                progress.done(len(batch))
         return grouped.get_original(texts)
 
     def _generate(self, contexts: list[str], options: Mapping[str, Any], seeds: list[int]) -> list[str]:
@@ -243,19 +241,3 @@ def generation_options(options: Mapping[str, Any]) -> tuple[list[str], int, Samp
         raise UserError("lm-eval: generation_kwargs: do_sample needs a temperature above 0")
     types = {"top_k": int}
     return stop, new, Sampling(**{name: types.get(name, float)(value) for name, value in given.items()})
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int, silent: bool) -> Iterator[Callable[[int], None]]:
-    """Shows how many of `total` are done and the time left, on stderr."""
-    bar = Progress(
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=silent,
-    )
-    with bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)

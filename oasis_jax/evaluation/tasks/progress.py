@@ -12,12 +12,12 @@ _SECONDS_BETWEEN_PLAIN_LINES = 30.0
 class TaskProgress:
     """A context manager; `done(n)` after every n pieces of work."""
 
-    def __init__(self, title: str, total: int):
-        self._title, self._total, self._done = title, total, 0
+    def __init__(self, title: str, total: int, *, silent: bool = False):
+        self._title, self._total, self._done, self._silent = title, total, 0, silent
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         columns = TextColumn("{task.description}", markup=False), BarColumn(20), MofNCompleteColumn()
         self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
-        self._bar.disable = not self._console.is_terminal
+        self._bar.disable = silent or not self._console.is_terminal
         self._task = self._bar.add_task(title, total=total)
         self._start = self._said = time.monotonic()
 
@@ -32,8 +32,8 @@ class TaskProgress:
         """So many pieces more are done."""
         self._done += count
         self._bar.update(self._task, completed=self._done)
-        now = time.monotonic()
-        if self._bar.disable and (self._done == self._total or now - self._said > _SECONDS_BETWEEN_PLAIN_LINES):
+        now, plain = time.monotonic(), self._bar.disable and not self._silent
+        if plain and (self._done == self._total or now - self._said > _SECONDS_BETWEEN_PLAIN_LINES):
             self._said = now
             seconds = (now - self._start) / self._done * (self._total - self._done)
             left = datetime.timedelta(seconds=round(seconds))
