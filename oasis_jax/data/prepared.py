@@ -23,6 +23,8 @@ INDEX = "index.json"
 FORMAT = 1
 RECORD_TOKENS = 1024  # of every record of a shard but its last
 PARTS = ("train", "heldout")
+_IDENTITY = ("sha256", "shards_sha256", "bytes", "files", "holdout", "split")  # of a corpus
+_KEYS = (*_IDENTITY, "tokenizer", "dtype", "parts")
 
 
 class ShardedTokens:
@@ -112,6 +114,8 @@ def read_index(folder: str | os.PathLike) -> dict:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"{path}: is not of format {FORMAT}, which this version reads")
+    if missing := [name for name in _KEYS if name not in index]:
+        raise UserError(f"{path}: does not say its {', '.join(missing)}; restore it or prepare again")
     return index
 
 
@@ -164,5 +168,4 @@ def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpu
                 f"data.sequence_length: {config.sequence_length} is more than the {part} part's {len(windows.tokens)} "
                 f"tokens can fill once; use at most {len(windows.tokens) - (begin_id is None)} ({index['split']})"
             )
-    names = ("sha256", "shards_sha256", "bytes", "files", "holdout", "split")
-    return Corpus({"name": "prepared"} | {name: index[name] for name in names}, tokenizer, train, heldout)
+    return Corpus({"name": "prepared"} | {name: index[name] for name in _IDENTITY}, tokenizer, train, heldout)

@@ -179,6 +179,18 @@ def test_a_damaged_shard_is_named(config, made, tmp_path):
     assert "index.json: cannot be read" in refusal(reading, config, out)
 
 
+def test_an_index_of_others_is_data(config, made, tmp_path):
+    out = copy_of(made, tmp_path / "copy")
+    index = json.loads((out / "index.json").read_text())
+    for name in set(index) - {"format", "plan", "source", "licence", "left_out"}:
+        (out / "index.json").write_text(json.dumps({key: value for key, value in index.items() if key != name}))
+        assert f"does not say its {name}" in refusal(reading, config, out)
+    for name in ("../copy/x", "/etc/passwd"):
+        index["parts"]["train"]["shards"][0]["file"] = name
+        (out / "index.json").write_text(json.dumps(index))
+        assert "is no name of a file in its folder" in refusal(reading, config, out)
+
+
 def test_what_does_not_fit_the_folder_is_refused(config, made):
     own = reading(config, made).tokenizer
     message = refusal(reading, config, made, tokenizer="bytes")
