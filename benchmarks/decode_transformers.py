@@ -136,7 +136,7 @@ def beside_a_read(name: str, model: Pretrained, repetitions: int) -> dict:
 
 def nats_of_int8(name: str, model: Pretrained, rows: int = 8, length: int = 160, given: int = 32) -> dict:
     """The mean loss of text after `given` tokens of it, read token by token against a cache in float and in 8 bits."""
-    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    text = (pathlib.Path(__file__).parents[1] / "LICENSE").read_text()
     ids = model.tokenizer.encode(text)[: rows * (length - 1)].reshape(rows, -1)
     ids = np.insert(ids, 0, model.begin_token or 0, axis=1).astype(np.int32)
     start = jax.jit(
