@@ -113,8 +113,9 @@ class Decoder(nnx.Module):
         self.embedding = ParameterModule(embedding_parameters(config), rngs=rngs)
         self.head = ParameterModule(head_parameters(config), rngs=rngs)
         self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.routers = nnx.List([Router(config, rngs=rngs) for _ in schedule(config).routers])
         self.final_norm = Norm(config, config.width, rngs=rngs)
+        # Last, so that every wiring starts from the same values elsewhere.
+        self.routers = nnx.List([Router(config, rngs=rngs) for _ in schedule(config).routers])
 
     def parameters(self) -> dict[str, Any]:
         """The parameters as nested dicts, layer by layer; see `oasis_jax.model.layout`."""
@@ -147,9 +148,9 @@ def initial_params(config: ModelConfig, key: Array) -> dict:
         "head": _pure(ParameterModule(head_parameters(config), rngs=rngs)),
         "layers": _draw(Layer, config.num_layers, config, rngs),
     }
+    parts["final_norm"] = _pure(Norm(config, config.width, rngs=rngs))
     if schedule(config).routers:
         parts["routers"] = _draw(Router, len(schedule(config).routers), config, rngs)
-    parts["final_norm"] = _pure(Norm(config, config.width, rngs=rngs))
     return {name: group for name, group in parts.items() if group}
 
 

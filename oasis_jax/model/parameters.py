@@ -1,6 +1,7 @@
 """How a layer says which parameters it has, once, for NNX and Linen alike."""
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -90,13 +91,17 @@ def with_initializers(
 class ParameterModule(nnx.Module):
     """An NNX module whose `nnx.Param`s follow a table of `ParameterSpec`s.
 
-    Every `nnx.Param` carries its logical axes and its role as the metadata `axes` and `role`.
+    Every `nnx.Param` carries its logical axes and its role as the metadata `axes` and `role`. A module takes one key of
+    `rngs`, whatever it holds, and each parameter's own key comes from its name: methods that differ in one parameter
+    start from the same values everywhere else.
     """
 
     def __init__(self, specs: Mapping[str, ParameterSpec], *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.names = tuple(specs)
+        key = rngs.params()
         for name, spec in specs.items():
-            value = spec.init(rngs.params(), spec.shape, param_dtype)
+            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            value = spec.init(own, spec.shape, param_dtype)
             setattr(self, name, nnx.Param(value, axes=spec.axes, role=spec.role))
 
     @property

@@ -77,3 +77,24 @@ def test_every_parameter_has_axes_and_a_role_and_the_axis_of_layers_is_never_spl
 def _flat(tree, is_leaf):
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {tuple(key.key for key in path): x for path, x in leaves}
+
+
+def test_methods_start_alike_wherever_their_parameters_agree():
+    """What one method has and another has not moves no other parameter: comparisons start from equal weights."""
+
+    def start(**options):
+        config = ModelConfig(num_layers=4, width=12, num_heads=3, mlp_dim=20, vocab_size=13, **options)
+        params = initial_params(config, jax.random.key(5))
+        return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+    twin = start(preset="residual")
+    others = [dict(preset=preset) for preset in PRESETS] + [
+        dict(preset="gated", norm="gatednorm"),
+        dict(preset="oasis", norm="none", qk_norm=True, qkv_bias=True),
+    ]
+    for options in others:
+        found = start(**options)
+        shared = [name for name in twin if name in found and found[name].shape == twin[name].shape]
+        assert {"['embedding']['table']", "['layers']['attention']['query']", "['layers']['mlp']['down']"} <= {*shared}
+        for name in shared:
+            np.testing.assert_array_equal(found[name], twin[name], err_msg=f"{options} {name}")
