@@ -20,15 +20,15 @@ def sections() -> dict[str, type]:
 class DataConfig:
     """Where examples come from."""
 
-    corpus: Literal["stdlib", "files", "pairs", "prepared", "trigger"] = field(
+    corpus: Literal["stdlib", "files", "pairs", "prepared", "trigger", "backcopy"] = field(
         "stdlib",
         "Python's standard library as text, local files, questions and answers with the loss on answers alone, what "
-        "`oasis_jax prepare` wrote, or the trigger task",
+        "`oasis_jax prepare` wrote, or a task that makes sinks: trigger (vectors), backcopy (tokens)",
     )
     pattern: str = field(
         "",
         "corpus=files: glob of .txt or .jsonl files; corpus=pairs: of .jsonl files with question and answer; "
-        "corpus=prepared: the folder",
+        "corpus=prepared: the folder; corpus=backcopy: as for files, '': the text of stdlib",
     )
     text_key: str = field("text", "corpus=files: the key that holds the text in a .jsonl line")
     corrupt: Literal["stop", "skip"] = field(
@@ -45,6 +45,9 @@ class DataConfig:
     holdout_fraction: float = field(0.05, "share of the corpus that is never trained on", above=0, high=LARGEST_HOLDOUT)
     trigger_dim: int = field(16, "corpus=trigger: size of the random content of a vector", low=1)
     trigger_rate: float = field(0.1, "corpus=trigger: share of positions that carry the trigger", above=0, below=1)
+    trigger_characters: int = field(
+        3, "corpus=backcopy: so many of the text's most frequent bytes are triggers", low=1, below=256
+    )
 
     def __post_init__(self):
         check_fields(self, "data")

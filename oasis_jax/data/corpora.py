@@ -1,7 +1,7 @@
 """The table of corpora: a new one is one file with a `load` function and one line here."""
 
 from oasis_jax.config import DataConfig
-from oasis_jax.data import files, pairs, prepared, stdlib, trigger
+from oasis_jax.data import backcopy, files, pairs, prepared, stdlib, trigger
 from oasis_jax.data.corpus import Corpus
 from oasis_jax.data.tokenizers import Tokenizer
 
@@ -11,6 +11,7 @@ CORPORA = {
     "pairs": pairs.load,
     "prepared": prepared.load,
     "trigger": trigger.load,
+    "backcopy": backcopy.load,
 }
 
 

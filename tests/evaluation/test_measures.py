@@ -268,6 +268,25 @@ def test_trigger_rows_equal_numpy(normalizer):
     assert metrics["perplexity"] is None
 
 
+def test_excess_risk_equals_numpy():
+    model, batches = build(preset="residual"), token_batches()
+    random = np.random.default_rng(8)
+    for batch in batches:
+        batch |= {"trigger": random.random(batch["inputs"].shape) < 0.4}
+        batch |= {"optimal_nats": random.random(batch["inputs"].shape).astype(np.float32)}
+    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    logits = forward(model, batches)[0].astype(np.float64)
+    exponentials = np.exp(logits)
+    p = np.take_along_axis(exponentials, joined["targets"][..., None], -1)[..., 0] / exponentials.sum(-1)
+    excess, others = -np.log(p) - joined["optimal_nats"], ~joined["trigger"]
+    others[:, 0] = False
+    metrics = measure(model, batches)
+    assert metrics["trigger_excess_risk"] == pytest.approx(excess[joined["trigger"]].mean(), rel=1e-5)
+    assert metrics["non_trigger_excess_risk"] == pytest.approx(excess[others].mean(), rel=1e-5)
+    without = [{name: x for name, x in batch.items() if name != "optimal_nats"} for batch in batches]
+    assert measure(model, without)["trigger_excess_risk"] is None
+
+
 def test_what_does_not_apply_is_none_and_not_zero():
     metrics = measure(build(preset="residual"), token_batches(1))
     absent = {name for name, value in metrics.items() if value is None}

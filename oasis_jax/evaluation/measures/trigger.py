@@ -1,4 +1,6 @@
-"""The trigger task: do heads that have nothing to do attend to the first token, or to the null? (arXiv 2603.11487)"""
+"""Tasks with triggers: do heads that have nothing to do attend to the first token, or to the null? (arXiv 2603.11487)
+And what is not learned yet, at triggers and elsewhere (arXiv 2410.13835).
+"""
 
 import numpy as np
 from jaxtyping import Array, Bool
@@ -7,9 +9,11 @@ from oasis_jax.config import ModelConfig
 from oasis_jax.evaluation import bootstrap
 from oasis_jax.evaluation.bootstrap import Estimate
 from oasis_jax.evaluation.evaluator import Evaluator, FinalReading, LayerReading, Rows, Tokens, Value
+from oasis_jax.evaluation.measures.perplexity import position_losses
 
 _SOURCE = "trigger-conditional averaging, arXiv 2603.11487"
-_TASK, _NULL_TASK = "the trigger task", "the trigger task and normalizers that leave mass to a null"
+_TASK, _NULL_TASK = "tasks with triggers", "tasks with triggers and normalizers that leave mass to a null"
+_RISK_TASK = "the corpus backcopy, whose batches say what each target costs at best"
 _P, _OMEGA = "attention probability of the first token of the query's document", "null mass omega"
 _KINDS = {
     "non_trigger": "queries that carry no trigger, the first query left out",
@@ -28,6 +32,12 @@ def _definitions() -> dict[str, dict[str, str]]:
             definitions[f"{kind}_{name}_by_head"] = {
                 "average": "mean over those queries of all sequences; layer x head"
             } | common
+        definitions[f"{kind}_excess_risk"] = {
+            "tensor": f"cross entropy in nats minus that under the distribution that the target was drawn from, at {rows}",
+            "average": "mean over those queries of all sequences",
+            "source": "Bigram-Backcopy, arXiv 2410.13835",
+            "applies_to": _RISK_TASK,
+        }
     strongest = {"average": "mean over those queries of all sequences, the largest over layers and heads"}
     return definitions | {"non_trigger_first_token_mass_max": definitions["non_trigger_first_token_mass"] | strongest}
 
@@ -55,9 +65,14 @@ def read(reading: LayerReading) -> Rows:
     }
 
 
-def read_counts(reading: FinalReading) -> Rows:
-    """How many queries of a kind there are [B]."""
-    return {f"{kind}_count": mask.sum(-1) for kind, mask in _masks(reading.tokens).items()}
+def read_end(reading: FinalReading) -> Rows:
+    """How many queries of a kind there are [B] and, where the best loss is known, the sum of what theirs is above it."""
+    masks = _masks(reading.tokens)
+    rows = {f"{kind}_count": mask.sum(-1) for kind, mask in masks.items()}
+    if masks and "optimal_nats" in reading.tokens.batch:
+        excess = position_losses(reading)["nats"] - reading.tokens.batch["optimal_nats"]
+        rows |= {f"{kind}_excess_risk": excess.sum(-1, where=mask) for kind, mask in masks.items()}
+    return rows
 
 
 def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str, Value | Estimate]:
@@ -65,6 +80,9 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     del config
     metrics = {}
     for kind in _KINDS:
+        risk = f"{kind}_excess_risk"
+        if risk in rows and rows[f"{kind}_count"].any():
+            metrics[risk] = Estimate(rows[risk][:, None], rows[f"{kind}_count"][:, None])
         for name in (f"{kind}_first_token_mass", f"{kind}_null_mass"):
             if name in rows and rows[f"{kind}_count"].any():
                 totals, counts = rows[name], rows[f"{kind}_count"][:, None]
@@ -77,4 +95,4 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
     return metrics
 
 
-TRIGGER = Evaluator(layer=read, final=read_counts, finish=finish, definitions=DEFINITIONS)
+TRIGGER = Evaluator(layer=read, final=read_end, finish=finish, definitions=DEFINITIONS)

@@ -79,6 +79,8 @@ TABLE = (
     Row("non_trigger_null_mass", "null mass, no trigger", "none"),
     Row("trigger_first_token_mass", "first-token mass, trigger", "lower"),
     Row("trigger_null_mass", "null mass, trigger", "none"),
+    Row("trigger_excess_risk", "excess risk, trigger (nats)", "lower"),
+    Row("non_trigger_excess_risk", "excess risk, no trigger (nats)", "lower"),
     Row("depth_embedding_weight", "depth weight, embedding", "none"),
     Row("depth_max_weight", "depth weight, largest", "none"),
     Row("depth_entropy", "depth entropy (nats)", "none"),
