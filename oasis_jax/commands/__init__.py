@@ -13,5 +13,6 @@ COMMANDS = {
     "perplexity": "the perplexity of a text in strided windows, by token, word and byte",
     "lm-eval": "runs tasks of the language model evaluation harness",
     "export": "writes a model as safetensors, for this library and, where its family is known, for others",
+    "study": "trains and measures a matrix of methods and seeds and tests claims on it",
     "show": "prints a model's parameters and what each of its sublayers reads",
 }

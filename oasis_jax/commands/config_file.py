@@ -8,21 +8,31 @@ import re
 import traceback
 import types
 import typing
+from typing import TypeVar
 
 from oasis_jax.config import Config, field_type, sections
 from oasis_jax.errors import UserError, nearest, unknown_name
 from oasis_jax.overrides import all_fields
 
+T = TypeVar("T")
+
 
 def load_config(path: str | os.PathLike, flag: str = "--config") -> Config:
-    """Runs the Python file at `path` and returns what its `get_config()` gives.
+    """What `get_config()` of the Python file at `path` gives; see `load_file`."""
+    return load_file(path, "get_config", Config, flag)
+
+
+def load_file(path: str | os.PathLike, function: str, expected: type[T], flag: str) -> T:
+    """Runs the Python file at `path` and returns what its function gives.
 
     Args:
       path: of a file, or the name of one that comes with the library, such as "demo".
+      function: which one, such as get_config.
+      expected: the class of what it returns.
       flag: how messages call the argument that names the file.
 
     Raises:
-      UserError: there is no such file, it does not run, or it has no `get_config()` that returns a Config.
+      UserError: there is no such file, it does not run, or it has no such function that returns what is expected.
     """
     path = pathlib.Path(path)
     if not path.suffix and not path.exists():
@@ -32,15 +42,18 @@ def load_config(path: str | os.PathLike, flag: str = "--config") -> Config:
     module.__file__ = str(path)
     try:
         exec(code, module.__dict__)
-        get_config = getattr(module, "get_config", None)
-        if not callable(get_config):
-            raise UserError("has no function get_config()")
-        config = get_config()
+        make = getattr(module, function, None)
+        if not callable(make):
+            raise UserError(f"has no function {function}()")
+        found = make()
     except Exception as error:  # whatever a user's file raises is the user's to mend
         raise UserError(f"{path}{_line_in(path, error)}: {_in_words(error)}") from error
-    if not isinstance(config, Config):
-        raise UserError(f"{path}: get_config() has to return an oasis_jax.config.Config, got {type(config).__name__}")
-    return config
+    if not isinstance(found, expected):
+        raise UserError(
+            f"{path}: {function}() has to return an {expected.__module__.rpartition('.')[0]}.{expected.__name__}, "
+            f"got {type(found).__name__}"
+        )
+    return found
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:

@@ -43,6 +43,9 @@ class DataConfig:
     batch_size: int = field(16, "examples of one optimizer step, over all devices", low=1)
     begin_token: bool = field(True, "every example starts with a begin token")
     holdout_fraction: float = field(0.05, "share of the corpus that is never trained on", above=0, high=LARGEST_HOLDOUT)
+    begin_content: bool = field(
+        False, "corpus=trigger: the begin token has content of its own, which belongs to the means"
+    )
     trigger_dim: int = field(16, "corpus=trigger: size of the random content of a vector", low=1)
     trigger_rate: float = field(0.1, "corpus=trigger: share of positions that carry the trigger", above=0, below=1)
     trigger_characters: int = field(
@@ -56,6 +59,8 @@ class DataConfig:
             "prepared": "the folder that `oasis_jax prepare` wrote",
             "pairs": "a glob of .jsonl files",
         }
+        if self.begin_content and not (self.corpus == "trigger" and self.begin_token):
+            raise UserError("data.begin_content: only the begin token of corpus=trigger has content")
         if self.corpus in needs and not self.pattern:
             raise UserError(f"data.pattern: corpus={self.corpus} needs {needs[self.corpus]}")
 

@@ -6,7 +6,8 @@ with a begin token position 0 is the vector [1, 0, 0 ...] instead. Every positio
 begin token (the first without one) carries the trigger with probability `trigger_rate`: the target there is the mean of
 the content up to and including that position, the begin token left out, as in the published code; everywhere else it is
 zero. One softmax head solves this exactly by spreading a trigger's attention evenly over the content and putting all of
-any other row on the begin token.
+any other row on the begin token. With `begin_content` the begin token has content too, which belongs to every mean: as a sink
+it would get in the way.
 """
 
 import hashlib
@@ -42,12 +43,13 @@ class TriggerSource:
         if not 0 <= index < self._length:
             raise IndexError(f"example {index} of {self._length}")
         config, first = self._config, int(self._config.begin_token)
+        empty = first and not config.begin_content
         random = np.random.Generator(np.random.Philox(seed_sequence(self._seed, self._stream, int(index))))
         content = random.standard_normal((config.sequence_length, config.trigger_dim))
         trigger = random.random(config.sequence_length) < config.trigger_rate
-        content[:first] = 0
+        content[:empty] = 0
         trigger[: first + 1] = False
-        seen = np.maximum(np.arange(config.sequence_length) + 1 - first, 1)
+        seen = np.maximum(np.arange(config.sequence_length) + 1 - empty, 1)
         mean = np.cumsum(content, axis=0) / seen[:, None]
         inputs = np.zeros((config.sequence_length, config.trigger_dim + 2), np.float32)
         targets = np.zeros_like(inputs)
@@ -79,6 +81,8 @@ def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpu
         "sequence_length": config.sequence_length,
         "begin_token": config.begin_token,
     }
+    if config.begin_content:
+        parameters["begin_content"] = True
     identity = {
         "name": "trigger",
         **parameters,

@@ -56,6 +56,7 @@ def fit(
     *,
     evaluators: Mapping[str, Evaluator] | None = None,
     profile: tuple[int, int] | None = None,
+    on_start: Callable[[dict], None] | None = None,
 ) -> dict[str, float]:
     """Trains a model; a workdir with checkpoints is resumed, and gives bitwise the losses of a run that was never
     stopped.
@@ -67,6 +68,7 @@ def fit(
         run.eval_interval steps on the parameters where they lie; finite numbers among the values are logged as
         "eval/<name>".
       profile: (first, end): a trace of steps first .. end - 1 is written to workdir/profile.
+      on_start: called with the parameters that the first step starts from, stacked; not when a run is resumed.
 
     Returns:
       The last line of metrics.jsonl.
@@ -107,6 +109,8 @@ def fit(
         if start:
             examples = lambda rows: training_examples(corpus, config, rows)
             state = state._replace(params=starting_parameters(start, config, state.params, examples, progress.say))
+        if on_start and not resumed:
+            on_start(state.params)
         run = _Run(config, mesh, corpus, checkpoints, progress, preemption, lock, evaluators or {})
         _log_and_train(run, workdir, state, resumed, profile, stack)
     return _last_line(workdir)

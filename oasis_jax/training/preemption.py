@@ -27,6 +27,8 @@ class Preemption:
     def __exit__(self, *exception) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
+            if self._noticed and exception[0] is None and callable(self._previous):
+                self._previous(signal.SIGTERM, None)  # it came with the last step; whoever called may have more to do
 
     def _notice(self, number: int, frame: object) -> None:
         self._noticed = True

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
@@ -33,8 +34,9 @@ def build_model(config: ModelConfig, params: dict) -> Decoder:
 _unstack = jax.jit(unstack_layers)  # one program, where slice after slice would be a thousand
 
 
-def _initial(config: Config) -> TrainState:
-    parameter_key, rng = jax.random.split(jax.random.key(config.run.seed))
+def _initial(config: Config, seed: Int[Array, ""]) -> TrainState:
+    """The seed is an argument, so that runs that differ in it alone are one program."""
+    parameter_key, rng = jax.random.split(jax.random.key(seed))
     params = initial_params(config.model, parameter_key)
     opt_state = make_optimizer(config.optimizer, config.run.steps, config.model).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rng)
@@ -62,7 +64,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """
     placement = Placement(mesh, config.mesh.rules)
     shardings, everywhere = parameter_shardings(config.model, placement), placement.sharding()
-    state = jax.eval_shape(partial(_initial, config))
+    state = jax.eval_shape(partial(_initial, config), 0)
     optimizer = make_optimizer(config.optimizer, config.run.steps, config.model)
     moments = optax.tree_map_params(
         optimizer, lambda _, sharding: sharding, state.opt_state, shardings, transform_non_params=lambda _: everywhere
@@ -82,4 +84,5 @@ def shardings_of(state: Any) -> Any:
 
 def new_state(config: Config, mesh: Mesh) -> TrainState:
     """The state before the first step, made in its shards: no device ever holds the whole."""
-    return jax.jit(partial(_initial, config), out_shardings=shardings_of(abstract_state(config, mesh)))()
+    make = jax.jit(partial(_initial, config), out_shardings=shardings_of(abstract_state(config, mesh)))
+    return make(np.int32(config.run.seed))

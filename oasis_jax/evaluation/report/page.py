@@ -25,7 +25,7 @@ from oasis_jax.evaluation.report.pictures import pictures
 from oasis_jax.evaluation.report.sections import interventions, quantized, task_scores, token_views
 from oasis_jax.evaluation.report.words import findings, summary
 
-_STYLE = pathlib.Path(__file__).with_name("style.css")
+STYLE = pathlib.Path(__file__).with_name("style.css").read_text(encoding="utf-8").replace("SCALE", scale_css())
 
 
 def write_report(runs: Sequence[MeasuredRun], folder: pathlib.Path) -> list[str]:
@@ -78,12 +78,11 @@ def _page(runs: Sequence[MeasuredRun], drawn: str, problems: Sequence[str]) -> s
     warning = not_comparable(runs)
     leads = "".join(_lead(group) for group in groups(runs))
     tables = "".join(_table(group, runs) for group in groups(runs))
-    style = _STYLE.read_text(encoding="utf-8").replace("SCALE", scale_css())
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width, initial-scale=1">'
         '<link rel="icon" '
-        f'href="data:,"><title>{_text(names)}</title><style>{style}</style></head>\n<body><main>\n'
+        f'href="data:,"><title>{_text(names)}</title><style>{STYLE}</style></head>\n<body><main>\n'
         f"<h1>{_text(names)}</h1>{leads}"
         + (f'<p class="warn">{_text(warning)}</p>' if warning else "")
         + tables

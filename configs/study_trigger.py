@@ -1,0 +1,142 @@
+"""Every method on the no-op task (arXiv 2603.11487), five seeds, three kinds of begin token.
+
+A head that has nothing to average needs a place to rest: the begin token's empty one (arm `begin`), one that carries
+content which the means need (`content`), or none at all (`none`). The claims are those of OASIS (arXiv 2605.17887),
+AttnRes' critics, Unified View (2601.22966) and K-bias (2410.10781), as far as a task of vectors can answer them.
+
+    python -m oasis_jax study configs/study_trigger.py --out runs/study_trigger --workers 2
+
+Hardware: two CPU cores, no download; 375 cells of about 20 s each: an hour. Results: docs/results.md.
+"""
+
+from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from oasis_jax.study import Claim, Outcome, Study
+
+SINK, PEAK, KURTOSIS = "non_trigger_first_token_mass_max", "max_inf_norm", "avg_kurtosis"
+ERROR, EIGHT_BITS = "squared_error", "quantized.w8a8_tensor.change"
+FORMED = {SINK: 0.3}  # a head of the other method rests on the first token
+
+OASIS = "OASIS (2605.17887)"
+UNIFIED = "Unified View (2601.22966)"
+
+
+def get_study() -> Study:
+    base = Config(
+        model=ModelConfig(
+            preset="residual",
+            inputs="vectors",
+            num_layers=2,
+            width=64,
+            num_heads=1,
+            norm="layernorm",
+            rope_theta=0.0,
+            learned_positions=32,
+        ),
+        data=DataConfig(corpus="trigger", sequence_length=32, batch_size=32),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+        run=RunConfig(steps=600, log_interval=50, telemetry_interval=0, checkpoint_interval=300),
+    )
+    return Study(
+        title="The no-op task: where heads rest",
+        base=base,
+        arms={"begin": (), "content": ("data.begin_content=true",), "none": ("data.begin_token=false",)},
+        methods=_methods(),
+        twins={
+            **dict.fromkeys(_CUMULATIVE, "attnres_cumulative"),
+            **dict.fromkeys(("oasis_uncoupled", "oasis_depth_softmax"), "oasis"),
+            **dict.fromkeys(("preaffine", "gatednorm"), "rmsnorm"),
+            "oasis_blocks": "attnres",
+        },
+        seeds=(0, 1, 2, 3, 4),
+        measures=("default", "values"),
+        schemes=("w8a8_tensor", "w4a8"),
+        outcomes=(
+            Outcome(ERROR, "squared error"),
+            Outcome(SINK, "first-token mass, strongest head", relative=False),
+            Outcome("non_trigger_null_mass", "null mass", "none", relative=False),
+            Outcome(PEAK, "max inf norm"),
+            Outcome(KURTOSIS, "mean kurtosis"),
+            Outcome(EIGHT_BITS, "w8a8_tensor, change of error", relative=False),
+            Outcome("quantized.w4a8.change", "w4a8, change of error", relative=False),
+            Outcome("value_drain", "value norm, first / others", "none"),
+            Outcome("residual_peak", "residual norm, first / others", "none"),
+        ),
+        claims=_claims(),
+    )
+
+
+_CUMULATIVE = (
+    *("softmax1", "clipped", "entmax15", "sparsemax", "gated", "learned_sink", "null_key", "null_key_value"),
+    *("token_null", "oasis"),
+)
+
+
+def _methods() -> dict[str, tuple[str, ...]]:
+    presets = {name: (f"model.preset={name}",) for name in ("attnres", "attnres_cumulative", *_CUMULATIVE)}
+    oasis = "model.preset=oasis"
+    return {
+        "residual": (),
+        "residual_softmax1": ("model.normalizer=softmax1",),
+        "residual_learned_sink": ("model.normalizer=learned_sink",),
+        "residual_gated": ("model.gate=elementwise",),
+        **presets,
+        "oasis_uncoupled": (oasis, "model.coupling=false"),
+        "oasis_depth_softmax": (oasis, "model.depth_normalizer=softmax"),
+        "oasis_blocks": ("model.preset=oasis_blocks", "model.blocks=2"),
+        "rmsnorm": ("model.norm=rmsnorm",),
+        "preaffine": ("model.norm=preaffine",),
+        "gatednorm": ("model.norm=gatednorm",),
+        "dyt": ("model.norm=dyt",),
+        "no_norm": ("model.norm=none",),
+        "clip_3": ("model.residual_clip=3",),
+    }
+
+
+def _claims() -> tuple[Claim, ...]:
+    twin, ours = "attnres_cumulative", "oasis"
+    return (
+        Claim("OASIS has weaker sinks than its twin", OASIS, SINK, ours, twin, needs=FORMED),
+        Claim("OASIS has a smaller max inf norm", f"{OASIS}: -9.26 %", PEAK, ours, twin),
+        Claim("OASIS has a smaller mean kurtosis", f"{OASIS}: -2.60 %", KURTOSIS, ours, twin),
+        Claim("OASIS loses less under W8A8", f"{OASIS}: perplexity -75.85 %", EIGHT_BITS, ours, twin),
+        Claim("The inter-layer signal weakens sinks", OASIS, SINK, ours, "oasis_uncoupled"),
+        Claim("OASIS gains over Softmax1 over tokens alone", OASIS, SINK, ours, "softmax1"),
+        Claim(
+            "A second normalizer, over depth, makes sinks worse",
+            "the claim under OASIS' claims",
+            SINK,
+            "attnres",
+            "residual",
+            direction="higher",
+        ),
+        Claim(
+            "A second normalizer, over depth, makes outliers worse",
+            "the claim under OASIS' claims",
+            PEAK,
+            "attnres",
+            "residual",
+            direction="higher",
+        ),
+        Claim(
+            "A second normalizer, over depth, makes 8 bits worse",
+            "the claim under OASIS' claims",
+            EIGHT_BITS,
+            "attnres",
+            "residual",
+            direction="higher",
+        ),
+        Claim("Softmax1 weakens sinks", "2410.10781, OutEffHop", SINK, "residual_softmax1", "residual", needs=FORMED),
+        Claim("A learned sink weakens sinks", UNIFIED, SINK, "residual_learned_sink", "residual", needs=FORMED),
+        Claim(
+            "A gate on heads weakens sinks", "2306.12929, 2505.06708", SINK, "residual_gated", "residual", needs=FORMED
+        ),
+        Claim("GatedNorm loses less under W8A8", UNIFIED, EIGHT_BITS, "gatednorm", "rmsnorm"),
+        Claim("PreAffine helps training", UNIFIED, ERROR, "preaffine", "rmsnorm"),
+        Claim("Clipping the residual stream hurts training", UNIFIED, ERROR, "clip_3", "residual", direction="higher"),
+        Claim("Removing norms hurts training", UNIFIED, ERROR, "no_norm", "residual", direction="higher"),
+        Claim(
+            "OASIS scores higher on GSM8K under W4A4",
+            f"{OASIS}: +12.42 %",
+            untestable="a task of vectors has no words",
+        ),
+    )

@@ -1,0 +1,86 @@
+"""`oasis_jax study`: trains and measures a matrix of methods and seeds, and says what that tells of every claim."""
+
+import functools
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from oasis_jax.commands.options import folder
+from oasis_jax.commands.parser import Parser
+
+
+def make_parser(program: str) -> Parser:
+    """The flags of the command."""
+    parser = Parser(
+        prog=program,
+        description="Trains and measures every method of a study with every seed, from equal starts, and writes one "
+        "report. The same command goes on where it was stopped; started on several hosts with the same folder, each "
+        "takes cells that nobody works on.",
+    )
+    parser.add_argument(
+        "study", metavar="STUDY", help="a Python file with get_study(), or the name of one that comes with the library"
+    )
+    parser.add_argument(
+        "--out", required=True, type=folder, metavar="FOLDER", help="where cells, numbers and the report are written"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes at a time on this machine; 1, the default"
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="save and end after so many; the same command goes on"
+    )
+    parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds; the others may follow later")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing: write the report from the cells that are there"
+    )
+    return parser
+
+
+def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
+    """Runs what is left to do and writes the report."""
+    parser = make_parser(program)
+    args = parser.parse_args(argv)
+    for name in ("workers", "seeds"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: must be at least 1, got {getattr(args, name)}")
+    if args.minutes is not None and not 0 < args.minutes < 1e6:
+        parser.error(f"--minutes: must be above 0, got {args.minutes:g}")
+    load = functools.partial(load_study, args.study, args.seeds)
+    study = load()
+
+    # Imported here, so that --help and mistakes in flags do not wait for JAX.
+    from oasis_jax.errors import Preempted
+    from oasis_jax.study.report import write_study_report
+    from oasis_jax.study.run import run_study
+
+    notice = None
+    if not args.report:
+        try:
+            run_study(load, args.out, workers=args.workers, minutes=args.minutes)
+        except Preempted as told:
+            notice = told
+    if notice and not any((args.out / "cells").glob("*/*/*/result.json")):
+        raise notice  # there is nothing to report yet
+    found = write_study_report(study, args.out)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    for verdict in found.verdicts:
+        where = f" ({verdict.arm})" if verdict.arm and len(study.arms) > 1 else ""
+        print(f"{verdict.word}: {verdict.claim.text}{where}: {verdict.reason}")
+    print(f"{found.done} of {found.total} cells; report: {args.out}/index.html")
+    if notice:
+        raise notice
+
+
+def load_study(path: str | pathlib.Path, seeds: int | None = None):
+    """The study of a file, with its first seeds only where a number is given.
+
+    Raises:
+      UserError: there is no such file, it does not run, or it has no `get_study()` that returns a Study.
+    """
+    import dataclasses
+
+    from oasis_jax.commands.config_file import load_file
+    from oasis_jax.study.design import Study
+
+    study = load_file(path, "get_study", Study, "STUDY")
+    return study if seeds is None else dataclasses.replace(study, seeds=study.seeds[:seeds])

@@ -1,0 +1,177 @@
+"""One cell of a study: trained from the start that its companions have, measured, and written down."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from oasis_jax.config import Config, to_dict
+from oasis_jax.errors import UserError
+from oasis_jax.evaluation import choose
+from oasis_jax.evaluation.interventions import choose as choose_interventions
+from oasis_jax.evaluation.quantization import parse_schemes
+from oasis_jax.evaluation.report.comparison import MeasuredRun
+from oasis_jax.evaluation.runs import measure_subject
+from oasis_jax.evaluation.subjects import subject_of_run
+from oasis_jax.study.design import Cell, Study
+from oasis_jax.training.array_checksums import checksums
+from oasis_jax.training.load import load_run
+from oasis_jax.training.loop import TrainingStopped, fit
+
+RESULT, START, LOG = "result.json", "start.json", "log.txt"
+
+Record = dict[str, Any]
+
+
+def read_json(path: pathlib.Path) -> Record | None:
+    """What a file of a study holds, None where there is none; raises UserError for one that is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out: cannot read {str(path)!r}: {error}; delete it and its cell is done again") from None
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {str(path)!r}: {error.strerror}") from None
+
+
+def run_cell(study: Study, cell: Cell, out: pathlib.Path) -> Record:
+    """Trains and measures a cell, going on where it was left; what it prints is kept in its folder.
+
+    Returns:
+      What RESULT holds: "values", one number each; "destroyed", the schemes under which the model is none any more;
+      "failed", in words why there are no values (a diverged model), or None; "start" and "versions".
+
+    Raises:
+      UserError: it does not start as its companions of the same seed do, or something the user can mend.
+      Preempted: told to end.
+    """
+    folder, config = out / cell.path, study.config(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    failed, values, destroyed = None, {}, []
+    with open(folder / LOG, "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+        try:
+            fit(config, folder, on_start=lambda params: write_json(folder / START, start_of(config, params)))
+            loaded = load_run(folder)
+            measured = _measure(study, loaded, folder)
+            values, destroyed = values_of(measured), _destroyed(measured)
+        except TrainingStopped as error:
+            failed = str(error)
+    start = read_json(folder / START)
+    if start is None:
+        raise UserError(
+            f"--out: {str(folder)!r} has a run but no {START}; delete the folder and the cell is done again"
+        )
+    record = {
+        **cell._asdict(),
+        "values": values,
+        "destroyed": destroyed,
+        "failed": failed,
+        "start": start,
+        "corpus": loaded.corpus_identity["sha256"] if not failed else None,
+        "versions": loaded.versions if not failed else None,
+    }
+    for other in finished(study, out):
+        check_alike(record, other, study.factors)
+    write_json(folder / RESULT, record)
+    return record
+
+
+def finished(study: Study, out: pathlib.Path) -> Iterator[Record]:
+    """The records of all cells that are done, in the study's order."""
+    for cell in study.cells():
+        if record := read_json(out / cell.path / RESULT):
+            yield record
+
+
+# Equal starts
+
+
+def start_of(config: Config, params: Mapping[str, Any]) -> Record:
+    """What a run starts from: a checksum of every parameter with its shape, and all of its config but the model."""
+    sums = checksums(params)
+    shapes = {name: list(x.shape) for name, x in _named(params)}
+    rest = {section: values for section, values in to_dict(config).items() if section != "model"}
+    return {
+        "parameters": {name: [*shapes[name], value] for name, value in sums.items()},
+        "settings": json.loads(json.dumps(rest)),
+    }
+
+
+def _named(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _named(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def check_alike(one: Record, other: Record, factors: tuple[str, ...]) -> None:
+    """Raises UserError where two cells of one arm and seed differ in more than their model: in what data they read in
+    which order, steps, optimizer, or in the first value of a parameter that both have in the same shape.
+    """
+    if (one["arm"], one["seed"]) != (other["arm"], other["seed"]):
+        return
+    cells = f"{one['method']} and {other['method']}, arm {one['arm']}, seed {one['seed']}"
+    first, second = one["start"]["settings"], other["start"]["settings"]
+    for section in first:
+        for name, value in first[section].items():
+            if value != second[section][name] and f"{section}.{name}" not in factors:
+                raise UserError(
+                    f"unequal start: {cells}: {section}.{name} is {value!r} there, {second[section][name]!r} here"
+                )
+    if one["corpus"] and other["corpus"] and one["corpus"] != other["corpus"]:
+        raise UserError(f"unequal start: {cells}: they read different data")
+    theirs = other["start"]["parameters"]
+    for name, (*shape, value) in one["start"]["parameters"].items():
+        *other_shape, other_value = theirs.get(name, [None])
+        if shape == other_shape and value != other_value:
+            raise UserError(f"unequal start: {cells}: {name} begins with other values")
+
+
+def start_digest(record: Record) -> str:
+    """A short name of a cell's start."""
+    return hashlib.sha256(json.dumps(record["start"]["parameters"], sort_keys=True).encode()).hexdigest()[:16]
+
+
+# Measures
+
+
+def _measure(study: Study, loaded, folder: pathlib.Path) -> MeasuredRun:
+    subject = subject_of_run(loaded, str(folder), folder.name, study.eval_batches)
+    return measure_subject(
+        subject,
+        choose(study.measures, "study.measures"),
+        choose_interventions(study.interventions, "study.interventions"),
+        parse_schemes(study.schemes),
+    )
+
+
+def values_of(run: MeasuredRun) -> dict[str, float]:
+    """Every single number that was measured of a run, by its name in `Outcome.value`."""
+    values = {name: value for name, value in run.metrics.items() if isinstance(value, int | float)}
+    for scheme, found in run.quantization.items():
+        numbers = {"": found["value"], ".change": found["relative_change"], ".nats": found.get("nats")}
+        numbers[".d_sink"] = found.get("d_sink")
+        values |= {f"quantized.{scheme}{end}": value for end, value in numbers.items() if value is not None}
+    for effect in run.interventions:
+        parts = [effect.intervention, effect.family, effect.sublayers, effect.band]
+        parts.append("renormalized" if effect.renormalized else None)
+        if effect.change is not None:
+            values[".".join(["without", *filter(None, parts)])] = effect.change
+    return values
+
+
+def _destroyed(run: MeasuredRun) -> list[str]:
+    return [scheme for scheme, found in run.quantization.items() if found.get("destroyed")]

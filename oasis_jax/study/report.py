@@ -1,0 +1,226 @@
+"""The report of a study: results.json, results.md, index.html and figures, all made from the cells' records."""
+
+import html
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from oasis_jax.errors import UserError
+from oasis_jax.evaluation.report.comparison import show
+from oasis_jax.evaluation.report.figures import Panel, Picture, save, svg
+from oasis_jax.evaluation.report.page import STYLE
+from oasis_jax.study.cells import Record, finished, start_digest, write_json
+from oasis_jax.study.design import Outcome, Study
+from oasis_jax.study.pictures import pictures
+from oasis_jax.study.results import NOT_TESTABLE, Comparison, Results, Row, Verdict, as_json, results
+from oasis_jax.study.statistics import ALPHA, Mean
+
+KEPT = "cells.jsonl"
+
+
+def kept_records(study: Study, out: pathlib.Path) -> list[Record]:
+    """The records of the cells that are done here; where there is no cells/ folder, those that KEPT holds."""
+    if (out / "cells").is_dir() or not (out / KEPT).exists():
+        return [compact(record) for record in finished(study, out)]
+    try:
+        return [json.loads(line) for line in (out / KEPT).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out: cannot read {str(out / KEPT)!r}: {error}") from None
+
+
+def compact(record: Record) -> Record:
+    """A record as it is kept in one line: its numbers to 6 digits, its start by a digest."""
+    values = {name: float(f"{value:.6g}") for name, value in record["values"].items()}
+    return {**record, "values": values, "start_sha256": start_digest(record)}
+
+
+def write_study_report(study: Study, out: pathlib.Path) -> Results:
+    """Writes the report from what is there; a study that is not done says so on its page.
+
+    Raises:
+      UserError: no cell is done yet, cells that did not start alike, a folder that cannot be written.
+    """
+    records = kept_records(study, out)
+    if not records:
+        raise UserError(f"--out: no cell of the study is done in {str(out)!r}")
+    found = results(study, records)
+    drawn = pictures(study, found, records)
+    try:
+        (out / KEPT).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        (out / "results.md").write_text(markdown(study, found, records), encoding="utf-8")
+        (out / "index.html").write_text(page(study, found, records, drawn), encoding="utf-8")
+        (out / "figures").mkdir(exist_ok=True)
+        for picture in drawn:
+            save(picture, out / "figures")
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {str(out)!r}: {error.strerror}") from None
+    write_json(out / "results.json", as_json(found))
+    return found
+
+
+# Words
+
+
+def _interval(interval: tuple[float, float] | None, percent: bool = False) -> str:
+    if interval is None:
+        return ""
+    shown = [f"{100 * x:+.1f}" if percent else show(x) for x in interval]
+    return f"[{shown[0]}, {shown[1]}]"
+
+
+def change_text(comparison: Comparison | None, outcome: Outcome) -> str:
+    """'-9.3 % [-12.0, -6.1]', or the difference of an outcome that is compared by differences."""
+    if comparison is None:
+        return ""
+    if outcome.relative:
+        return f"{100 * comparison.change:+.1f} % {_interval(comparison.interval, percent=True)}".strip()
+    return f"{comparison.change:+.3g} {_interval(comparison.interval)}".strip()
+
+
+def effect_text(comparison: Comparison | None) -> str:
+    """'-2.1 floors'; '' where there is no floor."""
+    return "" if comparison is None or comparison.effect is None else f"{comparison.effect:+.1f}"
+
+
+def mean_text(value: Mean | None) -> str:
+    """'1.234 [1.1, 1.4]'"""
+    return "" if value is None else f"{show(value.value)} {_interval(value.interval)}".strip()
+
+
+def _lead(study: Study, found: Results) -> list[str]:
+    """What was done, and how to read it."""
+    seeds = max(row.seeds for row in found.rows)
+    part = "" if found.done == found.total else f" **{found.done} of {found.total} cells are done: this is partial.**"
+    lines = [
+        f"{len(study.methods)} methods, {len(study.arms)} arms, {len(study.seeds)} seeds.{part} Within an arm and a "
+        "seed all runs start from equal weights (wherever shapes agree) and read equal data in equal order; this was "
+        "checked by checksums. Means over seeds with 95 % intervals by Student's t.",
+        f"The noise floor of a number is its standard deviation over seeds of {study.baseline} in the same arm "
+        "(of its logarithm where methods are compared by ratios); effects are multiples of it.",
+    ]
+    if found.tests:
+        lines.append(
+            f"{found.tests} claims were tested together (paired t tests by seed, Holm's correction, level {ALPHA:.2g}). "
+            f"With {seeds} seeds the strictest of them finds, with a chance of 80 %, an effect of "
+            f"{found.detectable:.1f} standard deviations of the paired differences. Confirmed and contradicted ask for "
+            "both: a corrected p below the level, and an effect of at least one noise floor."
+        )
+    return lines
+
+
+def _verdict_cells(study: Study, verdict: Verdict) -> list[str]:
+    comparison = verdict.comparison
+    outcome = study.outcome(verdict.claim.outcome) if comparison else None
+    return [
+        verdict.claim.text,
+        verdict.claim.source,
+        verdict.arm,
+        change_text(comparison, outcome) if outcome else "",
+        effect_text(comparison),
+        verdict.word,
+        verdict.reason,
+    ]
+
+
+_VERDICT_HEADS = ("claim", "source", "arm", "measured", "effect (floors)", "verdict", "why")
+
+
+def _row_cells(study: Study, row: Row) -> list[str]:
+    cells = []
+    for outcome in study.outcomes:
+        comparison = row.comparisons.get(outcome.value)
+        change = change_text(comparison, outcome)
+        effect = f" ({effect_text(comparison)} floors)" if effect_text(comparison) else ""
+        cells.append("; ".join(filter(None, [mean_text(row.means.get(outcome.value)), f"{change}{effect}"])))
+    return cells
+
+
+def _notes(row: Row) -> str:
+    notes = [f"{len(row.failed)} of {row.seeds} diverged"] if row.failed else []
+    notes += [f"DESTROYED by {scheme} in {count} of {row.seeds}" for scheme, count in row.destroyed.items()]
+    return ", ".join(notes)
+
+
+def _arm_rows(found: Results) -> Mapping[str, list[Row]]:
+    arms: dict[str, list[Row]] = {}
+    for row in found.rows:
+        arms.setdefault(row.arm, []).append(row)
+    return arms
+
+
+def _origin(records: Sequence[Record]) -> str:
+    versions = next((record["versions"] for record in records if record["versions"]), {})
+    steps = {record["start"]["settings"]["run"]["steps"] for record in records}
+    return f"{', '.join(map(str, sorted(steps)))} steps a cell; " + ", ".join(f"{k} {v}" for k, v in versions.items())
+
+
+# Markdown
+
+
+def _table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    heads = list(heads)
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def markdown(study: Study, found: Results, records: Sequence[Record]) -> str:
+    """All tables as Markdown."""
+    parts = [f"# {study.title}", *_lead(study, found), _origin(records)]
+    if found.verdicts:
+        parts += ["## Claims", _table(_VERDICT_HEADS, [_verdict_cells(study, v) for v in found.verdicts])]
+    for arm, rows in _arm_rows(found).items():
+        parts.append(f"## Arm {arm}")
+        if study.arms[arm]:
+            parts.append("`" + " ".join(study.arms[arm]) + "`")
+        heads = ["method", "beside", *(outcome.title for outcome in study.outcomes), "notes"]
+        parts.append(_table(heads, [[r.method, r.twin, *_row_cells(study, r), _notes(r)] for r in rows]))
+    parts += ["## Methods", _table(("method", "sets"), [[m, " ".join(a)] for m, a in study.methods.items()])]
+    return "\n\n".join(parts) + "\n"
+
+
+# The page
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _html_table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f'<th class="left">{_text(name)}</th>' for name in heads)
+    body = "".join("<tr>" + "".join(f'<td class="left">{_text(cell)}</td>' for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _figure(picture: Picture) -> str:
+    def panel(item: Panel) -> str:
+        return f'<div class="panel"><h3>{_text(item.title)}</h3>{svg(item)}</div>'
+
+    return (
+        f"<section><figure><h2>{_text(picture.title)}</h2><figcaption>{_text(picture.caption)}</figcaption>"
+        f'<div class="panels">{"".join(map(panel, picture.panels))}</div></figure></section>\n'
+    )
+
+
+def page(study: Study, found: Results, records: Sequence[Record], drawn: Sequence[Picture]) -> str:
+    """One self-contained page."""
+    lead = "".join(f"<p class='lead'>{_text(line.replace('**', ''))}</p>" for line in _lead(study, found))
+    answered = [verdict for verdict in found.verdicts if verdict.word != NOT_TESTABLE]
+    rest = [verdict for verdict in found.verdicts if verdict.word == NOT_TESTABLE]
+    claims = [_verdict_cells(study, verdict) for verdict in [*answered, *rest]]
+    tables = ""
+    for arm, rows in _arm_rows(found).items():
+        heads = ["method", "beside", *(outcome.title for outcome in study.outcomes), "notes"]
+        cells = [[row.method, row.twin, *_row_cells(study, row), _notes(row)] for row in rows]
+        sets = f'<p class="note">{_text(" ".join(study.arms[arm]))}</p>' if study.arms[arm] else ""
+        tables += f"<section><h2>Arm {_text(arm)}</h2>{sets}{_html_table(heads, cells)}</section>\n"
+    methods = _html_table(("method", "sets"), [[name, " ".join(sets)] for name, sets in study.methods.items()])
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{_text(study.title)}'
+        f"</title><style>{STYLE}</style></head>\n<body><main>\n<h1>{_text(study.title)}</h1>{lead}"
+        + (f"<section><h2>Claims</h2>{_html_table(_VERDICT_HEADS, claims)}</section>\n" if claims else "")
+        + "".join(map(_figure, drawn))
+        + tables
+        + f'<section><h2>Methods</h2>{methods}<p class="note">{_text(_origin(records))}</p></section>\n'
+        + "</main></body></html>\n"
+    )
