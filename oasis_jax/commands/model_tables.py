@@ -152,9 +152,10 @@ def steps(model: ModelConfig, width: int) -> str:
         rows = [("sublayer", "reads", "writes"), *((step.name, "stream", "stream + output") for step in plan.steps)]
         return f"{model.wiring} wiring: the stream starts as the embedding\n" + aligned(rows, width)
     coupled = ", coupled to the null mass of attention" if model.coupling else ""
+    queries = "" if model.depth_normalizer == "uniform" else f"{model.router} "
     made = "the stream + its output" if model.wiring == "cumulative" else "its output"
     title = [
-        f"{model.wiring} wiring: {len(plan.routers)} {model.router} routers ({model.depth_normalizer}{coupled}) over "
+        f"{model.wiring} wiring: {len(plan.routers)} {queries}routers ({model.depth_normalizer}{coupled}) over "
         f"{plan.num_slots} slots; slot 0 holds the embedding.",
         f"A sublayer reads the stream (the embedding, then what the router in the row above made) and writes {made}; "
         "the final norm reads the last stream.",

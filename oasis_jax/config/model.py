@@ -229,7 +229,11 @@ class RouterConfig:
 
     width: int = field(128, "model width D")
     router: Literal["projected", "static"] = field("projected", "how the query over depth is made")
-    depth_normalizer: Literal["softmax", "softmax1"] = field("softmax1", "normalizer over depth sources")
+    depth_normalizer: Literal["softmax", "softmax1", "sigmoid", "uniform"] = field(
+        "softmax1",
+        "normalizer over depth sources; sigmoid: of each source's score alone, in plain JAX; uniform: equal weights, "
+        "nothing learned",
+    )
     coupling: bool = field(True, "weigh sources by the null mass of their attention (inter-layer null signal)")
     alpha_gate: bool = field(
         False, "a router's mixture m becomes v + alpha (m - v), v its newest source, alpha learned from 0 on"
@@ -245,7 +249,18 @@ class RouterConfig:
 
     def __post_init__(self):
         check_fields(self, "router")
-        check_minimum(self, "router", router_init_std=0.0)
+        self.check_router("router")
+
+    def check_router(self, section: str) -> None:
+        """Raises UserError where the fields do not fit together."""
+        check_minimum(self, section, router_init_std=0.0)
+        if self.depth_normalizer == "uniform" and self.coupling:
+            raise UserError(f"{section}.coupling: depth_normalizer=uniform weighs by nothing; set coupling=False")
+        if self.depth_normalizer == "sigmoid" and self.depth_implementation != "auto":
+            raise UserError(
+                f"{section}.depth_implementation: depth_normalizer=sigmoid has no kernel, it is plain JAX; leave it at "
+                f"auto, got {self.depth_implementation}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,7 +276,9 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
     )
     wiring: Literal["residual", "cumulative", "delta"] = field(None, "how sublayers are connected over depth")
     router: Literal["projected", "static", "none"] = field(None, "how the query over depth is made")
-    depth_normalizer: RouterConfig.__annotations__["depth_normalizer"] = field(None, "normalizer over depth sources")
+    depth_normalizer: RouterConfig.__annotations__["depth_normalizer"] = field(
+        None, RouterConfig.__dataclass_fields__["depth_normalizer"].metadata["help"]
+    )
     coupling: bool = field(None, "weigh sources by the null mass of their attention (inter-layer null signal)")
     blocks: int = field(
         None, "delta wiring: sublayers are summed into this many sources; 0: every sublayer is a source"
@@ -307,9 +324,10 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
         """Raises UserError where the numbers do not fit together."""
         AttentionConfig.check(self, section)
         self.check_mlp(section)
+        self.check_router(section)
         check_minimum(
             self, section, num_layers=1, residual_clip=0.0, blocks=0, vocab_size=0, vector_dim=0,
-            learned_positions=0, position_offset=0, context_length=0, router_init_std=0.0,
+            learned_positions=0, position_offset=0, context_length=0,
         )  # fmt: skip
         if 0 < self.residual_clip < _SMALLEST:
             raise UserError(f"{section}.residual_clip: must be 0 or at least {_SMALLEST:.3g}, got {self.residual_clip}")

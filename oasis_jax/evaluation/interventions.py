@@ -204,7 +204,8 @@ def _mask_sources(model: _Model, base: Mapping[str, np.ndarray]) -> list[Effect]
             for name, sources in masked.items():
                 keep[name] = np.where(np.isin(np.arange(len(keep[name])), sources), 0, 1).astype(np.float32)
             weights = [base[f"depth/{name}"][:, sources].sum(1).mean() for name, sources in masked.items()]
-            for renormalized in (False, True):
+            # Weights that do not share a sum have nothing to make up for.
+            for renormalized in (False,) if model.config.depth_normalizer == "sigmoid" else (False, True):
                 changed = model.run(unchanged._replace(keep=keep, renormalize=np.float32(renormalized)))
                 effect = Effect("sources", family, sublayers, band, renormalized, float(np.mean(weights)))
                 found.append(_effect(effect, base, changed))

@@ -28,6 +28,11 @@ def part(together: Mapping, index: int) -> Mapping[str, Any]:
     return jax.tree.map(operator.itemgetter(index), dict(together))
 
 
+def router_part(params: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """The parameters of one router, {} where routers have none."""
+    return part(params["routers"], index) if params.get("routers") else {}
+
+
 def stack_layers(params: Mapping[str, Any]) -> dict:
     """Layer by layer -> stacked: {"layers": {0: {name: [...]}, ...}} -> {"layers": {name: [L, ...]}}."""
 

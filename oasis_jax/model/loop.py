@@ -23,12 +23,13 @@ from jaxtyping import Array, Float, Int
 from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError
 from oasis_jax.model.context import Context
+from oasis_jax.model.depth_weights import depth_operator
 from oasis_jax.model.layer import PARTS, SUBLAYERS, Stream, new_source, null_evidence
 from oasis_jax.model.remat import rematerialized
 from oasis_jax.model.router import coupling_strength, finish, query_arguments, route_options
 from oasis_jax.model.statistics import layer_telemetry
 from oasis_jax.model.wiring import KINDS, schedule
-from pallas_kernels import DepthRoute, add_route_gradients, depth_route
+from pallas_kernels import DepthRoute
 from pallas_kernels.fusion import written_once
 
 Psi = Float[Array, "B T"]
@@ -71,7 +72,7 @@ def run_loop(
     parts = tuple({name: params["layers"][name] for name in PARTS[kind] if name in params["layers"]} for kind in KINDS)
     if config.wiring == "residual":
         return _residual(config, parts, embedding, context, telemetry)
-    pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), dict(params["routers"]))
+    pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), dict(params.get("routers", {})))
     if telemetry:
         run = _run(config, (parts, pairs), context, embedding, telemetry=True)
         return LoopOutput(run.stream, run.telemetry)
@@ -194,20 +195,21 @@ def _block(config: ModelConfig, history: History, slot):
 
 
 def _arguments(config: ModelConfig, slot, router, source: Stream) -> dict[str, Array]:
-    """What a router's parameters and its newest source give to `depth_route`."""
+    """What a router's parameters and its newest source give to the depth operator."""
     arguments = query_arguments(router, config, source, slot + 1, schedule(config).num_slots)
     return arguments | (dict(coupling=coupling_strength(router["beta_raw"])) if config.coupling else {})
 
 
 def _options(config: ModelConfig, slot, history: History, context: Context) -> dict[str, Any]:
-    """The other arguments of `depth_route` beside the sources."""
+    """The other arguments of the depth operator beside the sources."""
     evidence = dict(null_evidence=history.evidence) if config.coupling else {}
     return dict(num_sources=slot + 1, **route_options(config, context)) | evidence
 
 
 def _route(config: ModelConfig, slot, router, source: Stream, history: History, context: Context) -> Stream:
     arguments = _arguments(config, slot, router, source)
-    mixture = depth_route(history.sources, **arguments, **_options(config, slot, history, context)).output
+    operator = depth_operator(config.depth_normalizer)
+    mixture = operator.route(history.sources, **arguments, **_options(config, slot, history, context)).output
     return finish(router, config, mixture, source, slot + 1)
 
 
@@ -285,7 +287,8 @@ def _recompute(
         history = history.put(slot, source, evidence, context)
         router = jax.tree.map(lambda x, kind=kind: x[kind], pairs)
         arguments, pull_arguments = jax.vjp(partial(_arguments, config, slot), router, source)
-        result = depth_route(history.sources, **arguments, **_options(config, slot, history, context))
+        operator = depth_operator(config.depth_normalizer)
+        result = operator.route(history.sources, **arguments, **_options(config, slot, history, context))
         finished = lambda router, *arrays, slot=slot: finish(router, config, *arrays, slot + 1)
         stream, pull_finish = jax.vjp(finished, router, result.output, source)
         steps.append(_Recomputed(slot, source, evidence, pull_made, arguments, pull_arguments, result, pull_finish))
@@ -342,7 +345,8 @@ def _pull(
     """Takes a step's gradients out of those of its router's output and of its source."""
     options = _options(config, step.slot, history, context)
     d_finish, d_stream, d_last = step.pull_finish(d_stream)
-    routed = add_route_gradients(gradients.sources, d_stream, step.result, history.sources, **step.arguments, **options)
+    add = depth_operator(config.depth_normalizer).add_gradients
+    routed = add(gradients.sources, d_stream, step.result, history.sources, **step.arguments, **options)
     evidence = gradients.evidence if routed.null_evidence is None else gradients.evidence + routed.null_evidence
     gradients = History(routed.sources, evidence)
     d_router, d_newest = step.pull_arguments({name: getattr(routed, name) for name in step.arguments})

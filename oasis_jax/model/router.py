@@ -11,17 +11,16 @@ from jaxtyping import Array, Float, Int
 from oasis_jax.config import RouterConfig
 from oasis_jax.model.attention import backend
 from oasis_jax.model.context import Context
+from oasis_jax.model.depth_weights import NULL_LOGITS, PLAIN, depth_operator
 from oasis_jax.model.numerics import FLOAT, Numerics
 from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
 from oasis_jax.model.statistics import RouterStatistics
-from pallas_kernels import depth_route
 
 _NO_CONTEXT = Context()
 
 Sources = Sequence[Float[Array, "B T D"]]
 Evidence = Sequence[Float[Array, "B T"]]
 
-DEPTH_NULL_LOGITS = {"softmax": -jnp.inf, "softmax1": 0.0}
 MAX_BETA = 10.0
 _BETA_RAW_START = -5.0
 
@@ -33,7 +32,7 @@ def key_width(config: RouterConfig) -> int:
 
 def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
     """The parameters of one router: of `projected` two projections and a recency bias, of `static` a query and a key
-    norm; with coupling its strength, with an alpha gate the gate.
+    norm; with coupling its strength, with an alpha gate the gate. Uniform weights need neither query nor key.
     """
     width = config.width
     projection = matrix((width, key_width(config)), ("embed", None), width, "router_matrix")
@@ -44,6 +43,7 @@ def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
         "projected": {"query": projection, "key": projection, "recency_bias": recency},
         "static": {"query": constant((width,), 0.0, "router"), "key_norm": constant((width,), 1.0, "router")},
     }[config.router]
+    specs = {} if config.depth_normalizer == "uniform" else specs
     specs |= {"beta_raw": constant((), _BETA_RAW_START, "router")} if config.coupling else {}
     return specs | ({"alpha": constant((), 0.0, "router")} if config.alpha_gate else {})
 
@@ -88,7 +88,8 @@ def route(
 
     def run(sources, evidence):
         coupled = dict(null_evidence=evidence, coupling=beta) if config.coupling else {}
-        return depth_route(sources, **arguments, **coupled, **route_options(config, context))
+        route = depth_operator(config.depth_normalizer).route
+        return route(sources, **arguments, **coupled, **route_options(config, context))
 
     mixture, weights, null_mass = context.numerics.route(run, sources, evidence)
     output = finish(parameters, config, mixture, sources[-1], len(sources))
@@ -132,6 +133,8 @@ def query_arguments(
       num_sources: how many there are.
       capacity: how many places for sources, where that is more.
     """
+    if config.depth_normalizer == "uniform":
+        return dict(query=jnp.zeros(last.shape[-1:], jnp.promote_types(last.dtype, jnp.float32)))
     if config.router == "static":
         return dict(query=parameters["query"], key_norm_scale=parameters["key_norm"])
     query = projected_query(parameters["query"], parameters["key"], last, numerics)
@@ -142,11 +145,15 @@ def query_arguments(
 
 
 def route_options(config: RouterConfig, context: Context) -> dict[str, Any]:
-    """The arguments of `depth_route` that are the same for every router of a model."""
-    return dict(
+    """The arguments of the depth operator that are the same for every router of a model."""
+    options = dict(
         score_scale=key_width(config) ** -0.5 if config.router == "projected" else 1.0,
-        null_logit=DEPTH_NULL_LOGITS[config.depth_normalizer],
         sharding=context.placement.routing,
+    )
+    if config.depth_normalizer in PLAIN:
+        return options
+    return options | dict(
+        null_logit=NULL_LOGITS[config.depth_normalizer],
         implementation=backend("depth_route", config.depth_implementation),
     )
 

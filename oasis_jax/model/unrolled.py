@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from oasis_jax.config import ModelConfig
 from oasis_jax.model.context import Context
 from oasis_jax.model.layer import SUBLAYERS, Stream, Sublayer, new_source, null_evidence
-from oasis_jax.model.layout import is_stacked, part
+from oasis_jax.model.layout import is_stacked, part, router_part
 from oasis_jax.model.numerics import FLOAT
 from oasis_jax.model.remat import rematerialized
 from oasis_jax.model.router import route
@@ -84,7 +84,7 @@ def run_unrolled(
         source, source_psi = new_source(config, stream, sublayer.output, psi, block, tap)
         if step.router:
             sources, evidence = [*sources[: step.slot], source], [*evidence[: step.slot], source_psi]
-            own, scoped = part(params["routers"], step.index), context.within(f"{step.router}.router")
+            own, scoped = router_part(params, step.index), context.within(f"{step.router}.router")
             stream, statistics = route(own, config, sources, evidence, scoped)
             routers[step.router] = on_router(step.router, statistics)
         else:

@@ -56,13 +56,14 @@ def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
     seen = sum(_mean_keys(length, layer.window) for layer in layers)
     table = math.prod(specs["embedding"]["table"].shape)
     steps = schedule(config).steps
+    scored = 0.0 if config.depth_normalizer == "uniform" else 2.0
     queries = len(schedule(config).routers) * per_token.get("routers", 0)
     return {
         "linear": 2.0 * (config.num_layers * per_token["layers"] + per_token.get("final_norm", 0))
         + (2.0 * table if config.inputs == "vectors" else 0.0),
         "attention": 4.0 * config.num_heads * config.head_size * seen,
         # A projected router makes its query with two products; scores and sums are two FLOPs an element each.
-        "routing": 2.0 * queries + 4.0 * config.width * sum(len(step.sources) for step in steps),
+        "routing": 2.0 * queries + (scored + 2.0) * config.width * sum(len(step.sources) for step in steps),
         "head": 2.0 * (per_token["head"] if "head" in specs else table),
     }
 

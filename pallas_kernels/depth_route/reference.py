@@ -2,8 +2,28 @@
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRoute, RouteInputs, lifted, score_shift
+
+
+def depth_scores(inputs: RouteInputs) -> tuple[Float[Array, "L B T"], Float[Array, "L B T D"], Bool[Array, "L 1 1"]]:
+    """The clamped scores of all sources, the sources themselves, stacked in float32 or better and 0 where they are
+    dead, and which ones are live.
+    """
+    wide, live = inputs.wide, inputs.live
+    sources = inputs.sources if hasattr(inputs.sources, "ndim") else jnp.stack(inputs.sources)
+    sources = sources.astype(wide)
+    live = jnp.ones((len(sources), 1, 1), bool) if live is None else live[:, None, None]
+    sources = jnp.where(live[..., None], sources, 0.0)
+    keys = sources
+    if inputs.key_norm_scale is not None:
+        mean_square = jnp.mean(sources * sources, axis=-1, keepdims=True)
+        keys = sources * lax.rsqrt(mean_square + KEY_NORM_EPSILON) * lifted(inputs.key_norm_scale.astype(wide), sources)
+    query = jnp.broadcast_to(inputs.query.astype(wide), sources.shape[1:])
+    scores = jnp.einsum("BTD,LBTD->LBT", query, keys, precision=lax.Precision.HIGHEST) * inputs.score_scale
+    limit = jnp.asarray(MAX_SCORE, wide)
+    return lax.clamp(-limit, scores + score_shift(inputs), limit), sources, live
 
 
 def depth_route_reference(inputs: RouteInputs) -> DepthRoute:
@@ -19,20 +39,8 @@ def depth_route_reference(inputs: RouteInputs) -> DepthRoute:
     The code below subtracts the maximum first and keeps whatever lies in dead sources out of values and gradients.
     """
     inputs = inputs.trimmed()
-    wide, live = inputs.wide, inputs.live
-    sources = inputs.sources if hasattr(inputs.sources, "ndim") else jnp.stack(inputs.sources)
-    sources = sources.astype(wide)
-    live = jnp.ones((len(sources), 1, 1), bool) if live is None else live[:, None, None]
-    sources = jnp.where(live[..., None], sources, 0.0)
-    keys = sources
-    if inputs.key_norm_scale is not None:
-        mean_square = jnp.mean(sources * sources, axis=-1, keepdims=True)
-        keys = sources * lax.rsqrt(mean_square + KEY_NORM_EPSILON) * lifted(inputs.key_norm_scale.astype(wide), sources)
-    query = jnp.broadcast_to(inputs.query.astype(wide), sources.shape[1:])
-    scores = jnp.einsum("BTD,LBTD->LBT", query, keys, precision=lax.Precision.HIGHEST) * inputs.score_scale
-    scores = lax.clamp(jnp.asarray(-MAX_SCORE, wide), scores + score_shift(inputs), jnp.asarray(MAX_SCORE, wide))
-
-    b = inputs.null_logit.astype(wide)
+    scores, sources, live = depth_scores(inputs)
+    b = inputs.null_logit.astype(inputs.wide)
     top = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=0, initial=-MAX_SCORE, where=live), b))
     e = jnp.where(live, jnp.exp(jnp.where(live, scores - top[None], 0.0)), 0.0)
     null = jnp.exp(b - top)

@@ -36,6 +36,8 @@ KINDS |= {
     ),
     "delta, projected": dict(preset="softmax1", wiring="delta", router="projected", **MIXED),
     "cumulative, static": dict(preset="oasis", router="static", **MIXED),
+    "sigmoid over depth": dict(preset="oasis", depth_normalizer="sigmoid", **MIXED),
+    "uniform over depth": dict(preset="attnres", depth_normalizer="uniform", **MIXED),
     "soft cap, norms": dict(preset="oasis", logit_softcap=2.0, qk_norm=True, window=3, gate="per_head"),
     "learned positions": dict(preset="residual", rope_theta=0.0, learned_positions=40, norm="layernorm", window=6),
     "longrope": dict(preset="residual", rope_scaling=LONGROPE),

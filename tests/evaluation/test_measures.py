@@ -268,6 +268,17 @@ def test_trigger_rows_equal_numpy(normalizer):
     assert metrics["perplexity"] is None
 
 
+def test_depth_weights_that_sum_to_anything_have_no_entropy_and_no_joint_distribution():
+    model, batches = build(preset="oasis", depth_normalizer="sigmoid"), token_batches(1)
+    routers = forward(model, batches)[1].routers.values()
+    metrics = evaluate_model(model, batches, {name: EVALUATORS[name] for name in ("depth", "joint")})
+    assert {name for name, value in metrics.items() if value is None} == {
+        "depth_entropy", *EVALUATORS["joint"].definitions
+    }  # fmt: skip
+    null_mass = np.mean([np.maximum(0, 1 - router.weights.astype(np.float64).sum(-1)) for router in routers])
+    assert metrics["depth_null_mass"] == pytest.approx(null_mass, abs=ROUNDING) and null_mass > 0
+
+
 def test_excess_risk_equals_numpy():
     model, batches = build(preset="residual"), token_batches()
     random = np.random.default_rng(8)

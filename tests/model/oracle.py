@@ -52,7 +52,7 @@ def forward(params, config, inputs, positions=None, segment_ids=None) -> dict:
         return config.residual_multiplier * output, record["null_mass"][-1].mean(axis=1)
 
     def router(number, name, sources, evidence):
-        mixture, weights, null_mass = route(params["routers"][number], config, sources, evidence)
+        mixture, weights, null_mass = route(params.get("routers", {}).get(number, {}), config, sources, evidence)
         record["router_weights"][name], record["router_null_mass"][name] = weights, null_mass
         return mixture
 
@@ -144,6 +144,9 @@ def delta(config, embedding, sublayer, router) -> list:
 
 def route(params, config, sources, evidence) -> tuple:
     """(mixture [B, T, D], weights [B, T, L], null mass [B, T]) of a router over L sources."""
+    if config.depth_normalizer == "uniform":
+        weights = np.full((*sources[0].shape[:2], len(sources)), 1 / len(sources))
+        return np.mean(sources, axis=0), weights, np.zeros(sources[0].shape[:2])
     scores = []
     for index, source in enumerate(sources):
         if config.router == "static":
@@ -157,6 +160,10 @@ def route(params, config, sources, evidence) -> tuple:
     if config.coupling:
         beta = min(np.logaddexp(0.0, params["beta_raw"]), MAX_BETA)
         scores = scores - beta * (psi - psi.mean(-1, keepdims=True))
+    if config.depth_normalizer == "sigmoid":
+        weights = sigmoid(np.clip(scores, -MAX_SCORE, MAX_SCORE) - math.log(len(sources)))
+        null_mass = np.maximum(0.0, 1.0 - weights.sum(-1))
+        return np.einsum("btl,lbtd->btd", weights, np.stack(sources)), weights, null_mass
     exponentials = np.exp(np.clip(scores, -MAX_SCORE, MAX_SCORE))
     null = {"softmax": 0.0, "softmax1": 1.0}[config.depth_normalizer]
     total = null + exponentials.sum(-1)

@@ -43,6 +43,10 @@ def slow(**options):
         dict(preset="oasis", residual_clip=0.9, qkv_bias=True, alpha_gate=True),
         slow(preset="oasis", layer_pattern=(SHORT, NO_POSITIONS, FAR)),
         dict(preset="oasis_blocks", blocks=2, normalizer="null_key_value"),  # blocks of one layer and a half
+        dict(preset="oasis_blocks", blocks=3, num_layers=2, depth_normalizer="sigmoid"),
+        slow(preset="oasis", depth_normalizer="sigmoid", alpha_gate=True),
+        dict(preset="attnres_cumulative", num_layers=2, depth_normalizer="uniform"),
+        slow(preset="attnres", depth_normalizer="uniform", blocks=2),
         slow(preset="oasis_blocks", blocks=4, tied_head=False),  # 2, 2, 1, 1
         dict(preset="oasis_blocks", blocks=3, num_layers=4, layer_pattern=(SHORT, NO_POSITIONS), sum_preserving=True),
         slow(preset="oasis_blocks", blocks=4, router="projected", residual_clip=0.9, window=3),

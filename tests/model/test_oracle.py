@@ -132,6 +132,10 @@ def test_presets(preset):
         dict(preset="oasis", router="static"),
         dict(preset="oasis_blocks", blocks=3, router="projected"),
         dict(preset="attnres", depth_normalizer="softmax1", residual_clip=0.7),
+        dict(preset="oasis", depth_normalizer="sigmoid"),
+        dict(preset="oasis_blocks", blocks=3, depth_normalizer="sigmoid"),
+        dict(preset="attnres_cumulative", depth_normalizer="uniform"),
+        dict(preset="attnres", blocks=3, depth_normalizer="uniform"),
         dict(preset="oasis", embedding_multiplier=20.0),  # scores of routers beyond +-50
         dict(preset="oasis", residual_clip=0.7, residual_multiplier=0.6),
         dict(preset="oasis_blocks", blocks=3, residual_clip=0.7, residual_multiplier=0.6),

@@ -53,6 +53,7 @@ def make(preset: str, **fields) -> ModelConfig:
         ("oasis", {}),
         ("oasis_blocks", dict(blocks=2)),
         ("gated", {}),
+        ("oasis", dict(depth_normalizer="sigmoid", depth_implementation="auto")),
         ("residual", dict(norm="gatednorm")),
         ("residual", dict(norm="layernorm", qkv_bias=True, output_bias=True, mlp_bias=True, mlp_gated=False)),
         ("learned_sink", dict(gate="per_head", tied_head=False, learned_positions=LENGTH, qk_norm=True)),
@@ -69,6 +70,11 @@ def test_counts_are_the_products_of_the_traced_model(preset, fields):
     assert traced(config) == pytest.approx(
         LENGTH * (sum(counted.values()) - counted["attention"] + whole + statistics), rel=1e-12
     )
+
+
+def test_uniform_weights_need_no_scores():
+    routing = lambda **fields: forward_flops(make("attnres", **fields), LENGTH)["routing"]
+    assert 2 * routing(depth_normalizer="uniform") == routing() > 0
 
 
 def test_a_window_leaves_keys_out():

@@ -48,7 +48,7 @@ DEFINITIONS = {
         "tensor": "entropy of alpha in nats, the depth null one of the outcomes",
         "average": "mean over tokens, sequences and routers",
         "source": _OASIS,
-        "applies_to": _ROUTED,
+        "applies_to": f"{_ROUTED} whose weights and null sum to 1",
     },
     "depth_max_weight": {
         "tensor": "largest alpha over sources",
@@ -66,7 +66,7 @@ DEFINITIONS = {
         "tensor": "depth null mass of every router and token",
         "average": "mean over tokens, sequences and routers",
         "source": _OASIS,
-        "applies_to": "depth routers with Softmax1",
+        "applies_to": "depth routers with Softmax1; with sigmoid, 1 - the sum of alpha, at least 0",
     },
     "depth_sink_rate": {
         "tensor": "alpha of the embedding, the first source",
@@ -168,10 +168,11 @@ def finish(rows: dict[str, np.ndarray], config: ModelConfig | None) -> dict[str,
         "depth_weight_variance": _matrix({name: values.mean(0) for name, values in found["variance"].items()}, columns),
         "depth_routers": list(sources),
         "depth_sources": columns[0],
-        "depth_entropy": average("entropy"),
         "depth_max_weight": average("largest"),
         "depth_embedding_weight": per_sequence(np.stack(list(embedding.values()), -1), bootstrap.mean),
     }
+    if config is None or config.depth_normalizer != "sigmoid":
+        metrics["depth_entropy"] = average("entropy")
     if any(values.any() for values in found["null"].values()):  # depth softmax has a null mass of exactly 0
         metrics["depth_null_mass"] = average("null")
     if wide:

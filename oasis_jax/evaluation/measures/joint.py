@@ -28,7 +28,7 @@ NEAR_NO_OP = 0.25  # quantile of the heads' output norms below which a head does
 SINK_SETS = {"first_token": 1, "prefix_4": PREFIX}  # a set is the first so many keys of a document
 
 _SOURCE = "OASIS, arXiv 2605.17887, appendix D.4"
-_APPLIES = "models of this library whose depth sources each stem from one attention layer"
+_APPLIES = "models of this library whose depth sources each stem from one attention layer and whose depth weights and null sum to 1"
 _Q = "q(i, j) = alpha_i p_i(j), every router, head and query"
 _VARIANTS = {
     "identity_outcome": "the embedding's p_0(j | t) is 1 at j = t",
@@ -78,11 +78,15 @@ DEFINITIONS = _definitions()
 
 
 def source_layers(config: ModelConfig) -> dict[str, list[int]] | None:
-    """For every router the layers that its sources after the embedding stem from; None where there is no router or a
-    source mixes several layers.
+    """For every router the layers that its sources after the embedding stem from; None where there is no router, a
+    source mixes several layers, or weights are no shares of anything.
     """
     steps = [step for step in schedule(config).steps if step.router]
-    if not steps or any(len(source.layers) > 1 for step in steps for source in step.sources):
+    if (
+        not steps
+        or config.depth_normalizer == "sigmoid"
+        or any(len(source.layers) > 1 for step in steps for source in step.sources)
+    ):
         return None
     return {step.router: [layer for source in step.sources for layer in source.layers] for step in steps}
 

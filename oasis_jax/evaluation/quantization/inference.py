@@ -250,7 +250,7 @@ def tensor_roles(config: ModelConfig) -> dict[str, str]:
     groups = {f"layer{i}.": roles["layers"] for i in range(config.num_layers)} | {
         "final_norm.": roles.get("final_norm", {})
     }
-    groups |= {f"{name}.router.": roles["routers"] for name in schedule(config).routers}
+    groups |= {f"{name}.router.": roles.get("routers", {}) for name in schedule(config).routers}
     found = {"embedding": roles["embedding"]["table"]}
     found |= {f"embedding.{name}": role for name, role in roles["embedding"].items() if name != "table"}
     for scope, group in groups.items():
