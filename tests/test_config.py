@@ -136,7 +136,6 @@ TURNED_ELSEWHERE = {
     "alpha_gate": "routers that join a trained model: benchmarks/retrofit.py",
     "sum_preserving": "routers that join a trained model: benchmarks/retrofit.py",
     "context_length": "longest text of a pretrained model: oasis_jax.pretrained.families",
-    "residual_clip": "the ablation of arXiv 2601.22966",
     "attention_implementation": "a backend's speed, with --set",
     "depth_implementation": "a backend's speed, with --set",
     "vector_dim": "from the data",

@@ -36,7 +36,7 @@ def load_file(path: str | os.PathLike, function: str, expected: type[T], flag: s
     """
     path = pathlib.Path(path)
     if not path.suffix and not path.exists():
-        path = _shipped(str(path), flag)
+        path = _shipped(str(path), flag, studies=function == "get_study")
     code = _compile(path, flag)
     module = types.ModuleType("config_file")
     module.__file__ = str(path)
@@ -57,7 +57,7 @@ def load_file(path: str | os.PathLike, function: str, expected: type[T], flag: s
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """The configs that come with the library: those of the clone it runs from, else those that were installed."""
+    """The configs and studies (study_NAME) that come with the library: those of the clone it runs from, else those that were installed."""
     clone = pathlib.Path(__file__).parents[2]
     paths = list((clone / "configs").glob("*.py")) if (clone / "setup.cfg").is_file() else []
     if not paths:
@@ -69,8 +69,8 @@ def shipped_configs() -> dict[str, pathlib.Path]:
     return {path.stem: path.resolve() for path in sorted(paths) if path.suffix == ".py"}
 
 
-def _shipped(name: str, flag: str) -> pathlib.Path:
-    found = shipped_configs()
+def _shipped(name: str, flag: str, studies: bool) -> pathlib.Path:
+    found = {known: path for known, path in shipped_configs().items() if known.startswith("study_") == studies}
     if name not in found:
         raise UserError(
             f"{flag}: no file {name!r}, and no config of the library has this name{nearest(name, found)}; "

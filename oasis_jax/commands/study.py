@@ -20,8 +20,13 @@ def make_parser(program: str) -> Parser:
     parser.add_argument(
         "study", metavar="STUDY", help="a Python file with get_study(), or the name of one that comes with the library"
     )
-    parser.add_argument(
-        "--out", required=True, type=folder, metavar="FOLDER", help="where cells, numbers and the report are written"
+    aim = parser.add_mutually_exclusive_group(required=True)
+    aim.add_argument("--out", type=folder, metavar="FOLDER", help="where cells, numbers and the report are written")
+    aim.add_argument(
+        "--plan",
+        metavar="HARDWARE:SHAPE",
+        help="train nothing: compile every method for v5e:2x4, h100:8 ... and say whether it fits; exits with 1 where "
+        "one does not",
     )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes at a time on this machine; 1, the default"
@@ -47,6 +52,11 @@ def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
         parser.error(f"--minutes: must be above 0, got {args.minutes:g}")
     load = functools.partial(load_study, args.study, args.seeds)
     study = load()
+    if args.plan is not None:
+        if args.report or args.minutes or args.workers > 1:
+            parser.error("--plan trains nothing: leave out --report, --minutes and --workers")
+        plan_study(study, args.plan)
+        return
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
     from oasis_jax.errors import Preempted
@@ -69,6 +79,21 @@ def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
     print(f"{found.done} of {found.total} cells; report: {args.out}/index.html")
     if notice:
         raise notice
+
+
+def plan_study(study, hardware: str) -> None:
+    """Prints the plan of every method, in the first arm; exits with 1 where one does not fit."""
+    from oasis_jax.evaluation import lower_evaluation
+    from oasis_jax.study.design import Cell
+    from oasis_jax.training.plan import run_plan
+
+    fit = []
+    for method in study.methods:
+        print(f"{method}:")
+        config = study.config(Cell(next(iter(study.arms)), method, study.seeds[0]))
+        fit.append(run_plan(config, hardware, lower_evaluation))
+    if not all(fit):
+        raise SystemExit(1)
 
 
 def load_study(path: str | pathlib.Path, seeds: int | None = None):

@@ -128,9 +128,7 @@ def check_alike(one: Record, other: Record, factors: tuple[str, ...]) -> None:
     for section in first:
         for name, value in first[section].items():
             if value != second[section][name] and f"{section}.{name}" not in factors:
-                raise UserError(
-                    f"unequal start: {cells}: {section}.{name} is {value!r} there, {second[section][name]!r} here"
-                )
+                raise UserError(f"unequal start: {cells}: {section}.{name} is {value!r} and {second[section][name]!r}")
     if one["corpus"] and other["corpus"] and one["corpus"] != other["corpus"]:
         raise UserError(f"unequal start: {cells}: they read different data")
     theirs = other["start"]["parameters"]

@@ -88,7 +88,7 @@ class _Cells:
 
     def __init__(self, study: Study, records: Iterable[Record]):
         self.study = study
-        wanted = {(cell.arm, cell.method, cell.seed) for cell in study.cells()}
+        wanted = [(cell.arm, cell.method, cell.seed) for cell in study.cells()]
         found = {(record["arm"], record["method"], record["seed"]): record for record in records}
         self.records = {key: found[key] for key in wanted if key in found}
 

@@ -11,7 +11,8 @@ from oasis_jax.errors import UserError
 from oasis_jax.overrides import apply_overrides
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+STUDIES = sorted((ROOT / "configs").glob("study_*.py"))
+CONFIGS = sorted({*(ROOT / "configs").glob("*.py")} - {*STUDIES})
 
 
 def one_line(caught) -> str:

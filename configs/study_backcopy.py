@@ -1,0 +1,99 @@
+"""Bigram-Backcopy (arXiv 2410.13835), five seeds: sinks, value drains and residual peaks, and what takes them away.
+
+Three layers, one head: the smallest model of tokens with all three. What OASIS gains over Softmax1 over tokens alone,
+with and without the inter-layer signal, would show here.
+
+    python -m oasis_jax study configs/study_backcopy.py --out runs/study_backcopy --workers 2
+
+Hardware: two CPU cores, no download; 60 cells of about a quarter of an hour: a night. --minutes 10 does it in pieces.
+"""
+
+from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from oasis_jax.study import Claim, Outcome, Study
+
+SINK, PEAK, DRAIN = "non_trigger_first_token_mass_max", "residual_peak", "value_drain"
+EIGHT_BITS, D_SINK = "quantized.w8a8_tensor.nats", "quantized.w8a8_tensor.d_sink"
+FORMED = {SINK: 0.3}
+OASIS = "OASIS (2605.17887)"
+
+
+def get_study() -> Study:
+    base = Config(
+        model=ModelConfig(preset="residual", num_layers=3, width=128, num_heads=1),
+        data=DataConfig(corpus="backcopy", sequence_length=128, batch_size=32),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+        run=RunConfig(steps=3000, log_interval=50, telemetry_interval=0, checkpoint_interval=500),
+    )
+    cumulative = ("softmax1", "learned_sink", "gated", "oasis")
+    oasis = "model.preset=oasis"
+    return Study(
+        title="Bigram-Backcopy: sinks, value drains, residual peaks",
+        base=base,
+        methods={
+            "residual": (),
+            "residual_softmax1": ("model.normalizer=softmax1",),
+            "residual_learned_sink": ("model.normalizer=learned_sink",),
+            "attnres": ("model.preset=attnres",),
+            "attnres_cumulative": ("model.preset=attnres_cumulative",),
+            **{name: (f"model.preset={name}",) for name in cumulative},
+            "oasis_uncoupled": (oasis, "model.coupling=false"),
+            "oasis_depth_softmax": (oasis, "model.depth_normalizer=softmax"),
+            "oasis_blocks": ("model.preset=oasis_blocks", "model.blocks=3"),
+        },
+        twins={
+            **dict.fromkeys(cumulative, "attnres_cumulative"),
+            **dict.fromkeys(("oasis_uncoupled", "oasis_depth_softmax"), "oasis"),
+            "oasis_blocks": "attnres",
+        },
+        seeds=(0, 1, 2, 3, 4),
+        measures=("default", "values", "residual_sinks"),
+        interventions=("beta",),
+        schemes=("w8a8_tensor", "w8a8_tensor+sink_float", "w8a8"),
+        outcomes=(
+            Outcome("perplexity", "perplexity"),
+            Outcome("trigger_excess_risk", "excess risk at triggers"),
+            Outcome(SINK, "first-token mass, strongest head", relative=False),
+            Outcome("non_trigger_null_mass", "null mass, no trigger", "none", relative=False),
+            Outcome(DRAIN, "value norm, first / others", "none"),
+            Outcome(PEAK, "residual norm, first / others"),
+            Outcome("max_inf_norm", "max inf norm"),
+            Outcome("avg_kurtosis", "mean kurtosis"),
+            Outcome(EIGHT_BITS, "w8a8_tensor, nats", relative=False),
+            Outcome(D_SINK, "D_sink, nats", relative=False),
+            Outcome("without.beta.all.all", "nats without the signal", "none", relative=False),
+        ),
+        claims=_claims(),
+    )
+
+
+def _claims() -> tuple[Claim, ...]:
+    twin, ours = "attnres_cumulative", "oasis"
+    return (
+        Claim("OASIS has weaker sinks than its twin", OASIS, SINK, ours, twin, needs=FORMED),
+        Claim("OASIS has a smaller max inf norm", f"{OASIS}: -9.26 %", "max_inf_norm", ours, twin),
+        Claim("OASIS has a smaller mean kurtosis", f"{OASIS}: -2.60 %", "avg_kurtosis", ours, twin),
+        Claim("OASIS loses less under W8A8", f"{OASIS}: perplexity -75.85 %", EIGHT_BITS, ours, twin),
+        Claim("OASIS gains over Softmax1 over tokens alone", OASIS, SINK, ours, "softmax1"),
+        Claim("The inter-layer signal weakens sinks", OASIS, SINK, ours, "oasis_uncoupled"),
+        Claim(
+            "Softmax1 takes the residual peak away", "2410.13835", PEAK, "residual_softmax1", "residual", needs=FORMED
+        ),
+        Claim("Softmax1 weakens sinks", "2410.10781", SINK, "residual_softmax1", "residual", needs=FORMED),
+        Claim("A learned sink weakens sinks", "2601.22966", SINK, "residual_learned_sink", "residual", needs=FORMED),
+        Claim(
+            "A second normalizer, over depth, makes sinks worse",
+            "the claim under OASIS' claims",
+            SINK,
+            "attnres",
+            "residual",
+            direction="higher",
+        ),
+        Claim(
+            "A second normalizer, over depth, makes 8 bits worse",
+            "the claim under OASIS' claims",
+            EIGHT_BITS,
+            "attnres",
+            "residual",
+            direction="higher",
+        ),
+    )
