@@ -196,6 +196,7 @@ def measure_subject(
         view=_finite(look(*model, batches[0], subject.tokenizer)),
         quantization=_finite(quantized),
         notes=subject.notes,
+        parameters=sum(x.size for x in jax.tree.leaves(subject.params)),
     )
 
 
@@ -263,6 +264,7 @@ def _run_as_json(run: MeasuredRun) -> dict:
         "notes": list(run.notes),
         "step": run.step,
         "preset": run.config.model.preset,
+        "parameters": run.parameters,
         "corpus": run.corpus,
         "tokenizer": run.tokenizer,
         "versions": run.versions,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from oasis_jax.evaluation.report.figures import FONT_SIZE, Ink, Panel, Picture, color
+from oasis_jax.evaluation.report.figures import Ink, Panel, Picture, color, plain
 from oasis_jax.study.cells import Record
 from oasis_jax.study.design import Outcome, Study
 from oasis_jax.study.results import Results, Row
@@ -38,13 +38,6 @@ def _panel(study: Study, arm: str, outcome: Outcome, rows: Sequence[Row], record
     }
 
     def draw(axes: Axes, ink: Ink) -> None:
-        axes.set_facecolor("none")
-        axes.tick_params(colors=ink.muted, labelsize=FONT_SIZE, length=0)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(ink.grid)
-        axes.grid(axis="x", color=ink.grid, linewidth=0.7)
-        axes.set_axisbelow(True)
         everything = [value for values in seeds.values() for value in values]
         if outcome.relative and min(everything) > 0 and max(everything) > 30 * min(everything):
             axes.set_xscale("log")
@@ -62,5 +55,7 @@ def _panel(study: Study, arm: str, outcome: Outcome, rows: Sequence[Row], record
             axes.plot([value.value], [place], "o", color=shade, markersize=5)
         axes.set_yticks(range(len(rows)), [row.method for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
+        plain(axes, ink, grid=False)
+        axes.grid(axis="x", color=ink.grid, linewidth=0.7)
 
     return Panel(arm, 0.6 + _INCHES_A_METHOD * len(rows), draw)

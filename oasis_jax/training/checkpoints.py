@@ -360,7 +360,7 @@ class Checkpoints:
         changed = [
             f"{name} {stored.get(name)} -> {version}"
             for name, version in versions().items()
-            if stored.get(name) != version
+            if stored.get(name) != version and name != "commit"
         ]
         if changed:
             self._say(

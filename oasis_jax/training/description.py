@@ -1,8 +1,11 @@
 """What a checkpoint says about itself, JSON-able, and whether a run may go on from it."""
 
 import dataclasses
+import functools
 import importlib.metadata
+import pathlib
 import platform
+import subprocess
 
 from oasis_jax.config import Config, from_dict, sections, to_dict
 from oasis_jax.data import Corpus, Tokenizer
@@ -27,14 +30,31 @@ LAYOUT = "2: embedding, head, layers, routers, final_norm"
 
 
 def versions() -> dict[str, str]:
-    """What is running: versions of Python and of the packages that decide what is computed."""
+    """What is running: versions of Python and of the packages that decide what is computed, and the commit of a
+    clone.
+    """
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return found | ({"commit": commit} if (commit := _commit()) else {})
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit of the clone that this runs from, with a + where files were changed since; '' where there is none."""
+    clone = pathlib.Path(__file__).parents[2]
+    if not (clone / ".git").exists():
+        return ""
+    try:
+        git = functools.partial(subprocess.run, cwd=clone, capture_output=True, text=True, timeout=10, check=True)
+        head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return head + ("+" if changed else "")
 
 
 def describe(config: Config, corpus: Corpus) -> dict:

@@ -113,6 +113,7 @@ def test_one_run(trained, tmp_path, script, capsys):
         "sink_mass",
         "null_mass",
         "null_mass_by_position",
+        "one_head",
         "tokens_received",
         "tokens_null",
         "depth_weights",
@@ -155,7 +156,9 @@ def test_three_runs_on_two_kinds_of_data(trained, tmp_path, capsys):
     workdirs = [trained / name for name in ("oasis", "twin", "sink")]
     runs = evaluate(workdirs, tmp_path, num_batches=1)
     page = check_self_contained((tmp_path / "index.html").read_text())
-    assert page.tags.count("table") == 2
+    assert page.tags.count("table") == 3  # what differs, and one for each kind of data
+    for text in ("What differs", "model.normalizer", "tokens trained on"):
+        assert text in page.text, text
     assert "n/a" in page.text and "Not applicable: this normalizer leaves nothing to a null." in page.text
     assert "are not comparable" in page.text
     print_comparison(runs)

@@ -42,9 +42,10 @@ def test_histogram_equals_numpy():
 def test_tokens_carry_what_the_matrices_say(normalizer):
     config = ModelConfig(preset="residual", normalizer=normalizer, num_layers=2, width=12, num_heads=3, vocab_size=258)
     model, inputs = Decoder(config, rngs=nnx.Rngs(0)), np.array([[256, *b"def f(x"], [256, *b"return "]], np.int32)
-    found = look(*placed(model), {"inputs": inputs}, BytesTokenizer())["tokens"]
+    found = look(*placed(model), {"inputs": inputs}, BytesTokenizer())
+    one_head, found = found["head"], found["tokens"]
     assert found["text"] == ["", *"def f(x"]
-    received, null = np.zeros(8), np.zeros(8)
+    received, null, heads = np.zeros(8), np.zeros(8), []
     for layer in model(inputs)[1].attention:
         scores = np.einsum("TNH,SNH->NTS", layer.query[0], layer.key[0]).astype(float) / 2
         e = np.where(np.tril(np.ones((8, 8))), np.exp(scores), 0)
@@ -54,12 +55,16 @@ def test_tokens_carry_what_the_matrices_say(normalizer):
         else:
             p = e / ((normalizer == "softmax1") + e.sum(-1, keepdims=True))
         received += p.sum(1).mean(0) / np.arange(8, 0, -1) / 2
+        heads.append(np.concatenate([p, np.maximum(1 - p.sum(-1, keepdims=True), 0)], -1))
         null += (1 - p.sum(-1)).mean(0) / 2
     np.testing.assert_allclose(found["received"], received, atol=1e-4)
     if normalizer == "softmax":
         assert found["null"] is None
     else:
         np.testing.assert_allclose(found["null"], null, atol=1e-4)
+    strongest = max(np.ndindex(2, 3), key=lambda place: heads[place[0]][place[1], :, 0].mean())
+    assert (one_head["layer"], one_head["head"]) == strongest
+    np.testing.assert_allclose(one_head["rows"], heads[strongest[0]][strongest[1]], atol=1e-4)
 
 
 def test_a_model_of_vectors_has_no_tokens():

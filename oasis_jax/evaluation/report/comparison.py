@@ -34,6 +34,7 @@ class MeasuredRun(NamedTuple):
     )  # by scheme, as `oasis_jax.evaluation.quantization.inference` says
     tasks: Mapping[str, dict] = MappingProxyType({})  # as `oasis_jax.evaluation.tasks.table.run_tasks` says
     notes: Sequence[str] = ()  # what was done to a pretrained model, and how its texts begin
+    parameters: int | None = None
 
 
 class Row(NamedTuple):

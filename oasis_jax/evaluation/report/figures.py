@@ -86,7 +86,7 @@ def color(index: int) -> str:
 # Panels
 
 
-def _plain(axes: Axes, ink: Ink, *, grid: bool) -> None:
+def plain(axes: Axes, ink: Ink, *, grid: bool) -> None:
     axes.set_facecolor("none")
     axes.tick_params(colors=ink.muted, labelsize=FONT_SIZE, length=0)
     for side, spine in axes.spines.items():
@@ -137,7 +137,7 @@ def heat_map(
             axes.tick_params(axis="x", labelrotation=35)
             for label in axes.get_xticklabels():
                 label.set(ha="right", rotation_mode="anchor")
-        _plain(axes, ink, grid=False)
+        plain(axes, ink, grid=False)
 
     longest = max(map(len, columns))
     return Panel(title, 0.75 + 0.29 * max(len(rows), 2) + (0.055 * longest if longest > 3 else 0), draw)
@@ -155,7 +155,7 @@ def strip_map(
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel(across)
         axes.set_ylabel(down)
-        _plain(axes, ink, grid=False)
+        plain(axes, ink, grid=False)
 
     return Panel(title, 0.75 + 0.29 * max(len(rows), 2), draw)
 
@@ -190,7 +190,7 @@ def curves(
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel(across)
         axes.set_ylabel(along + (" (log scale)" if logarithmic else ""))
-        _plain(axes, ink, grid=True)
+        plain(axes, ink, grid=True)
 
     return Panel(title, 2.5, draw)
 
@@ -219,7 +219,7 @@ def histograms(title: str, shares: Mapping[int, Sequence[float]], edges: Sequenc
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(across)
         axes.set_ylabel("% of values (log scale)")
-        _plain(axes, ink, grid=True)
+        plain(axes, ink, grid=True)
 
     return Panel(title, 2.6, draw)
 
@@ -283,38 +283,9 @@ def bars(
         axes.xaxis.set_major_locator(axes.xaxis.get_major_locator() if logarithmic else MaxNLocator(4))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel(across + (" (logarithmic beyond the median)" if logarithmic else ""))
-        _plain(axes, ink, grid=False)
+        plain(axes, ink, grid=False)
 
     return Panel(title, 0.75 + len(names) * max(0.3, 0.17 * len(values) + 0.08), draw)
-
-
-def token_grid(title: str, text: Sequence[str], values: Sequence[float], top: float, *, columns: int) -> Panel:
-    """Tokens in reading order, a cell each; the colour is the value, the text what fits."""
-    lines = -(-len(text) // columns)
-    table = np.full(lines * columns, np.nan)
-    table[: len(values)] = 100 * np.asarray(values, float)
-
-    def draw(axes: Axes, ink: Ink) -> None:
-        axes.imshow(
-            np.ma.masked_invalid(table.reshape(lines, columns)), cmap=HEAT, vmin=0, vmax=100 * top, aspect="auto"
-        )
-        for i, token in enumerate(text):
-            dark = table[i] > 56 * top
-            axes.text(
-                i % columns,
-                i // columns,
-                token[:4],
-                ha="center",
-                va="center",
-                family="monospace",
-                fontsize=FONT_SIZE - 2,
-                color="#ffffff" if dark else "#1c2430",
-            )
-        axes.set_xticks([])
-        axes.set_yticks([])
-        _plain(axes, ink, grid=False)
-
-    return Panel(title, 0.35 + 0.2 * lines, draw)
 
 
 # Output

@@ -21,6 +21,7 @@ from oasis_jax.evaluation.report.comparison import (
     rows,
 )
 from oasis_jax.evaluation.report.figures import Picture, color, save, scale_css, svg
+from oasis_jax.evaluation.report.origins import origins, what_differs
 from oasis_jax.evaluation.report.pictures import pictures
 from oasis_jax.evaluation.report.sections import interventions, quantized, task_scores, token_views
 from oasis_jax.evaluation.report.words import findings, summary
@@ -85,6 +86,7 @@ def _page(runs: Sequence[MeasuredRun], drawn: str, problems: Sequence[str]) -> s
         f'href="data:,"><title>{_text(names)}</title><style>{STYLE}</style></head>\n<body><main>\n'
         f"<h1>{_text(names)}</h1>{leads}"
         + (f'<p class="warn">{_text(warning)}</p>' if warning else "")
+        + what_differs(runs)
         + tables
         + "".join(f'<p class="warn">{_text(problem)}</p>' for problem in problems)
         + drawn
@@ -93,7 +95,7 @@ def _page(runs: Sequence[MeasuredRun], drawn: str, problems: Sequence[str]) -> s
         + task_scores(runs)
         + interventions(runs)
         + _definitions()
-        + _origins(runs)
+        + origins(runs)
         + "\n</main></body></html>\n"
     )
 
@@ -162,17 +164,3 @@ def _definitions() -> str:
         for name, d in DEFINITIONS.items()
     )
     return f"<section><details><summary>What each number is</summary><dl>{entries}</dl></details></section>\n"
-
-
-def _origins(runs: Sequence[MeasuredRun]) -> str:
-    entries = "".join(
-        f"<dt>{_text(run.label)}</dt><dd>{_text(run.workdir)}, "
-        f"{_text('; '.join(run.notes)) if run.notes else f'step {run.step}'}; preset "
-        f"{_text(method(run.config))}, {run.config.model.num_layers} layers, "
-        f"width {run.config.model.width}; corpus {_text(run.corpus['name'])}, sha256 "
-        f"{_text(run.corpus['sha256'][:12])}; "
-        f"read {run.samples['sequences']} sequences, {run.samples['positions']} positions; "
-        f"{_text(', '.join(f'{name} {version}' for name, version in run.versions.items()))}.</dd>"
-        for run in runs
-    )
-    return f"<section><details><summary>Where the runs come from</summary><dl>{entries}</dl></details></section>\n"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from oasis_jax.evaluation.report.comparison import MeasuredRun, change_text
+from oasis_jax.evaluation.report.comparison import MeasuredRun, change_text, nats_text
 from oasis_jax.evaluation.report.figures import (
     Panel,
     Picture,
@@ -16,8 +16,8 @@ from oasis_jax.evaluation.report.figures import (
     heat_map,
     histograms,
     strip_map,
-    token_grid,
 )
+from oasis_jax.evaluation.report.token_figures import token_grid, token_map
 
 Runs = Sequence[MeasuredRun]
 
@@ -37,6 +37,7 @@ def pictures(runs: Runs) -> list[Picture]:
         ),
         _by_head(runs, "null_mass_by_head", "null_mass", "Attention on the null, by layer and head", _NULL_CAPTION),
         _by_position(runs),
+        _one_head(runs),
         *_tokens(runs),
         _depth(runs),
         _per_layer(runs, "inf_norm_by_tap", "inf_norm", "Largest activation, by layer", "max |x|", _NORM_CAPTION),
@@ -45,6 +46,7 @@ def pictures(runs: Runs) -> list[Picture]:
         ),
         _histograms(runs),
         _quantization(runs),
+        _sink_damage(runs),
         _training(runs),
     ]
     return [picture for picture in found if picture.panels]
@@ -68,6 +70,24 @@ def _top(tables: Sequence[Sequence[Sequence[float | None]]]) -> float:
     """The end of a shared scale: the largest share, rounded up to a twentieth."""
     largest = max(value for table in tables for row in table for value in row if value is not None)
     return min(1.0, max(math.ceil(20 * largest - 1e-9), 1) / 20)
+
+
+def _one_head(runs: Runs) -> Picture:
+    """Token by token, with the null as a column of its own."""
+    shown = [run for run in runs if run.view and run.view.get("head")]
+    panels = []
+    for run in shown:
+        head, tokens = run.view["head"], run.view["tokens"]
+        table = np.array(head["rows"], float)
+        table = np.insert(table, table.shape[1] - 1, np.nan, axis=1)  # a gap before the null
+        text = tokens["text"][: len(table)] if tokens else None
+        title = f"{run.label}: layer {head['layer']}, head {head['head']}"
+        panels.append(token_map(title, table, text))
+    caption = (
+        "The start of the first held-out sequence: rows are queries, columns keys, in percent of a query's attention. "
+        "Of each model the head that rests most on the first token. The column apart on the right is the null."
+    )
+    return Picture("one_head", "One head, token by token", caption, panels, scale=(0.0, 1.0, "% of attention"))
 
 
 def _numbers(count: int) -> list[str]:
@@ -225,6 +245,25 @@ def _quantization(runs: Runs) -> Picture:
     return Picture("quantization", "What quantization costs", caption, panels, legend=_legend(runs))
 
 
+def _sink_damage(runs: Runs) -> Picture:
+    """D_sink: what of a scheme's damage the sink's own position carries."""
+    names = [name for name in schemes(runs) if any("d_sink" in run.quantization.get(name, {}) for run in runs)]
+    values = {}
+    for index, run in enumerate(runs if names else ()):
+        found = [run.quantization.get(name, {}) for name in names]
+        if any(one.get("d_sink") is not None for one in found):
+            values[index] = [
+                None if one.get("d_sink") is None else (one["d_sink"], *(one["d_sink_interval"] or (None, None)))
+                for one in found
+            ]
+    panels = [bars("D_sink", values, names, across="nats", form=nats_text)] if values else []
+    caption = (
+        "What a scheme adds to the loss beyond what it adds with the first token of every row kept in float, in nats; "
+        "lines are 95 % intervals over held-out sequences."
+    )
+    return Picture("d_sink", "What the sink's position costs under quantization", caption, panels, legend=_legend(runs))
+
+
 def _bar(found: dict) -> tuple[float, float | None, float | None] | None:
     if found["relative_change"] is None:
         return None
@@ -257,6 +296,7 @@ def _training(runs: Runs) -> Picture:
     units = {"squared error" if run.tokenizer is None else "nats per token" for run in runs}
     wanted = (
         ("loss", "loss", " or ".join(sorted(units)), None),
+        ("held-out loss", "eval/loss", " or ".join(sorted(units)), None),
         ("attention on the first token", "first_token_mass", "% of attention", None),
         ("attention on the null", "null_mass", "% of attention", "null_mass"),
         ("coupling beta", "beta", "beta, mean over routers", "beta"),
@@ -265,9 +305,9 @@ def _training(runs: Runs) -> Picture:
     for title, key, unit, needs in wanted:
         lines = _series(runs, key, needs=needs, scale=100 if "%" in unit else 1)
         if lines:
-            panels.append(curves(title, lines, across="step", along=unit, marks=False, linear=key != "loss"))
+            panels.append(curves(title, lines, across="step", along=unit, marks=False, linear="loss" not in key))
     caption = (
-        f"From each run's metrics.jsonl, on training batches; runs with more than {_MOST_POINTS} logged "
+        f"From each run's metrics.jsonl, on training batches but for the held-out loss; runs with more than {_MOST_POINTS} logged "
         "steps are averaged in windows."
     )
     return Picture("training", "Training", caption, panels, legend=_legend(runs))

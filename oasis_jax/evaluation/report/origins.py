@@ -1,0 +1,87 @@
+"""What the models of a report are, and in what they differ."""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from oasis_jax.config import to_dict
+from oasis_jax.evaluation.report.comparison import MeasuredRun, method
+from oasis_jax.evaluation.report.figures import color
+
+_MOST_ROWS = 40
+# Fields that follow from others, or say how a run is computed and kept and not what it is.
+_LEFT_OUT = ("model.preset", "mesh.", "run.log_interval", "run.telemetry_interval", "run.tensorboard", "run.keep_")
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def tokens_trained(run: MeasuredRun) -> int | None:
+    """Tokens (or vectors) that a run has read; None for a model of others, which does not say."""
+    return None if run.notes else run.step * run.config.data.batch_size * run.config.data.sequence_length
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def differing(runs: Sequence[MeasuredRun]) -> dict[str, list[object]]:
+    """Field of the config, or what follows from it -> its value in every run, where they are not all the same."""
+    configs = [_flat(to_dict(run.config)) for run in runs]
+    names = dict.fromkeys(name for config in configs for name in config)
+    fields = {name: [config.get(name, "") for config in configs] for name in names if not name.startswith(_LEFT_OUT)}
+    versions = dict.fromkeys(name for run in runs for name in run.versions)
+    fields |= {name: [run.versions.get(name, "") for run in runs] for name in versions}
+    return {name: values for name, values in fields.items() if any(value != values[0] for value in values)}
+
+
+def what_differs(runs: Sequence[MeasuredRun]) -> str:
+    """The first thing to know of a comparison: size, length of training, and every field that is not the same."""
+    sizes = {
+        "parameters": [f"{run.parameters:,}" if run.parameters else "" for run in runs],
+        "tokens trained on": ["" if (n := tokens_trained(run)) is None else f"{n:,}" for run in runs],
+    }
+    fields = differing(runs)
+    rows = sizes | {name: [_short(value) for value in values] for name, values in list(fields.items())[:_MOST_ROWS]}
+    heads = "".join(
+        f'<th><span class="chip" style="background:{color(index)}"></span>&nbsp;{_text(run.label)}</th>'
+        for index, run in enumerate(runs)
+    )
+    body = "".join(
+        f"<tr><td>{_text(name)}</td>{''.join(f'<td>{_text(value)}</td>' for value in values)}</tr>"
+        for name, values in rows.items()
+    )
+    more = f"; {len(fields) - _MOST_ROWS} more fields differ" if len(fields) > _MOST_ROWS else ""
+    note = f"Fields of the configs and versions that are not the same{more}." if len(runs) > 1 else ""
+    title = "What differs" if len(runs) > 1 else "What it is"
+    return (
+        f"<section><h2>{title}</h2><p class='note'>{note}</p><div class='scroll'><table><thead><tr><th></th>{heads}"
+        f"</tr></thead><tbody>{body}</tbody></table></div></section>\n"
+    )
+
+
+def _short(value: object) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def origins(runs: Sequence[MeasuredRun]) -> str:
+    """Where each run comes from, what it read, and what it was made with."""
+    entries = "".join(
+        f"<dt>{_text(run.label)}</dt><dd>{_text(run.workdir)}, "
+        f"{_text('; '.join(run.notes)) if run.notes else f'step {run.step}'}; preset "
+        f"{_text(method(run.config))}, {run.config.model.num_layers} layers, "
+        f"width {run.config.model.width}; corpus {_text(run.corpus['name'])}, sha256 "
+        f"{_text(run.corpus['sha256'][:12])}; "
+        f"read {run.samples['sequences']} sequences, {run.samples['positions']} positions; "
+        f"{_text(', '.join(f'{name} {version}' for name, version in run.versions.items()))}.</dd>"
+        for run in runs
+    )
+    return f"<section><details><summary>Where the runs come from</summary><dl>{entries}</dl></details></section>\n"
