@@ -28,22 +28,23 @@ from oasis_jax.config import (
 from oasis_jax.errors import UserError
 from oasis_jax.overrides import apply_overrides
 
-# The methods as their papers give them: normalizer, wiring, router, depth normalizer, coupling, gate, blocks.
+# The methods as their papers give them: normalizer, wiring, router, depth normalizer, coupling, gate, blocks, output norm.
 METHODS = {
-    "residual": ("softmax", "residual", "none", "softmax", False, "none", 0),
-    "attnres": ("softmax", "delta", "static", "softmax", False, "none", 0),
-    "attnres_cumulative": ("softmax", "cumulative", "projected", "softmax", False, "none", 0),
-    "softmax1": ("softmax1", "cumulative", "projected", "softmax", False, "none", 0),
-    "clipped": ("clipped", "cumulative", "projected", "softmax", False, "none", 0),
-    "entmax15": ("entmax15", "cumulative", "projected", "softmax", False, "none", 0),
-    "sparsemax": ("sparsemax", "cumulative", "projected", "softmax", False, "none", 0),
-    "gated": ("softmax", "cumulative", "projected", "softmax", False, "elementwise", 0),
-    "learned_sink": ("learned_sink", "cumulative", "projected", "softmax", False, "none", 0),
-    "null_key": ("null_key", "cumulative", "projected", "softmax", False, "none", 0),
-    "null_key_value": ("null_key_value", "cumulative", "projected", "softmax", False, "none", 0),
-    "token_null": ("token_null", "cumulative", "projected", "softmax", False, "none", 0),
-    "oasis": ("softmax1", "cumulative", "projected", "softmax1", True, "none", 0),
-    "oasis_blocks": ("softmax1", "delta", "static", "softmax1", True, "none", 8),
+    "residual": ("softmax", "residual", "none", "softmax", False, "none", 0, False),
+    "attnres": ("softmax", "delta", "static", "softmax", False, "none", 0, False),
+    "attnres_rms": ("softmax", "delta", "static", "softmax", False, "none", 8, True),
+    "attnres_cumulative": ("softmax", "cumulative", "projected", "softmax", False, "none", 0, False),
+    "softmax1": ("softmax1", "cumulative", "projected", "softmax", False, "none", 0, False),
+    "clipped": ("clipped", "cumulative", "projected", "softmax", False, "none", 0, False),
+    "entmax15": ("entmax15", "cumulative", "projected", "softmax", False, "none", 0, False),
+    "sparsemax": ("sparsemax", "cumulative", "projected", "softmax", False, "none", 0, False),
+    "gated": ("softmax", "cumulative", "projected", "softmax", False, "elementwise", 0, False),
+    "learned_sink": ("learned_sink", "cumulative", "projected", "softmax", False, "none", 0, False),
+    "null_key": ("null_key", "cumulative", "projected", "softmax", False, "none", 0, False),
+    "null_key_value": ("null_key_value", "cumulative", "projected", "softmax", False, "none", 0, False),
+    "token_null": ("token_null", "cumulative", "projected", "softmax", False, "none", 0, False),
+    "oasis": ("softmax1", "cumulative", "projected", "softmax1", True, "none", 0, False),
+    "oasis_blocks": ("softmax1", "delta", "static", "softmax1", True, "none", 8, False),
 }
 
 
@@ -62,6 +63,7 @@ def test_preset_gives_the_fields_of_its_method(preset):
         model.coupling,
         model.gate,
         model.blocks,
+        model.output_norm,
     )
     assert found == METHODS[preset]
 
@@ -251,6 +253,10 @@ WRONG = {
         "model.rope_fraction: must lie above 0 and not above 1, got 0.0",
     ),
     "blocks without delta": (lambda: ModelConfig(blocks=2), "model.blocks: only wiring=delta has blocks"),
+    "output norm without delta": (
+        lambda: ModelConfig(preset="oasis", output_norm=True),
+        "model.output_norm: goes with wiring=delta, got wiring=cumulative",
+    ),
     "too many blocks": (
         lambda: ModelConfig(preset="oasis_blocks", num_layers=3),
         "model.blocks: 8 blocks for 6 sublayers",

@@ -196,7 +196,10 @@ MESHES = {
     "fsdp=2 sequence=2 tensor=2": dict(fsdp=2, sequence=2, tensor=2),
 }
 MIXED, ZIGZAG = "fsdp=2 sequence=2 tensor=2", "data=2 sequence=4"
-MODELS = {preset: dict(preset=preset, num_layers=1, packed=True) for preset in PRESETS}
+MODELS = {
+    preset: dict(preset=preset, num_layers=1, packed=True, **(dict(blocks=2) if PRESETS[preset]["blocks"] else {}))
+    for preset in PRESETS
+}
 MODELS |= {
     "oasis": dict(preset="oasis", num_layers=2),
     "oasis packed": dict(preset="oasis", num_layers=2, packed=True),

@@ -153,7 +153,11 @@ def steps(model: ModelConfig, width: int) -> str:
         return f"{model.wiring} wiring: the stream starts as the embedding\n" + aligned(rows, width)
     coupled = ", coupled to the null mass of attention" if model.coupling else ""
     queries = "" if model.depth_normalizer == "uniform" else f"{model.router} "
-    made = "the stream + its output" if model.wiring == "cumulative" else "its output"
+    made = (
+        "the stream + its output"
+        if model.wiring == "cumulative"
+        else f"its {'RMS-normalized ' if model.output_norm else ''}output"
+    )
     title = [
         f"{model.wiring} wiring: {len(plan.routers)} {queries}routers ({model.depth_normalizer}{coupled}) over "
         f"{plan.num_slots} slots; slot 0 holds the embedding.",

@@ -3,13 +3,22 @@
 # oasis and its baselines attnres_cumulative, softmax1, clipped, entmax15 and sparsemax: arXiv 2605.17887; attnres:
 # 2603.15031;
 # gated: 2306.12929; learned_sink: 2601.22966; null_key: 2410.10781; token_null: Inkling-2; null_key_value: 2410.05265's
-# prefix as a parameter. oasis_blocks is ours: OASIS on the blocks of AttnRes.
+# prefix as a parameter. oasis_blocks is ours: OASIS on the blocks of AttnRes. attnres_rms: rms-block-attnres, but for the
+# running block, whose outputs are normalized here too.
 _CUMULATIVE = dict(
-    wiring="cumulative", router="projected", depth_normalizer="softmax", coupling=False, gate="none", blocks=0
+    wiring="cumulative",
+    router="projected",
+    depth_normalizer="softmax",
+    coupling=False,
+    gate="none",
+    blocks=0,
+    output_norm=False,
 )
 PRESETS: dict[str, dict] = {
     "residual": _CUMULATIVE | dict(normalizer="softmax", wiring="residual", router="none"),
     "attnres": _CUMULATIVE | dict(normalizer="softmax", wiring="delta", router="static"),
+    "attnres_rms": _CUMULATIVE
+    | dict(normalizer="softmax", wiring="delta", router="static", blocks=8, output_norm=True),
     "attnres_cumulative": _CUMULATIVE | dict(normalizer="softmax"),
     "softmax1": _CUMULATIVE | dict(normalizer="softmax1"),
     "clipped": _CUMULATIVE | dict(normalizer="clipped"),
@@ -26,4 +35,4 @@ PRESETS: dict[str, dict] = {
         normalizer="softmax1", wiring="delta", router="static", depth_normalizer="softmax1", coupling=True, blocks=8
     ),
 }
-METHOD_FIELDS = ("normalizer", "wiring", "router", "depth_normalizer", "coupling", "gate", "blocks")
+METHOD_FIELDS = ("normalizer", "wiring", "router", "depth_normalizer", "coupling", "gate", "blocks", "output_norm")

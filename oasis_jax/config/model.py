@@ -283,6 +283,9 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
     blocks: int = field(
         None, "delta wiring: sublayers are summed into this many sources; 0: every sublayer is a source"
     )
+    output_norm: bool = field(
+        None, "delta wiring: every sublayer's output is RMS-normalized, without a gain, before it joins its source"
+    )
     num_layers: int = field(4, "layers, each one attention and one MLP")
     layer_pattern: tuple[LayerPattern, ...] = field(
         (), "windows and rotary bases of a repeating group of layers, in place of window and rope_theta"
@@ -341,6 +344,8 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
             raise UserError(
                 f"{section}.blocks: only wiring=delta has blocks, got blocks={self.blocks} with wiring={self.wiring}"
             )
+        if self.output_norm and self.wiring != "delta":
+            raise UserError(f"{section}.output_norm: goes with wiring=delta, got wiring={self.wiring}")
         if self.blocks > 2 * self.num_layers:
             raise UserError(
                 f"{section}.blocks: {self.blocks} blocks for {2 * self.num_layers} sublayers; at most one block a "

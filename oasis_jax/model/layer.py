@@ -11,7 +11,7 @@ from oasis_jax.config import ModelConfig
 from oasis_jax.model.attention import Attention, attention
 from oasis_jax.model.context import Context
 from oasis_jax.model.mlp import MLP, mlp
-from oasis_jax.model.norms import Norm, norm
+from oasis_jax.model.norms import Norm, norm, rms_norm
 from oasis_jax.model.parameters import Parameters
 from oasis_jax.model.statistics import AttentionStatistics
 
@@ -76,6 +76,8 @@ def new_source(
     """
     if config.wiring != "delta":
         return tap(_clip(config, stream + output)), psi
+    if config.output_norm:
+        output = rms_norm(output, jnp.ones(output.shape[-1:], jnp.float32), config.norm_epsilon)
     output = _clip(config, output)
     if block is None:
         return output, psi

@@ -17,7 +17,7 @@ from evaluation.toys import (
 )
 from sampling import sampled
 
-from oasis_jax.config import ModelConfig
+from oasis_jax.config import PRESETS, ModelConfig
 from oasis_jax.evaluation import DEFINITIONS, EVALUATORS, evaluate_model
 from oasis_jax.evaluation.measures.depth import depth_sinks, source_columns
 from oasis_jax.evaluation.measures.outliers import kurtosis
@@ -310,7 +310,7 @@ def test_what_does_not_apply_is_none_and_not_zero():
 
 @pytest.mark.parametrize("preset", ["residual", "attnres", "oasis", "oasis_blocks"])
 def test_every_metric_has_a_definition_and_one_pass_gives_what_each_evaluator_gives_alone(preset):
-    model, batches = build(preset=preset, **({"blocks": 3} if preset == "oasis_blocks" else {})), token_batches(1)
+    model, batches = build(preset=preset, **({"blocks": 3} if PRESETS[preset]["blocks"] else {})), token_batches(1)
     metrics = measure(model, batches)
     assert set(metrics) == set(DEFINITIONS)
     if preset == "oasis":

@@ -42,7 +42,7 @@ SIZES = dict(num_layers=2, width=24, num_heads=4, num_kv_heads=2, head_dim=6, ml
 
 def build(**fields) -> Decoder:
     sizes = SIZES | ({"vocab_size": VOCAB} if fields.get("inputs", "tokens") == "tokens" else {"vector_dim": 5})
-    sizes |= {"blocks": 3} if fields.get("preset") == "oasis_blocks" else {}
+    sizes |= {"blocks": 3} if "preset" in fields and PRESETS[fields["preset"]]["blocks"] else {}
     return Decoder(ModelConfig(**(sizes | fields)), rngs=nnx.Rngs(0))
 
 

@@ -134,6 +134,7 @@ def delta(config, embedding, sublayer, router) -> list:
     outputs, evidence, streams = [], [], [embedding]
     for index in range(2 * config.num_layers):
         output, psi = sublayer(index, streams[-1])
+        output = rms(output, 1.0, config.norm_epsilon) if config.output_norm else output
         outputs, evidence = [*outputs, clip(config, output)], [*evidence, psi]
         begun = [slice(start, end) for start, end in block_bounds(config) if start <= index]
         sources = [embedding] + [np.sum(outputs[block], axis=0) for block in begun]

@@ -32,7 +32,7 @@ def caches(statistics, segment_ids, size=T + 2, rest=jnp.nan):
 
 
 CASES = [
-    *(dict(preset=preset, **(dict(blocks=3) if preset == "oasis_blocks" else {})) for preset in PRESETS),
+    *(dict(preset=preset, **(dict(blocks=3) if PRESETS[preset]["blocks"] else {})) for preset in PRESETS),
     dict(preset="oasis", window=3, logit_softcap=2.0, qk_norm=True),
     dict(preset="softmax1", normalizer="clipped", clip_gamma=-0.03, window=3),
     dict(preset="attnres", layer_pattern=(LayerPattern(window=4), LayerPattern(rope_theta=0.0))),

@@ -57,7 +57,7 @@ def alone(run, inputs):
 @pytest.mark.parametrize("preset", sampled(PRESETS, ("clipped", "null_key_value", "oasis_blocks")))
 @pytest.mark.parametrize("executor", [unrolled, looped], ids=lambda f: f.__name__)
 def test_packed_documents_equal_documents_alone(preset, executor):
-    options = dict(blocks=3) if preset == "oasis_blocks" else {}
+    options = dict(blocks=3) if PRESETS[preset]["blocks"] else {}
     options |= dict(clip_gamma=-0.1) if preset == "clipped" else {}  # otherwise it depends on the number of keys
     config = in_float64(
         ModelConfig(preset=preset, num_layers=2, learned_positions=6, position_offset=1, **SMALL, **options)
@@ -71,7 +71,7 @@ def test_packed_documents_equal_documents_alone(preset, executor):
 
 @pytest.mark.parametrize("preset", ["residual", "oasis", "oasis_blocks", "clipped", "null_key"])
 def test_a_constant_added_to_rotary_positions_changes_nothing(preset):
-    blocks = dict(blocks=3) if preset == "oasis_blocks" else {}
+    blocks = dict(blocks=3) if PRESETS[preset]["blocks"] else {}
     config = in_float64(ModelConfig(preset=preset, num_layers=2, **SMALL, **blocks))
     if preset == "null_key":  # a null key does not turn: its score depends on where the query is
         config = in_float64(ModelConfig(preset="learned_sink", num_layers=2, rope_fraction=0.5, **SMALL))

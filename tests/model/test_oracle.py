@@ -119,7 +119,7 @@ def named(options: dict) -> str:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(preset):
-    check(dict(preset=preset, **(dict(blocks=3) if preset == "oasis_blocks" else {})))
+    check(dict(preset=preset, **(dict(blocks=3) if PRESETS[preset]["blocks"] else {})))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,7 @@ def test_presets(preset):
         dict(preset="attnres", depth_normalizer="softmax1", residual_clip=0.7),
         dict(preset="oasis", depth_normalizer="sigmoid"),
         dict(preset="oasis_blocks", blocks=3, depth_normalizer="sigmoid"),
+        dict(preset="oasis_blocks", blocks=3, output_norm=True, residual_clip=0.9, norm_epsilon=0.1),
         dict(preset="attnres_cumulative", depth_normalizer="uniform"),
         dict(preset="attnres", blocks=3, depth_normalizer="uniform"),
         dict(preset="oasis", embedding_multiplier=20.0),  # scores of routers beyond +-50
@@ -173,7 +174,7 @@ def test_attention(options):
     "preset", sampled(["residual", "oasis", "oasis_blocks", "sparsemax", "null_key"], ("oasis_blocks", "sparsemax"))
 )
 def test_windows(preset):
-    check(dict(preset=preset, window=4, **(dict(blocks=2) if preset == "oasis_blocks" else {})))
+    check(dict(preset=preset, window=4, **(dict(blocks=2) if PRESETS[preset]["blocks"] else {})))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_windows(preset):
     ),
 )
 def test_packed_documents_with_positions_that_start_over(preset):
-    blocks = dict(blocks=3) if preset == "oasis_blocks" else {}
+    blocks = dict(blocks=3) if PRESETS[preset]["blocks"] else {}
     check(dict(preset=preset, window=4, learned_positions=11, position_offset=2, **blocks), **PACKED)
 
 
@@ -250,7 +251,7 @@ def test_longrope_decides_for_the_whole_batch():
 @pytest.mark.parametrize("preset", ["residual", "oasis", "oasis_blocks", "entmax15"])
 def test_layer_patterns(preset):
     pattern = (LayerPattern(window=4, rope_theta=50.0), LayerPattern(window=0, rope_theta=0.0))
-    blocks = dict(blocks=3) if preset == "oasis_blocks" else {}
+    blocks = dict(blocks=3) if PRESETS[preset]["blocks"] else {}
     check(dict(preset=preset, num_layers=4, layer_pattern=pattern, window=2, rope_theta=7.0, **blocks))
 
 
@@ -273,7 +274,7 @@ def test_embeddings_and_heads(options):
     sampled(["residual", "oasis", "oasis_blocks", "null_key_value", "token_null"], ("oasis", "null_key_value")),
 )
 def test_all_odd_fields_at_once(preset):
-    blocks = dict(blocks=4) if preset == "oasis_blocks" else {}
+    blocks = dict(blocks=4) if PRESETS[preset]["blocks"] else {}
     check(ODD | dict(preset=preset, **blocks), **PACKED)
 
 
