@@ -67,8 +67,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    optimizer: Literal["adamw", "muon", "sgd"] = field(
+        "adamw",
+        "muon: matrices by Muon, everything else, embeddings and the head too, by AdamW; sgd: with momentum beta1",
+    )
     learning_rate: float = field(3e-3, "peak learning rate", low=0)
     warmup_steps: int = field(20, "steps of linear warm-up from 0", low=0)
     schedule: Literal["cosine", "linear", "constant"] = field("cosine", "decay after the warm-up")
@@ -80,7 +84,7 @@ class OptimizerConfig:
         low=0,
     )
     weight_decay: float = field(0.1, "decoupled weight decay, on matrices and embeddings only", low=0)
-    beta1: float = field(0.9, "decay of the first moment", low=0, below=1)
+    beta1: float = field(0.9, "decay of the first moment, or of the momentum of sgd", low=0, below=1)
     beta2: float = field(0.95, "decay of the second moment", low=0, below=1)
     epsilon: float = field(1e-8, "added to the root of the second moment", low=0, high=1)
     clip_norm: float = field(1.0, "largest global norm of the gradient; 0: no clipping", low=0)

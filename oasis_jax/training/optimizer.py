@@ -1,6 +1,7 @@
-"""AdamW with warm-up, decay and clipping, by the roles of parameters."""
+"""AdamW, Muon or SGD with warm-up, decay and clipping, by the roles of parameters."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import Config, ModelConfig, OptimizerConfig
-from oasis_jax.model.decoder import parameter_roles
-from oasis_jax.model.parameters import ROLES
+from oasis_jax.model.decoder import map_specs, parameter_roles
+from oasis_jax.model.parameters import ROLES, ParameterSpec
+
+MUON_ROLES = ("matrix", "router_matrix")  # what Muon updates; AdamW the rest, embeddings and the head among it
+MUON_RMS = 0.2  # of Muon's updates, about that of AdamW's, so that one learning rate serves both (arXiv 2502.16982)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -54,20 +58,55 @@ def decayed(model: ModelConfig) -> dict:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, model: ModelConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov and Hutter, arXiv 1711.05101), for a run of so many steps.
+    """Clipping by global norm, then the optimizer that the config names, for a run of so many steps.
 
-    Groups of roles may have a learning rate of their own: router_multiplier times the others' for depth routers.
+    adamw: Loshchilov and Hutter, arXiv 1711.05101. muon: matrices by Muon (arXiv 2502.16982), the rest by AdamW. sgd:
+    with momentum beta1. All decay weights apart from the gradient. Groups of roles may have a learning rate of their
+    own: router_multiplier times the others' for depth routers.
     """
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decayed(model),
+    rule = optax.chain(
+        _DIRECTIONS[config.optimizer](config, model),
+        optax.add_decayed_weights(config.weight_decay, decayed(model)),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*parts, adamw, *_scaled_groups(config, model))
+    return optax.chain(*parts, rule, *_scaled_groups(config, model))
+
+
+def _adam(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+    del model
+    return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+
+
+def _sgd(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+    del model
+    return optax.trace(decay=config.beta1)
+
+
+def _muon(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+    """Muon sees a projection as one matrix of all its inputs and all its outputs, heads joined, layer by layer."""
+
+    def of_matrices(function):
+        masked = lambda spec, stacked: function(spec, stacked) if spec.role in MUON_ROLES else optax.MaskedNode()
+        return map_specs(masked, model)
+
+    def axes(spec: ParameterSpec, stacked: bool) -> optax.contrib.MuonDimensionNumbers:
+        inputs = next(i for i in range(1, len(spec.shape)) if math.prod(spec.shape[:i]) == spec.fan_in)
+        every = tuple(range(stacked, stacked + len(spec.shape)))
+        return optax.contrib.MuonDimensionNumbers(every[:inputs], every[inputs:])
+
+    def scale(spec: ParameterSpec, stacked: bool) -> float:
+        del stacked
+        return MUON_RMS * math.sqrt(max(spec.fan_in, math.prod(spec.shape) // spec.fan_in))
+
+    numbers, scales = of_matrices(axes), of_matrices(scale)
+    scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda update, factor: factor * update, updates, scales))
+    muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=lambda _: numbers), scaled)
+    labels = jax.tree.map(lambda role: "muon" if role in MUON_ROLES else "adam", parameter_roles(model))
+    return optax.partition({"muon": muon, "adam": _adam(config, model)}, labels)
+
+
+_DIRECTIONS = {"adamw": _adam, "muon": _muon, "sgd": _sgd}
 
 
 def _scaled_groups(config: OptimizerConfig, model: ModelConfig) -> list[optax.GradientTransformation]:

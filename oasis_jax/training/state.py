@@ -66,8 +66,15 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     shardings, everywhere = parameter_shardings(config.model, placement), placement.sharding()
     state = jax.eval_shape(partial(_initial, config), 0)
     optimizer = make_optimizer(config.optimizer, config.run.steps, config.model)
+    # An optimizer of some parameters has MaskedNodes in place of the others.
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
     moments = optax.tree_map_params(
-        optimizer, lambda _, sharding: sharding, state.opt_state, shardings, transform_non_params=lambda _: everywhere
+        optimizer,
+        lambda moment, sharding: moment if is_masked(moment) else sharding,
+        state.opt_state,
+        shardings,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=is_masked,
     )
     return jax.tree.map(placed, state, TrainState(everywhere, shardings, moments, everywhere))
 
