@@ -1,6 +1,7 @@
 import os
 
 import jax
+import psutil
 import pytest
 
 # Kernels' interpreters call back into Python, and a callback waits for a thread of XLA's pool: where the program that
@@ -9,11 +10,20 @@ import pytest
 os.environ["NPROC"] = str(max(4, int(os.environ.get("NPROC", 0))))
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
+# Three quarters of the suite's time is compiling, and half of that is XLA's emitters of fusions, which go through MLIR.
+# The older ones serve where optimizations are off anyway (`make test`), in programs that tests start, too; from JAX 0.11
+# on there are no others.
+if jax.config.read("jax_disable_most_optimizations") and jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+
+HELD = 2 * 2**30  # bytes
+
 
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory():
-    """Drops what a file of tests has compiled: a worker would otherwise hold gigabytes of programs that nobody runs
-    again.
+    """Drops what files of tests have compiled once it is much: a worker would otherwise hold gigabytes of programs that
+    nobody runs again. Not after every file, for small programs serve many.
     """
     yield
-    jax.clear_caches()
+    if psutil.Process().memory_info().rss > HELD:
+        jax.clear_caches()

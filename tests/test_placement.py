@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
+from programs import UNOPTIMIZED, on_devices
 
 from oasis_jax.config import (
     DEFAULT_RULES,
@@ -232,12 +232,7 @@ REST = sorted(MODELS.keys() - {"oasis"})
 
 def train_on_8_devices(steps: int, models: list[str], meshes: list[str]) -> dict:
     """The report of eight_devices.py."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        # Half of the time is LLVM's; what is split over devices, and how, is decided before it.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(HERE.parent),
-    }
+    environment = on_devices(8, UNOPTIMIZED)
     tables = {name: MODELS[name] for name in models}, {name: MESHES[name] for name in meshes}
     command = [
         sys.executable,

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from pretrained.tiny import random_model
+from programs import UNOPTIMIZED, on_devices
 
 from oasis_jax import LayerPattern, ModelConfig
 from oasis_jax.pretrained import save_pretrained
@@ -27,11 +28,8 @@ MODELS = {
 )
 def test_prefill_and_steps_on_a_mesh_equal_one_pass_without(name, tmp_path):
     save_pretrained(random_model(ModelConfig(**SIZES, **MODELS[name])), tmp_path / "model")
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
-    }
+    environment = on_devices(8, UNOPTIMIZED)
+    environment["PYTHONPATH"] += os.pathsep + str(HERE.parent)
     meshes = MESHES[2:3] if name == "oasis, half" else MESHES
     command = [sys.executable, "-W", "error", HERE / "eight_devices.py", tmp_path / "model", json.dumps(meshes), name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

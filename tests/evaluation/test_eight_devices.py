@@ -4,7 +4,6 @@ time.
 
 import collections
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -14,6 +13,7 @@ import jax
 import pytest
 from evaluation.eight_devices import LENGTH, SIZES, config_of
 from jax.sharding import AbstractMesh
+from programs import UNOPTIMIZED, on_devices
 
 from oasis_jax.model.decoder import parameter_shapes
 from oasis_jax.placement import Placement
@@ -25,11 +25,7 @@ MESHES = {"mixed": dict(data=2, fsdp=2, tensor=2), "sequence": dict(fsdp=2, sequ
 
 def on_eight_devices(*cases: tuple[str, dict]) -> list:
     """What eight_devices.py prints."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
+    environment = on_devices(8, UNOPTIMIZED)
     command = [sys.executable, "-W", "error", HERE / "eight_devices.py", json.dumps(cases)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]

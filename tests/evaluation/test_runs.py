@@ -1,7 +1,6 @@
 """Runs on another mesh than the one that they were trained on, in one process and in several."""
 
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -11,6 +10,7 @@ import jax
 import pytest
 from evaluation.test_eight_devices import check_equal
 from evaluation.test_report import write_run
+from programs import UNOPTIMIZED, on_devices
 
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from oasis_jax.errors import UserError
@@ -39,11 +39,7 @@ def evaluate_in(processes: int, devices: int, workdir: pathlib.Path, report: pat
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = on_devices(devices, UNOPTIMIZED)
     command = [sys.executable, "-W", "error", ROOT / "eval.py", f"--workdir={workdir}", f"--report={report}", *flags]
     if processes > 1:
         command += [f"--coordinator={coordinator}", f"--processes={processes}"]

@@ -2,7 +2,6 @@
 process of their own.
 """
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from programs import UNOPTIMIZED, on_devices
 
 import pallas_kernels
 from pallas_kernels import OperatorSharding, depth_route, null_attention, unzigzag, zigzag
@@ -71,12 +71,7 @@ print("equal")
 
 def on_eight_devices(*arguments, flags="") -> str:
     """What a program prints that compares in itself: "equal" at its end, where nothing it asserts was wrong."""
-    root = str(pathlib.Path(__file__).parents[2])
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
-        "PYTHONPATH": root,
-    }
+    environment = on_devices(8, flags)
     run = subprocess.run(
         [sys.executable, "-W", "error", *arguments], env=environment, capture_output=True, text=True, timeout=600
     )
@@ -90,12 +85,7 @@ def test_sharded_inputs_give_the_results_of_one_device():
 
 @pytest.mark.parametrize("part", [pytest.param("attention", marks=pytest.mark.slow), "routing", "shard_map"])
 def test_a_sharding_gives_the_results_of_one_device(part):
-    assert (
-        on_eight_devices(
-            pathlib.Path(__file__).parent / "ring_program.py", part, flags="--xla_backend_optimization_level=0"
-        )
-        == "equal"
-    )
+    assert on_eight_devices(pathlib.Path(__file__).parent / "ring_program.py", part, flags=UNOPTIMIZED) == "equal"
 
 
 def test_zigzag_gives_every_device_an_early_and_a_late_part_and_is_undone():

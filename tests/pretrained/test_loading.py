@@ -1,7 +1,6 @@
 """What loading gives: types, ties, tensors one at a time, and meshes."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from pretrained import tiny
+from programs import UNOPTIMIZED, on_devices
 
 from oasis_jax.model.head import padded_vocab
 from oasis_jax.pretrained import load_pretrained
@@ -99,11 +99,7 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch):
 def test_a_mesh_of_eight_devices_holds_the_same_parameters(tmp_path):
     sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
     tiny.write(tmp_path, shards=2, **sizes)
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
+    environment = on_devices(8, UNOPTIMIZED)
     mesh = json.dumps(dict(data=2, fsdp=2, tensor=2))
     command = [sys.executable, "-W", "error", HERE / "eight_devices.py", tmp_path, mesh]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -3,13 +3,13 @@ bit, and no example twice or lost.
 """
 
 import json
-import os
 import pathlib
 import socket
 import subprocess
 import sys
 
 import pytest
+from programs import on_devices
 
 HERE = pathlib.Path(__file__).parent
 # Processes, devices of each, mesh.
@@ -26,11 +26,7 @@ def run(folder: pathlib.Path, action: str, processes: int, devices: int, mesh: d
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
+    environment = on_devices(devices)
     command = [
         sys.executable,
         "-W",

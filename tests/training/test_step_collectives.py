@@ -4,7 +4,6 @@ gather of the source history fails here.
 
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import sys
 import jax
 import pytest
 from jax.sharding import AbstractMesh
+from programs import UNOPTIMIZED, on_devices
 
 from oasis_jax.config import DEFAULT_RULES, ModelConfig
 from oasis_jax.model.decoder import parameter_shapes
@@ -29,11 +29,7 @@ TABLE = 4 * padded_vocab(83) * 40
 
 def compiled(*cases: dict) -> list[dict]:
     """The reports of step_collectives.py."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
+    environment = on_devices(8, UNOPTIMIZED)
     command = [sys.executable, "-W", "error", HERE / "step_collectives.py", json.dumps(cases)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -1,14 +1,12 @@
 """Collectives read from a program's text: written by hand, and compiled for eight devices."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
-from oasis_jax.training.collectives import collectives
+from programs import on_devices
 
-ROOT = pathlib.Path(__file__).parents[2]
+from oasis_jax.training.collectives import collectives
 
 PROGRAM = """HloModule step, is_scheduled=true
 
@@ -100,11 +98,7 @@ print(json.dumps({kind.name: (kind.count, kind.bytes) for kind in collectives(te
 
 
 def test_a_program_compiled_for_eight_devices_has_the_collectives_that_were_written():
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
+    environment = on_devices(8)
     done = subprocess.run(
         [sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=240, env=environment
     )
