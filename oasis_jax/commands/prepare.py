@@ -1,5 +1,6 @@
 """`oasis_jax prepare`: turns text into shards of tokens, to train on with data.corpus=prepared."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,14 +18,24 @@ def make_parser(program: str) -> Parser:
         description="Writes the tokens of texts as ArrayRecord shards with an index.json. The same command goes on "
         "where it was stopped.",
     )
-    parser.add_argument("--source", metavar="GLOB", help="of .txt, .jsonl (also .gz, .zst) or .parquet files")
+    parser.add_argument(
+        "--source",
+        metavar="SOURCE",
+        action="append",
+        help="a glob of .txt, .jsonl (also .gz, .zst) or .parquet files, or a data set on a hub or in a folder: "
+        "hf:NAME[/CONFIG][:SPLIT[:COLUMN]], such as hf:wikitext/wikitext-2-raw-v1; may be given more than once",
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="SOURCE",
-        help="bytes, bpe (learned from the training part), or a model with one: a folder, a .gguf file, owner/name",
+        help="bytes, bpe (learned from the training part), a tokenizer.json, a .model file of sentencepiece, "
+        "tiktoken:NAME, or a model with one: a folder, a .gguf file, owner/name",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the shards lie")
     parser.add_argument("--licence", default="", metavar="TEXT", help="of the text, as index.json is to say it")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read and tokenize; by default one a core"
+    )
     parser.add_argument("--verify", action="store_true", help="write nothing, compare the shards with their checksums")
     add_set(parser, "how texts are read and split", FIELDS)
     return parser
@@ -45,32 +56,26 @@ def main(argv: Sequence[str], program: str = "oasis_jax prepare") -> None:
     if not (args.source and args.tokenizer):
         parser.error("the following arguments are required: --source and --tokenizer, or --verify")
 
+    if args.workers < 0:
+        parser.error(f"--workers: must be at least 0, got {args.workers}")
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
     from oasis_jax.config import Config
     from oasis_jax.data.prepare import prepare
+    from oasis_jax.pretrained.tokenizer import open_tokenizer
 
     trained = args.tokenizer in ("bytes", "bpe")
-    kind = args.tokenizer if trained else "library"
-    words = ["data.corpus=files", f"data.pattern={args.source}", f"data.tokenizer={kind}", *args.set]
+    tokenizer = None if trained else open_tokenizer(args.tokenizer)
+    kind = args.tokenizer if trained else tokenizer.kind
+    words = ["data.corpus=files", f"data.pattern={args.source[0]}", f"data.tokenizer={kind}", *args.set]
     data = apply_overrides(Config(), words).data
-    tokenizer = None if trained else _tokenizer_of(args.tokenizer)
     say = lambda text: print(text, file=sys.stderr, flush=True)
-    index = prepare(data, tokenizer, args.out, licence=args.licence, say=say)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    index = prepare(
+        data, tokenizer, args.out, sources=args.source, licence=args.licence, workers=args.workers or cores, say=say
+    )
     train, heldout = (index["parts"][part] for part in ("train", "heldout"))
     print(
         f"{args.out}: {train['tokens']} tokens to train on in {len(train['shards'])} shards, {heldout['tokens']} held "
         f"out in {len(heldout['shards'])}; train with data.corpus=prepared data.pattern={args.out} "
         f"data.tokenizer={kind}"
     )
-
-
-def _tokenizer_of(source: str):
-    from oasis_jax.errors import UserError
-    from oasis_jax.pretrained.load import source_model, source_tokenizer
-    from oasis_jax.pretrained.source import open_source
-
-    files = open_source(source)
-    tokenizer, _ = source_tokenizer(files, source_model(files))
-    if tokenizer is None:
-        raise UserError(f"--tokenizer: {source!r} comes without a tokenizer; allowed: bytes, bpe, or a model with one")
-    return tokenizer

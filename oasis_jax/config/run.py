@@ -34,9 +34,10 @@ class DataConfig:
     corrupt: Literal["stop", "skip"] = field(
         "stop", "corpus=files: a file or line that cannot be read ends the run, or is named and left out"
     )
-    tokenizer: Literal["bytes", "bpe", "library"] = field(
+    tokenizer: Literal["bytes", "bpe", "library", "sentencepiece", "tiktoken"] = field(
         "bytes",
-        "one token a byte; a byte-level BPE trained on the corpus; or that of the pretrained model it starts from",
+        "one token a byte; a byte-level BPE trained on the corpus; that of the pretrained model it starts from; or, of "
+        "what `oasis_jax prepare` wrote, the kind it was written with",
     )
     bpe_vocab_size: int = field(4096, "tokenizer=bpe: tokens to learn, special ones included", low=258)
     sequence_length: int = field(256, "tokens T of an example", low=2)

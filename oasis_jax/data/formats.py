@@ -16,7 +16,7 @@ def _gunzip(content: bytes, where: str) -> bytes:
 
 
 def _unzstd(content: bytes, where: str) -> bytes:
-    zstandard = _optional("zstandard", where)
+    zstandard = optional("zstandard", where)
     try:
         return zstandard.ZstdDecompressor().decompressobj().decompress(content)
     except zstandard.ZstdError as error:
@@ -29,7 +29,7 @@ PACKED = {".gz": _gunzip, ".zst": _unzstd}
 
 def parquet_texts(path: pathlib.Path, key: str) -> list[bytes]:
     """The texts of a column; raises UserError, listing the columns there are, where there is no such one."""
-    pyarrow = _optional("pyarrow", str(path))
+    pyarrow = optional("pyarrow", str(path))
     parquet = importlib.import_module("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
@@ -44,8 +44,9 @@ def parquet_texts(path: pathlib.Path, key: str) -> list[bytes]:
     return [text.encode() for text in column.to_pylist() if text is not None]
 
 
-def _optional(package: str, where: str):
+def optional(package: str, where: str, extra: str = "prepare"):
+    """A package that only some formats need; raises UserError, which names the extra, where it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"{where}: reading it needs {package}; pip install 'oasis_jax[prepare]'") from None
+        raise UserError(f"{where}: reading it needs {package}; pip install 'oasis_jax[{extra}]'") from None

@@ -20,7 +20,7 @@ from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 RECORD_TOKENS = 1024  # of every record of a shard but its last
 PARTS = ("train", "heldout")
 _IDENTITY = ("sha256", "shards_sha256", "bytes", "files", "holdout", "split")  # of a corpus
@@ -41,10 +41,8 @@ class ShardedTokens:
 
     def __init__(self, folder: pathlib.Path, shards: Sequence[Mapping], dtype: np.dtype):
         self._paths, self.dtype = [folder / shard["file"] for shard in shards], dtype
-        for path, shard in zip(self._paths, shards):
-            if pathlib.PurePath(shard["file"]).name != shard["file"]:  # an index is data of others
-                raise UserError(f"{folder / INDEX}: {shard['file']!r} is no name of a file in its folder")
-            check_size(path, shard["size"])
+        for shard in shards:
+            check_files(folder, shard)
         self._ends = np.cumsum([shard["tokens"] for shard in shards], dtype=np.int64)
         self._readers: dict[int, object] = {}
 
@@ -94,6 +92,14 @@ def check_size(path: pathlib.Path, size: int) -> None:
         raise corrupt(path, f"{path.stat().st_size} bytes where {size} were written")
 
 
+def check_files(folder: pathlib.Path, shard: Mapping) -> None:
+    """Raises UserError where a shard or the lengths of its documents are gone or not as long as they were."""
+    for entry in (shard, shard["lengths"]):
+        if pathlib.PurePath(entry["file"]).name != entry["file"]:  # an index is data of others
+            raise UserError(f"{folder / INDEX}: {entry['file']!r} is no name of a file in its folder")
+        check_size(folder / entry["file"], entry["size"])
+
+
 def file_sha256(path: pathlib.Path) -> str:
     """The sha256 of a file, read in pieces."""
     with path.open("rb") as file:
@@ -124,9 +130,10 @@ def verify(folder: str | os.PathLike) -> int:
     index, folder = read_index(folder), pathlib.Path(folder).expanduser()
     shards = [shard for part in PARTS for shard in index["parts"][part]["shards"]]
     for shard in shards:
-        check_size(folder / shard["file"], shard["size"])
-        if file_sha256(folder / shard["file"]) != shard["sha256"]:
-            raise corrupt(folder / shard["file"], "its sha256 is not the one in the index")
+        check_files(folder, shard)
+        for entry in (shard, shard["lengths"]):
+            if file_sha256(folder / entry["file"]) != entry["sha256"]:
+                raise corrupt(folder / entry["file"], "its sha256 is not the one in the index")
     return len(shards)
 
 

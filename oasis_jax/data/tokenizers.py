@@ -1,16 +1,21 @@
-"""Tokenizers: one token a byte, a byte-level BPE trained from the corpus, or that of a pretrained model."""
+"""Tokenizers: one token a byte, a byte-level BPE trained from the corpus, that of a pretrained model, or a model of
+sentencepiece or tiktoken.
+"""
 
+import base64
 import functools
 import hashlib
 import itertools
 import json
 import os
+import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
 
+from oasis_jax.data.formats import optional
 from oasis_jax.errors import UserError, unknown_name
 
 # What the library does anyway; said aloud, it does not warn about itself in every child process.
@@ -66,10 +71,31 @@ class Tokenizer:
         """The int32 ids of one text, without special tokens. A BPE raises UserError for bytes that are not UTF-8."""
         return next(self.encode_all([text.encode() if isinstance(text, str) else text]))
 
+    @property
+    def padding_id(self) -> int:
+        """What fills a row where there is no text; such places have no weight."""
+        return 0 if self.separator_id is None else self.separator_id
+
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
         """int32 [vocab_size]: how many bytes of text each token stands for."""
         return np.array([len(self.decode([token])) for token in range(self.vocab_size)], np.int32)
+
+    def _text(self, document: bytes) -> str:
+        try:
+            return document.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"tokenizer={self.kind}: the text is not UTF-8 at byte {error.start}; use tokenizer=bytes"
+            ) from None
+
+    def _encode_in_pieces(self, documents: Sequence[bytes], encode: Callable) -> Iterator[np.ndarray]:
+        """The ids of documents, long ones of which go to `encode`, texts -> ids of each, in pieces."""
+        for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+            texts = [list(_pieces(self._text(document))) for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
+            ids = iter(encode([piece for pieces in texts for piece in pieces]))
+            for pieces in texts:
+                yield np.concatenate([np.zeros(0, np.int32), *itertools.islice(ids, len(pieces))])
 
     @functools.cached_property
     def identity(self) -> dict:
@@ -131,7 +157,10 @@ class LibraryTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, documents, vocab_size):
-        raise UserError("data.tokenizer=library: comes with a pretrained model; name one in run.init_from")
+        raise UserError(
+            "data.tokenizer=library: comes with a pretrained model; name one in run.init_from, or in --tokenizer of "
+            "`oasis_jax prepare`"
+        )
 
     @property
     def library_json(self) -> str:
@@ -141,14 +170,6 @@ class LibraryTokenizer(Tokenizer):
     def encode_all(self, documents):
         for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
             yield from self._ids([self._text(document) for document in documents[start : start + _DOCUMENTS_AT_ONCE]])
-
-    def _text(self, document: bytes) -> str:
-        try:
-            return document.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"tokenizer={self.kind}: the text is not UTF-8 at byte {error.start}; use tokenizer=bytes"
-            ) from None
 
     def _ids(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
@@ -256,15 +277,119 @@ class BPETokenizer(LibraryTokenizer):
         return cls(library.to_str())
 
     def encode_all(self, documents):
-        for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-            texts = [list(_pieces(self._text(document))) for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
-            ids = self._ids([piece for pieces in texts for piece in pieces])
-            for pieces in texts:
-                yield np.concatenate([np.zeros(0, np.int32), *itertools.islice(ids, len(pieces))])
+        return self._encode_in_pieces(documents, self._ids)
 
     def to_json(self):
         return json.dumps({"kind": self.kind, "model": self._model})
 
 
+class SentencePieceTokenizer(Tokenizer):
+    """A model of sentencepiece, which normalizes text as it says itself; its control tokens never come out of one."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: str):
+        """Reads the base64 of a .model file; raises UserError where it is none."""
+        library = optional("sentencepiece", "data.tokenizer=sentencepiece")
+        self._model, self._library = model, library.SentencePieceProcessor()
+        try:
+            self._library.LoadFromSerializedProto(base64.b64decode(model))
+        except RuntimeError as error:
+            raise UserError(f"data.tokenizer=sentencepiece: no model: {' '.join(str(error).split())[:120]}") from None
+        begin, end = self._library.bos_id(), self._library.eos_id()  # -1: there is none
+        super().__init__(len(self._library), begin if begin >= 0 else None, end if end >= 0 else None)
+
+    @classmethod
+    def from_file(cls, path: pathlib.Path) -> "SentencePieceTokenizer":
+        """The tokenizer of a .model file."""
+        return cls(base64.b64encode(path.read_bytes()).decode())
+
+    @classmethod
+    def train(cls, documents, vocab_size):
+        raise UserError(
+            "data.tokenizer=sentencepiece: comes with a corpus that was prepared with --tokenizer FILE.model"
+        )
+
+    @property
+    def padding_id(self) -> int:
+        return self._library.pad_id() if self._library.pad_id() >= 0 else super().padding_id
+
+    def encode_all(self, documents):
+        for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+            texts = [self._text(document) for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
+            yield from (np.array(ids, np.int32) for ids in self._library.Encode(texts))
+
+    @functools.cached_property
+    def _token_bytes(self) -> list[bytes]:
+        library, ids = self._library, range(len(self._library))
+        silent = [library.IsControl(i) or library.IsUnknown(i) for i in ids]
+        return [b"" if silent[i] else _sentencepiece_bytes(library.IdToPiece(i)) for i in ids]
+
+    def decode(self, ids):
+        tokens = self._token_bytes
+        return b"".join(tokens[i] for i in np.asarray(ids).tolist() if i < len(tokens))
+
+    def to_json(self):
+        return json.dumps({"kind": self.kind, "model": self._model})
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Byte pairs of tiktoken: the ranks of tokens, a pattern of words, and special tokens."""
+
+    kind = "tiktoken"
+    _BEGIN, _END = ("<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"), ("<|end_of_text|>", "<|endoftext|>")
+
+    def __init__(self, ranks: dict[str, int], pattern: str, specials: dict[str, int]):
+        """Takes ranks as base64 of a token's bytes -> id."""
+        library = optional("tiktoken", "data.tokenizer=tiktoken")
+        self._fields = {"ranks": ranks, "pattern": pattern, "specials": specials}
+        self._tokens = {i: base64.b64decode(token) for token, i in ranks.items()}
+        self._library = library.Encoding(
+            name="oasis_jax",
+            pat_str=pattern,
+            mergeable_ranks={token: i for i, token in self._tokens.items()},
+            special_tokens=specials,
+        )
+        begin, end = (
+            next((specials[name] for name in some if name in specials), None) for some in (self._BEGIN, self._END)
+        )
+        super().__init__(self._library.n_vocab, begin, end)
+
+    @classmethod
+    def named(cls, name: str) -> "TiktokenTokenizer":
+        """One that tiktoken knows, such as gpt2 or cl100k_base, which it fetches where it has not yet; raises UserError
+        where there is none or it cannot be fetched.
+        """
+        library = optional("tiktoken", f"--tokenizer tiktoken:{name}")
+        if name not in library.list_encoding_names():
+            raise unknown_name("--tokenizer tiktoken:", name, library.list_encoding_names())
+        try:
+            found = library.get_encoding(name)
+        except Exception as error:  # of the libraries that fetch it
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise UserError(
+                f"--tokenizer tiktoken:{name}: cannot be fetched ({reason}); set TIKTOKEN_CACHE_DIR to a folder that "
+                "has it, or give a folder with tokenizer.json"
+            ) from None
+        ranks = {base64.b64encode(token).decode(): i for token, i in found._mergeable_ranks.items()}
+        return cls(ranks, found._pat_str, dict(found._special_tokens))
+
+    @classmethod
+    def train(cls, documents, vocab_size):
+        raise UserError("data.tokenizer=tiktoken: comes with a corpus that was prepared with --tokenizer tiktoken:NAME")
+
+    def encode_all(self, documents):
+        encode = lambda texts: (np.array(ids, np.int32) for ids in self._library.encode_ordinary_batch(texts))
+        return self._encode_in_pieces(documents, encode)
+
+    def decode(self, ids):
+        return b"".join(self._tokens.get(i, b"") for i in np.asarray(ids).tolist())
+
+    def to_json(self):
+        return json.dumps({"kind": self.kind, **self._fields})
+
+
 # A new kind of tokenizer is one class and one line here.
-TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": BytesTokenizer, "bpe": BPETokenizer, "library": LibraryTokenizer}
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    cls.kind: cls for cls in (BytesTokenizer, BPETokenizer, LibraryTokenizer, SentencePieceTokenizer, TiktokenTokenizer)
+}

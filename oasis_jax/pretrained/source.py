@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,9 +68,14 @@ def open_source(source: str | pathlib.Path) -> Source:
         return _open_file(path)
     if path.is_dir():
         return Folder(path)
-    text = str(source)
+    weights = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
+    return Folder(model_folder(str(source), [*weights, "chat_template.jinja"]))
+
+
+def model_folder(text: str, wanted: Sequence[str]) -> pathlib.Path:
+    """The folder of a model on a hub, with those of its files that match a pattern; see `open_source`."""
     if is_hub_name(text):
-        return Folder(_from_hub(text))
+        return _from_hub(text, wanted)
     raise UserError(f"model {text!r}: no such folder or file, and not of the form owner/name, a name on a hub")
 
 
@@ -99,7 +104,7 @@ def pickle_refused(path: pathlib.Path) -> str:
     )
 
 
-def _from_hub(name: str) -> pathlib.Path:
+def _from_hub(name: str, wanted: Sequence[str]) -> pathlib.Path:
     local = "give a local folder of safetensors with config.json, or a .gguf file"
     try:
         import huggingface_hub
@@ -107,10 +112,8 @@ def _from_hub(name: str) -> pathlib.Path:
         raise UserError(
             f"model {name!r}: no such folder, and huggingface_hub is not installed to fetch it; {local}"
         ) from None
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
-    wanted += ["chat_template.jinja"]
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(wanted)))
     except Exception as error:  # many kinds, of several libraries underneath
         reason = str(error).strip().splitlines()
         raise UserError(

@@ -8,8 +8,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from oasis_jax.data.tokenizers import LibraryTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 from oasis_jax.errors import UserError, unknown_name
-from oasis_jax.pretrained.source import read_json
+from oasis_jax.pretrained.source import model_folder, open_source, read_json
 
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
@@ -17,24 +18,70 @@ _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 def from_folder(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The fields of a `LibraryTokenizer` from tokenizer.json; None where the folder has none.
 
-    Its begin token is what the tokenizer itself puts before a text; its separator the end token that config.json names.
+    Its begin token is what the tokenizer itself puts before a text; its separator the end token that config.json names
+    or, without it, tokenizer_config.json.
     """
     file = folder / "tokenizer.json"
-    if not file.exists():
-        return None
+    return _from_file(file, config) if file.exists() else None
+
+
+def _from_file(file: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     text = json.dumps(read_json(file))
     try:
         library = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{file}: cannot be read: {error}") from None
-    empty = library.encode("", add_special_tokens=True).ids
     end = config.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end
+    beside = file.with_name("tokenizer_config.json")
+    if end is None and beside.exists():
+        name = read_json(beside).get("eos_token")
+        end = library.token_to_id(name["content"] if isinstance(name, dict) else name) if name else None
+    empty = library.encode("", add_special_tokens=True).ids
     return {
         "model": text,
         "begin_id": empty[0] if empty else None,
         "separator_id": end if isinstance(end, int) else None,
     }
+
+
+def open_tokenizer(source: str) -> Tokenizer:
+    """A tokenizer alone.
+
+    Args:
+      source: a tokenizer.json or a folder that holds one, a .gguf file, a .model file of sentencepiece, tiktoken:NAME,
+        or a model's name on a hub.
+
+    Raises:
+      UserError: there is none, or it cannot be read or fetched.
+    """
+    if source.startswith("tiktoken:"):
+        return TiktokenTokenizer.named(source.removeprefix("tiktoken:"))
+    path = pathlib.Path(source).expanduser()
+    if path.suffix == ".model" and path.is_file():
+        return SentencePieceTokenizer.from_file(path)
+    if path.suffix == ".json" and path.is_file():
+        return _library(_from_file(path, _config_of(path.parent)))
+    if path.suffix == ".gguf" and path.is_file():
+        fields = open_source(path).tokenizer()
+    else:
+        folder = path if path.is_dir() else model_folder(source, ["config.json", "tokenizer*", "oasis_tokenizer.json"])
+        trained = folder / "oasis_tokenizer.json"
+        fields = json.dumps(read_json(trained)) if trained.exists() else from_folder(folder, _config_of(folder))
+    if fields is None:
+        raise UserError(
+            f"--tokenizer: {source!r} comes without a tokenizer; allowed: bytes, bpe, a tokenizer.json, a .gguf or "
+            ".model file, tiktoken:NAME, or a model with one"
+        )
+    return _library(fields)
+
+
+def _library(fields: dict[str, Any] | str) -> Tokenizer:
+    return Tokenizer.from_json(fields) if isinstance(fields, str) else LibraryTokenizer(**fields)
+
+
+def _config_of(folder: pathlib.Path) -> dict[str, Any]:
+    return read_json(folder / "config.json") if (folder / "config.json").exists() else {}
 
 
 # What is split before pairs are merged, under the names that llama.cpp gives the patterns.

@@ -91,14 +91,21 @@ def test_examples_are_those_of_the_files(config, tmp_path, tokenizer, length, be
 
 def test_the_index_says_what_was_made_from_what(config, made):
     index = json.loads((made / "index.json").read_text())
-    assert index["licence"] == "CC0" and index["source"] == config.pattern
+    assert index["licence"] == "CC0" and index["source"] == [config.pattern]
     assert index["left_out"][0] == "left out: 1 empty documents" and "2 documents, which repeat" in index["left_out"][1]
     assert index["tokenizer"]["identity"] == reading(config, made).tokenizer.identity
+    tokenizer = reading(config, made).tokenizer
     for part in ("train", "heldout"):
         listed = index["parts"][part]
         assert {shard["file"] for shard in listed["shards"]} == set(shards(made, part))
+        lengths = np.concatenate([np.load(made / shard["lengths"]["file"]) for shard in listed["shards"]])
+        separators = len(lengths) - 1  # between documents
+        assert len(lengths) == listed["documents"] and lengths.sum() + separators == listed["tokens"]
+        ends = getattr(reading(config, made), part).tokens[:] == tokenizer.separator_id
+        assert np.flatnonzero(ends).tolist() == (np.cumsum(lengths + 1) - 1)[:-1].tolist()
         assert listed["tokens"] == sum(shard["tokens"] for shard in listed["shards"])
-    assert {path.name for path in made.iterdir()} == {*shards(made), "index.json", ".lock"}
+    lengths = {name.replace(".arrayrecord", ".lengths.npy") for name in shards(made)}
+    assert {path.name for path in made.iterdir()} == {*shards(made), *lengths, "index.json", ".lock"}
     assert prepared.verify(made) == len(shards(made)) > 6
 
 
@@ -108,16 +115,16 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("after", [1, 4])
 def test_a_stopped_preparation_goes_on_and_repeats_no_shard(config, made, tmp_path, monkeypatch, after):
-    written, write = [], prepare._write_shard
+    written, write = [], prepare.write_shard
 
-    def watched(path, *arguments, **keywords):
+    def watched(job, path, *arguments):
         written.append(path.name)
         if len(written) == after + 1:
             path.with_suffix(".unfinished").write_bytes(b"half")
             raise Killed
-        return write(path, *arguments, **keywords)
+        return write(job, path, *arguments)
 
-    monkeypatch.setattr(prepare, "_write_shard", watched)
+    monkeypatch.setattr(prepare, "write_shard", watched)
     with pytest.raises(Killed):
         prepare.prepare(config, None, tmp_path, licence="CC0", shard_bytes=SHARD)
     assert "goes on where it was stopped" in refusal(reading, config, tmp_path)
@@ -164,6 +171,13 @@ def test_a_damaged_shard_is_named(config, made, tmp_path):
     out = copy_of(made, tmp_path / "copy")
     name = sorted(shards(out, "train"))[1]
     content = (out / name).read_bytes()
+    lengths = out / name.replace(".arrayrecord", ".lengths.npy")
+    counted = lengths.read_bytes()
+    lengths.write_bytes(counted[:-2] + bytes([counted[-2] ^ 1]) + counted[-1:])
+    assert lengths.name in refusal(prepared.verify, out)
+    lengths.unlink()
+    assert f"{lengths.name}: the shard is missing" in refusal(reading, config, out)
+    lengths.write_bytes(counted)
     for i in range(0, len(content), 997):  # wherever the damage is
         (out / name).write_bytes(content[:i] + bytes([content[i] ^ 255]) + content[i + 1 :])
         assert name in refusal(prepared.verify, out)

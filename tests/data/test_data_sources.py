@@ -1,0 +1,162 @@
+"""Data sets of the package `datasets` as sources, and a preparation in several processes."""
+
+import dataclasses
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from oasis_jax.commands.prepare import main
+from oasis_jax.config import DataConfig
+from oasis_jax.data import load_corpus, prepare, sources
+from oasis_jax.data.prepared import ShardedTokens, verify
+from oasis_jax.errors import UserError
+
+CONFIG = DataConfig(corpus="files", pattern="unused", tokenizer="bytes", sequence_length=11, holdout_fraction=0.25)
+
+
+def words(count, seed):
+    return " ".join(np.random.default_rng(seed).choice(["pear", "fig", "zwölf", "漢字"], count))
+
+
+def content(out, index, part):
+    return ShardedTokens(out, index["parts"][part]["shards"], np.dtype(index["dtype"]))[:]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A folder that `datasets` wrote, with two splits, and the texts of the first."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("tables") / "set"
+    texts = [words(5 + i, i) for i in range(37)]
+    train = datasets.Dataset.from_dict({"body": [*texts, "", None, texts[3]], "number": list(range(40))})
+    datasets.DatasetDict({"train": train, "validation": train.select(range(5))}).save_to_disk(str(folder))
+    return folder, texts
+
+
+def test_a_data_set_is_its_rows(table, tmp_path, monkeypatch):
+    folder, texts = table
+    monkeypatch.setattr(sources, "_ROWS", 7)  # so that there are several pieces
+    index = prepare.prepare(CONFIG, None, tmp_path / "hub", sources=[f"hf:{folder}:train:body"])
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "texts" / f"{i:03d}.txt").write_text(text)
+    files = prepare.prepare(CONFIG, None, tmp_path / "files", sources=[f"{tmp_path}/texts/*.txt"])
+    for part in ("train", "heldout"):
+        ours, theirs = content(tmp_path / "hub", index, part), content(tmp_path / "files", files, part)
+        assert len(ours) and ours.tobytes() == theirs.tobytes()
+    assert index["left_out"] == [
+        "left out: 2 empty documents",
+        "left out: 1 documents, which repeat the content of others",
+    ]
+    assert load_corpus(dataclasses.replace(CONFIG, corpus="prepared", pattern=str(tmp_path / "hub")), seed=0).identity[
+        "files"
+    ] == len(range(0, 40, 7))
+
+
+def test_sources_are_joined(table, tmp_path):
+    folder, texts = table
+    (tmp_path / "more.txt").write_text(words(400, 99))
+    named = [f"hf:{folder}:validation:body", f"{tmp_path}/more.txt"]
+    index = prepare.prepare(CONFIG, None, tmp_path / "out", sources=named)
+    both = [*texts[:5], (tmp_path / "more.txt").read_text()]
+    assert sum(index["parts"][part]["bytes"] for part in ("train", "heldout")) == sum(len(t.encode()) for t in both)
+    assert index["source"] == named
+
+
+@pytest.mark.parametrize(
+    "rest, message",
+    [
+        ("", "column: unknown name 'text'; allowed: body, number"),
+        (":train:bodi", "(did you mean 'body'?); allowed: body, number"),
+        (":train:number", "the column 'number' is not text but int64"),
+        (":test", "split: unknown name 'test'; allowed: train, validation"),
+        ("-gone", "there is no folder"),
+    ],
+)
+def test_what_a_data_set_does_not_have_is_named(table, rest, message):
+    with pytest.raises(UserError) as caught:
+        sources.pieces_of(f"hf:{table[0]}{rest}", "text")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_a_network_a_local_way_is_named(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*arguments, **keywords):
+        asked.append((arguments, keywords))
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("hf:wikitext/wikitext-2-raw-v1:test", "hf:owner/name", "hf:owner/name/config", "hf:fineweb-edu"):
+        with pytest.raises(UserError, match=r"cannot be read \(no route to host\); without a network give files: .*"):
+            sources.pieces_of(source, "text")
+    assert [arguments for arguments, _ in asked] == [
+        ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        ("owner/name", None),
+        ("owner/name", "config"),
+        ("HuggingFaceFW/fineweb-edu", None),
+    ]
+    assert [keywords["split"] for _, keywords in asked] == ["test", "train", "train", "train"]
+
+
+def test_the_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"needs datasets; pip install 'oasis_jax\[hub\]'"):
+        sources.pieces_of("hf:owner/name", "text")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(9):
+        (folder / f"{i}.txt").write_text(words(200 + 37 * i, i))
+    return folder
+
+
+def test_processes_write_what_one_writes(texts, tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, pattern=f"{texts}/*.txt", tokenizer="bpe", bpe_vocab_size=290)
+    prepare.prepare(config, None, tmp_path / "one", shard_bytes=1500)
+    said = []
+    prepare.prepare(config, None, tmp_path / "two", shard_bytes=1500, workers=2, say=said.append)
+    files = lambda out: {path.name: path.read_bytes() for path in out.iterdir()}
+    assert files(tmp_path / "one") == files(tmp_path / "two") and len(files(tmp_path / "two")) > 9
+    assert "100 % of the text, 0 s left" in said[-1]
+    # An error of a process is the user's to read, and where the whole was stopped it goes on.
+    (texts / "bad.txt").write_bytes(b"\0" * 9)
+    flags = ["--source", f"{texts}/*.txt", "--tokenizer", "bytes", "--out", str(tmp_path / "bad"), "--workers", "2"]
+    with pytest.raises(UserError, match=r"bad.txt' holds 9 NUL bytes and no text"):
+        main(flags)
+    main([*flags, "--set", "data.corrupt=skip"])
+    assert "tokens to train on" in capsys.readouterr().out and verify(tmp_path / "bad") == 2
+    (texts / "bad.txt").unlink()
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_preparation_leave(texts, tmp_path):
+    """They would write beside the one that is started again."""
+    code = f"""
+from oasis_jax.config import DataConfig
+from oasis_jax.data import prepare
+if __name__ == "__main__":
+    config = DataConfig(corpus="files", pattern={f"{texts}/*.txt"!r}, tokenizer="bytes")
+    prepare.prepare(config, None, {str(tmp_path / "out")!r}, shard_bytes=10, workers=2)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    process = subprocess.Popen([sys.executable, str(script)])
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait = lambda done: next(i for i in range(600) if done() or time.sleep(0.05))
+    wait(lambda: list((tmp_path / "out").glob("*.arrayrecord")))
+    workers = children.read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = lambda pid: pathlib.Path(f"/proc/{pid}/stat")
+    gone = lambda pid: not state(pid).exists() or state(pid).read_text().rpartition(")")[2].split()[0] == "Z"
+    wait(lambda: all(map(gone, workers)))
+    assert len(workers) >= 2
