@@ -28,7 +28,11 @@ class DataConfig:
     pattern: str = field(
         "",
         "corpus=files: glob of .txt or .jsonl files; corpus=pairs: of .jsonl files with question and answer; "
-        "corpus=prepared: the folder; corpus=backcopy: as for files, '': the text of stdlib",
+        "corpus=prepared: the folder, or several with commas between where there is a mixture; "
+        "corpus=backcopy: as for files, '': the text of stdlib",
+    )
+    mixture: str = field(
+        "", "corpus=prepared: the share of examples from each folder of the pattern, such as 0.7,0.3; '': one folder"
     )
     text_key: str = field("text", "corpus=files: the key that holds the text in a .jsonl line")
     corrupt: Literal["stop", "skip"] = field(
@@ -42,6 +46,12 @@ class DataConfig:
     bpe_vocab_size: int = field(4096, "tokenizer=bpe: tokens to learn, special ones included", low=258)
     sequence_length: int = field(256, "tokens T of an example", low=2)
     batch_size: int = field(16, "examples of one optimizer step, over all devices", low=1)
+    packing: Literal["stream", "split", "best_fit", "group_texts"] = field(
+        "stream",
+        "how documents become examples: one stream, cut, with attention across documents; the same with attention "
+        "within documents; documents whole, each in the row that it fits best, with attention within them; or 1,000 "
+        "texts joined, cut, the rest left out, as transformers' run_clm does",
+    )
     begin_token: bool = field(True, "every example starts with a begin token")
     holdout_fraction: float = field(0.05, "share of the corpus that is never trained on", above=0, high=LARGEST_HOLDOUT)
     begin_content: bool = field(
@@ -64,6 +74,18 @@ class DataConfig:
             raise UserError("data.begin_content: only the begin token of corpus=trigger has content")
         if self.corpus in needs and not self.pattern:
             raise UserError(f"data.pattern: corpus={self.corpus} needs {needs[self.corpus]}")
+        if self.packing != "stream" and self.corpus in ("pairs", "trigger"):
+            raise UserError(
+                f"data.packing: goes with corpus=stdlib, files and prepared, got corpus={self.corpus}, whose examples "
+                "are what they are"
+            )
+        if self.mixture and self.corpus != "prepared":
+            raise UserError(f"data.mixture: goes with corpus=prepared, got corpus={self.corpus}")
+
+    @property
+    def segmented(self) -> bool:
+        """Whether an example holds several documents that do not see each other."""
+        return self.corpus == "pairs" or self.packing in ("split", "best_fit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import numpy as np
 
 from oasis_jax.config import DataConfig
 from oasis_jax.data.corpus import ORDER, Source, seed_sequence
+from oasis_jax.data.mixture import Mixture
 from oasis_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,9 +39,16 @@ def train_batches(
         below = config.batch_size // parts * parts
         fitting = f"{below} or {below + parts}" if below else f"{parts}"
         raise UserError(f"data.batch_size: {config.batch_size} is not divisible by {parts} processes; take {fitting}")
+
     # Grain's epoch e shuffles with seed + e, so run seeds 0 and 1 would share orders if used as they are.
-    order = int(seed_sequence(seed, ORDER).generate_state(1)[0])
-    examples = grain.MapDataset.source(source).shuffle(seed=order).repeat()
+    def shuffled(source: Source, *keys: int):
+        order = int(seed_sequence(seed, ORDER, *keys).generate_state(1)[0])
+        return grain.MapDataset.source(source).shuffle(seed=order).repeat()
+
+    if isinstance(source, Mixture):  # every source has epochs of its own
+        examples = source.mixed([shuffled(part, number) for number, part in enumerate(source.sources)])
+    else:
+        examples = shuffled(source)
     own = examples[part:_ENDLESS:parts].batch(config.batch_size // parts)
     return iter(own.to_iter_dataset(grain.ReadOptions(**_READ_AHEAD)))
 

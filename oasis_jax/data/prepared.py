@@ -7,6 +7,7 @@ files, and it is cut into the same windows.
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ import numpy as np
 
 from oasis_jax.config import DataConfig
 from oasis_jax.data.corpus import Corpus
-from oasis_jax.data.text import Windows
+from oasis_jax.data.mixture import mixed
+from oasis_jax.data.packing import Stream, pack
 from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError
 
@@ -138,41 +140,93 @@ def verify(folder: str | os.PathLike) -> int:
 
 
 def load(config: DataConfig, *, seed: int, tokenizer: Tokenizer | None) -> Corpus:
-    """The corpus in the folder `config.pattern`, which may have moved since it was prepared.
+    """The corpus in the folder `config.pattern`, which may have moved since it was prepared; with `config.mixture` a
+    weighted one of several.
 
     Raises:
-      UserError: no such folder, a shard that is not as it was, or a tokenizer or a share held out other than asked for.
+      UserError: no such folder, a shard that is not as it was, or a tokenizer or a share held out other than asked for;
+        weights that are not those of the folders.
     """
     del seed  # the text is what it is
-    index, folder = read_index(config.pattern), pathlib.Path(config.pattern).expanduser()
+    if not config.mixture:
+        return _load(config, config.pattern, tokenizer)
+    weights = _weights(config.mixture)
+    folders = [folder.strip() for folder in config.pattern.split(",")]
+    if len(weights) != len(folders):
+        raise UserError(
+            f"data.mixture: {len(weights)} weights for the {len(folders)} folders of data.pattern; give one for each, "
+            "with commas between"
+        )
+    corpora = []
+    for folder in folders:
+        corpora.append(_load(config, folder, tokenizer))
+        tokenizer = tokenizer or corpora[0].tokenizer
+    return mixed(corpora, weights)
+
+
+def _weights(text: str) -> list[float]:
+    try:
+        weights = [float(weight) for weight in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(0 < weight < math.inf for weight in weights):
+        raise UserError(f"data.mixture: expected numbers above 0 with commas between, such as 0.7,0.3, got {text!r}")
+    return weights
+
+
+def _load(config: DataConfig, pattern: str, tokenizer: Tokenizer | None) -> Corpus:
+    index, folder = read_index(pattern), pathlib.Path(pattern).expanduser()
+    tokenizer = _tokenizer(config, pattern, index, tokenizer)
+    fraction = index["holdout"]["fraction"]
+    if config.holdout_fraction != fraction:
+        raise UserError(
+            f"data.holdout_fraction: {config.holdout_fraction} asked for, but {pattern!r} was prepared with "
+            f"{fraction}; take that, or prepare again"
+        )
+    train, heldout = (pack(stream_in(folder, index, part, tokenizer), config) for part in PARTS)
+    for part, source in zip(("training", "held-out"), (train, heldout)):
+        if not len(source):
+            raise UserError(
+                f"data.sequence_length: {config.sequence_length} is more than the {part} part's {len(source.tokens)} "
+                f"tokens can fill once; use at most {source.places} ({index['split']})"
+            )
+    return Corpus({"name": "prepared"} | {name: index[name] for name in _IDENTITY}, tokenizer, train, heldout)
+
+
+def stream_in(folder: pathlib.Path, index: Mapping, part: str, tokenizer: Tokenizer) -> Stream:
+    """The documents of a part. The lengths of documents are read where they are asked for."""
+    shards = index["parts"][part]["shards"]
+
+    def lengths() -> np.ndarray:
+        found = [_lengths(folder / shard["lengths"]["file"], shard["documents"]) for shard in shards]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
+    return Stream(ShardedTokens(folder, shards, np.dtype(index["dtype"])), lengths, tokenizer)
+
+
+def _lengths(path: pathlib.Path, documents: int) -> np.ndarray:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise corrupt(path, error) from None
+    if found.shape != (documents,) or found.dtype != np.uint32:
+        raise corrupt(path, f"{found.dtype} of shape {found.shape} for {documents} documents")
+    return found
+
+
+def _tokenizer(config: DataConfig, pattern: str, index: Mapping, tokenizer: Tokenizer | None) -> Tokenizer:
+    """The one that is given, or the folder's own; raises UserError where it is not what the folder was made with."""
     own = index["tokenizer"]["identity"]
     if tokenizer is None:
         if config.tokenizer != own["kind"]:
             raise UserError(
-                f"data.tokenizer: {config.tokenizer} asked for, but {config.pattern!r} was prepared with {own['kind']} "
+                f"data.tokenizer: {config.tokenizer} asked for, but {pattern!r} was prepared with {own['kind']} "
                 f"(sha256 {own['sha256']}); set data.tokenizer={own['kind']}"
             )
         tokenizer = Tokenizer.from_json(index["tokenizer"]["json"])
     if tokenizer.identity != own:
         raise UserError(
-            f"data.tokenizer: {config.pattern!r} was prepared with {own['kind']}, sha256 {own['sha256']}; this run "
+            f"data.tokenizer: {pattern!r} was prepared with {own['kind']}, sha256 {own['sha256']}; this run "
             f"reads {tokenizer.kind}, sha256 {tokenizer.identity['sha256']}"
         )
-    fraction = index["holdout"]["fraction"]
-    if config.holdout_fraction != fraction:
-        raise UserError(
-            f"data.holdout_fraction: {config.holdout_fraction} asked for, but {config.pattern!r} was prepared with "
-            f"{fraction}; take that, or prepare again"
-        )
-    begin_id, dtype = tokenizer.begin_id if config.begin_token else None, np.dtype(index["dtype"])
-    train, heldout = (
-        Windows(ShardedTokens(folder, index["parts"][part]["shards"], dtype), config.sequence_length, begin_id)
-        for part in PARTS
-    )
-    for part, windows in zip(("training", "held-out"), (train, heldout)):
-        if not len(windows):
-            raise UserError(
-                f"data.sequence_length: {config.sequence_length} is more than the {part} part's {len(windows.tokens)} "
-                f"tokens can fill once; use at most {len(windows.tokens) - (begin_id is None)} ({index['split']})"
-            )
-    return Corpus({"name": "prepared"} | {name: index[name] for name in _IDENTITY}, tokenizer, train, heldout)
+    return tokenizer

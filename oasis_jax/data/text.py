@@ -1,4 +1,4 @@
-"""What the text corpora share: files of documents, the token stream and its windows."""
+"""What the text corpora share: files of documents, the token stream."""
 
 import codecs
 import dataclasses
@@ -13,6 +13,7 @@ import numpy as np
 from oasis_jax.config import DataConfig
 from oasis_jax.config.run import LARGEST_HOLDOUT
 from oasis_jax.data.corpus import Corpus
+from oasis_jax.data.packing import PackedSource, Stream, pack
 from oasis_jax.data.split import Split, hold_out
 from oasis_jax.data.tokenizers import TOKENIZERS, Tokenizer
 from oasis_jax.errors import UserError
@@ -62,7 +63,7 @@ def text_corpus(
 
     Args:
       files: in the order in which they are joined.
-      config: reads tokenizer, bpe_vocab_size, sequence_length, begin_token and holdout_fraction.
+      config: reads tokenizer, bpe_vocab_size, sequence_length, begin_token, packing and holdout_fraction.
       tokenizer: None: made as config says, a BPE from the training part alone.
       identity: what the caller knows about the corpus; joined by sha256 (over names and contents), bytes, files,
         holdout (its own sha256 over what is held out) and split.
@@ -76,14 +77,10 @@ def text_corpus(
             require_utf8(document, file.name, tokenizer.kind if tokenizer else config.tokenizer)
     divide = divide or functools.partial(hold_out, [document for file in files for document in file.documents])
 
-    def parts(fraction: float) -> tuple[Split, Tokenizer, "Windows", "Windows"]:
+    def parts(fraction: float) -> tuple[Split, Tokenizer, PackedSource, PackedSource]:
         split = divide(fraction)
         used = tokenizer or TOKENIZERS[config.tokenizer].train(split.train, config.bpe_vocab_size)
-        begin_id = used.begin_id if config.begin_token else None
-        windows = (
-            Windows(token_stream(part, used), config.sequence_length, begin_id) for part in (split.train, split.heldout)
-        )
-        return split, used, *windows
+        return split, used, *(pack(stream_of(part, used), config) for part in (split.train, split.heldout))
 
     split, used, train, heldout = parts(config.holdout_fraction)
     if not (len(train) and len(heldout)):
@@ -134,7 +131,7 @@ def require_utf8(document: bytes, name: str, kind: str) -> None:
 
 
 def _too_short(
-    split: Split, train: "Windows", heldout: "Windows", asked: float, works: Callable[[float], bool]
+    split: Split, train: PackedSource, heldout: PackedSource, asked: float, works: Callable[[float], bool]
 ) -> UserError:
     """The error for a part that holds no example, with the numbers that help.
 
@@ -142,20 +139,20 @@ def _too_short(
       asked: data.holdout_fraction.
       works: whether both parts hold an example with another data.holdout_fraction.
     """
-    extra = train.begin_id is None
-    needed = train.length + extra
     name, short = ("held-out", heldout) if len(train) else ("training", train)
     remedies = []
-    longest = min(len(train.tokens), len(heldout.tokens)) - extra
+    longest = min(train.places, heldout.places)
     if longest >= 2:
         remedies.append(f"data.sequence_length={longest} or less")
     # The share that gives the short part what it needs and a tenth more, rounded away from what is too little.
-    share = 1.1 * needed / (len(train.tokens) + len(heldout.tokens))
+    count = len(train.tokens) + len(heldout.tokens)
+    needed = train.length + len(short.tokens) - short.places
+    share = 1.1 * needed / count
     fraction = math.ceil(share * 1000) / 1000 if short is heldout else math.floor((1 - share) * 1000) / 1000
     if 0 < fraction <= LARGEST_HOLDOUT and works(fraction):
         remedies.append(f"data.holdout_fraction={fraction:g}")
     size = sum(map(len, [*split.train, *split.heldout]))
-    scale = size / (len(train.tokens) + len(heldout.tokens)) / min(asked, 1 - asked)  # bytes for a token in each part
+    scale = size / count / min(asked, 1 - asked)  # bytes for a token in each part
     remedies.append(f"a corpus of about {math.ceil(1.2 * scale * needed)} bytes instead of {size}")
     return UserError(
         f"data.sequence_length: {train.length} is more than the {name} part's {len(short.tokens)} tokens can fill "
@@ -166,35 +163,16 @@ def _too_short(
 def token_stream(documents: Sequence[bytes], tokenizer: Tokenizer) -> np.ndarray:
     """All documents as one array of ids, uint16 where they fit, with the separator, where there is one, between
     documents."""
+    return stream_of(documents, tokenizer).tokens
+
+
+def stream_of(documents: Sequence[bytes], tokenizer: Tokenizer) -> Stream:
+    """The documents' tokens, see `token_stream`, and how long each of them is."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     separator = np.array([] if tokenizer.separator_id is None else [tokenizer.separator_id], dtype)
-    pieces = [np.zeros(0, dtype)]
+    pieces, lengths = [np.zeros(0, dtype)], []
     for ids in tokenizer.encode_all(documents):
         pieces += [ids.astype(dtype), separator]
-    return np.concatenate(pieces[:-1] if len(pieces) > 1 else pieces)
-
-
-class Windows:
-    """A token stream cut into examples of T tokens, without overlap; a tail that fills no window is left out.
-
-    An example is {"inputs": int32 [T], "targets": int32 [T], "weights": float32 [T], all 1}. With a begin token the
-    inputs are [begin, x_0 .. x_{T-2}] and the targets x_0 .. x_{T-1}; without one they are x_0 .. x_{T-1} and x_1 ..
-    x_T.
-    """
-
-    def __init__(self, tokens: np.ndarray, length: int, begin_id: int | None):
-        self.tokens, self.length, self.begin_id = tokens, length, begin_id
-
-    def __len__(self) -> int:
-        # Without a begin token the last target lies one token past its window.
-        return (len(self.tokens) - (self.begin_id is None)) // self.length if len(self.tokens) else 0
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        start = index * self.length
-        if self.begin_id is None:
-            window = self.tokens[start : start + self.length + 1].astype(np.int32)
-        else:
-            window = np.concatenate([[self.begin_id], self.tokens[start : start + self.length]]).astype(np.int32)
-        return {"inputs": window[:-1], "targets": window[1:], "weights": np.ones(self.length, np.float32)}
+        lengths.append(len(ids))
+    tokens = np.concatenate(pieces[:-1] if len(pieces) > 1 else pieces)
+    return Stream(tokens, lambda: np.array(lengths, np.int64), tokenizer)

@@ -38,6 +38,7 @@ def evaluate(
       batches: dicts of host arrays [B, T, ...] with "inputs", "targets" and "weights", as `oasis_jax.data.eval_batches`
         gives them, the same on every process; at least one, of one length. "segment_ids" and "positions" reach the
         model; "bytes" [B, T], the bytes that each target stands for, adds bits per byte. The mesh need not divide B.
+        Targets of -100 and weights of 0 count nothing.
       evaluators: name -> Evaluator; the default set where not given.
 
     Returns:
@@ -46,6 +47,7 @@ def evaluate(
 
     Raises:
       ValueError: there is no batch.
+      UserError: an id outside the vocabulary.
     """
     chosen = choose(["default"]) if evaluators is None else evaluators
     return run_evaluators(DecoderPass(config, placement), params, batches, chosen)

@@ -24,6 +24,7 @@ from oasis_jax.evaluation.evaluator import (
     Rows,
     Tokens,
 )
+from oasis_jax.model.batch import check_ids, without_ignored
 from oasis_jax.model.context import Context
 from oasis_jax.model.decoder import final_stream
 from oasis_jax.model.head import map_logits
@@ -64,7 +65,7 @@ class DecoderPass:
         return Context(batch.get("positions"), batch.get("segment_ids"), placement=self.placement, numerics=numerics)
 
     def __call__(self, params, change: Any, batch: Batch, size: Int[Array, ""], evaluators: Sequence[Evaluator]):
-        batch = self.placement.ordered(batch)
+        batch = self.placement.ordered(without_ignored(batch))
         context = self.context(batch, change)
         show = _Audience(evaluators, Tokens(batch, size, context, self.config.normalizer in WITH_NULL))
         final, unrolled = final_stream(
@@ -138,6 +139,7 @@ class FunctionPass:
 
     def __call__(self, params, change: Any, batch: Batch, size: Int[Array, ""], evaluators: Sequence[Evaluator]):
         del change
+        batch = without_ignored(batch)
         segments = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
         result = self.apply(params, batch["inputs"], **segments)
         outputs, statistics = result if isinstance(result, tuple) else (result, ())
@@ -205,6 +207,8 @@ def placed_batches(model: Pass, batches: Sequence[Batch]) -> Iterator[tuple[dict
     ways = model.placement.ways("batch")
     rows = -(-max(sizes, default=0) // ways) * ways
     for batch, size in zip(batches, sizes):
+        if isinstance(model, DecoderPass):
+            check_ids(model.config, inputs=batch["inputs"], targets=batch.get("targets"))
         yield model.placement.put(padded_rows(batch, rows)), size
 
 

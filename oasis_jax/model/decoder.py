@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError
 from oasis_jax.model.attention import attention_parameters, backend
+from oasis_jax.model.batch import check_ids
 from oasis_jax.model.context import Context
 from oasis_jax.model.head import (
     Inputs,
@@ -45,13 +46,14 @@ def check_model(config: ModelConfig) -> None:
 
 
 def check_inputs(config: ModelConfig, inputs: Inputs) -> None:
-    """Raises UserError for inputs of another shape or type than the config's."""
+    """Raises UserError for inputs of another shape or type than the config's, or with an id that it does not have."""
     tokens = config.inputs == "tokens"
     shape, dtype = jnp.shape(inputs), jnp.result_type(inputs)
     fits = len(shape) == 2 if tokens else len(shape) == 3 and shape[-1] == config.vector_dim
     if not fits or jnp.issubdtype(dtype, jnp.integer) != tokens:
         wanted = "whole numbers [batch, length]" if tokens else f"numbers [batch, length, {config.vector_dim}]"
         raise UserError(f"inputs: must be {wanted} for model.inputs={config.inputs}, got {dtype} of shape {shape}")
+    check_ids(config, inputs=inputs)
 
 
 def final_stream(

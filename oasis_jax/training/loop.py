@@ -15,6 +15,7 @@ import numpy as np
 from oasis_jax.config import Config, ModelConfig, RunConfig
 from oasis_jax.data import Corpus, eval_batches, load_corpus, train_batches
 from oasis_jax.errors import Preempted, UserError
+from oasis_jax.model.batch import check_ids
 from oasis_jax.placement import Placement, check_batch_size, make_mesh, place
 from oasis_jax.training.checkpoints import Checkpoints, Keep, Resumed
 from oasis_jax.training.description import check_corpus, describe
@@ -176,6 +177,7 @@ def _train(
         tracer.step(step, pending)
         with speed.spending("data"):
             examples = next(batches)
+            check_ids(config.model, inputs=examples["inputs"], targets=examples["targets"])
         with speed.spending("transfer"):
             batch = placement.put(examples, parts=parts)
         seen = {}

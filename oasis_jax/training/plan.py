@@ -256,7 +256,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     placement, shape = place(config, mesh), (config.data.batch_size, config.data.sequence_length)
     check_batch_size(config, placement)
     kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    if config.data.corpus == "pairs":
+    if config.data.segmented:
         kinds |= {"segment_ids": jnp.int32, "positions": jnp.int32}
     sharding = placement.sharding(("batch",))
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in kinds.items()}

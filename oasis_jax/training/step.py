@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from oasis_jax.config import Config, ModelConfig
+from oasis_jax.model.batch import without_ignored
 from oasis_jax.model.context import Context
 from oasis_jax.model.decoder import check_inputs
 from oasis_jax.model.head import embed, with_offset
@@ -38,7 +39,8 @@ def make_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple
 
     Returns:
       A function of the state and of a batch of global arrays [B, T, ...] ("inputs", "targets", "weights" and, where an
-      example holds several documents, "segment_ids"). Its metrics are float32 scalars: "loss" (the weighted mean over
+      example holds several documents, "segment_ids"). Targets of -100 and
+      weights of 0 count nothing. Its metrics are float32 scalars: "loss" (the weighted mean over
       the batch), "grad_norm" (before clipping), "parameter_norm" (after the update), "learning_rate" and, with
       optimizer.nonfinite=skip, "skipped": 1 where loss or gradient were not finite and parameters and moments stayed as
       they were.
@@ -144,7 +146,7 @@ def loss_and_gradients(
     Parameters and gradients are stacked. One by one, layers have gradients of their own, stacked once at the end: that
     of a slice would be as large as all layers', for each of them.
     """
-    batch, loop = placement.ordered(batch), _runs_as_loop(config.model, placement)
+    batch, loop = placement.ordered(without_ignored(batch)), _runs_as_loop(config.model, placement)
     total = total_weight(batch)
     params = params if loop else unstack_layers(params)
     stacked = (lambda gradients: gradients) if loop else stack_layers

@@ -10,7 +10,7 @@ import pytest
 
 from oasis_jax.config import DataConfig
 from oasis_jax.data import eval_batches, load_corpus, train_batches
-from oasis_jax.data.text import Windows
+from oasis_jax.data.packing import Windows
 from oasis_jax.errors import UserError
 
 CONFIG = DataConfig(batch_size=12, sequence_length=3)

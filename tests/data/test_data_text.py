@@ -11,8 +11,9 @@ import pytest
 
 from oasis_jax.config import DataConfig, field_type
 from oasis_jax.data import CORPORA, TOKENIZERS, load_corpus
+from oasis_jax.data.packing import Windows
 from oasis_jax.data.split import hold_out
-from oasis_jax.data.text import Windows, token_stream
+from oasis_jax.data.text import token_stream
 from oasis_jax.data.tokenizers import BPETokenizer, BytesTokenizer
 from oasis_jax.errors import UserError
 
