@@ -1,6 +1,7 @@
 """What every corpus is: two random-access sources, and an identity that says what they were made from."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,11 +14,22 @@ ORDER, TRAIN, HELDOUT = range(3)
 
 
 class Source(Protocol):
-    """Random access to examples; example i is the same whenever it is read."""
+    """Random access to examples; example i is the same whenever it is read. May have `batch`; see `read_batch`."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+
+def read_batch(source: Source, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    """Examples of a source as arrays [len(indices), ...]; in one request where the source has `batch`, which does
+    so.
+    """
+    batch = getattr(source, "batch", None)
+    if batch is not None:
+        return batch(indices)
+    examples = [source[index] for index in indices]
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 @dataclasses.dataclass(frozen=True)

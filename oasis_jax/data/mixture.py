@@ -1,40 +1,62 @@
 """Several corpora as one, each with its share of the examples."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from oasis_jax.data.corpus import Corpus, Source
+from oasis_jax.data.corpus import Corpus, Source, read_batch
 
 
 class Mixture:
     """Examples of several sources in fixed proportions, spread evenly, until the first source has given all of its own.
 
     Args:
-      sources: each in an order of its own.
+      sources: of like examples.
       weights: of the examples of each, above 0; their sum does not matter.
+
+    Attributes:
+      numbers: of each source, the numbers of its examples among those of all sources.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
-        self.sources, self.weights = tuple(sources), tuple(weights)
-        self._examples = self.mixed(self.sources)
-
-    def mixed(self, sources: Sequence[Source]):
-        """A `grain.MapDataset` of other sources in these proportions."""
         import grain  # here: machines that only evaluate do without it
 
-        datasets = [s if isinstance(s, grain.MapDataset) else grain.MapDataset.source(s) for s in sources]
-        return grain.MapDataset.mix(datasets, list(self.weights))
+        self.sources, self.weights = tuple(sources), tuple(weights)
+        ends = list(itertools.accumulate(map(len, sources)))
+        self.numbers = [range(end - len(source), end) for source, end in zip(sources, ends)]
+        self._order = self.mixed([grain.MapDataset.range(numbers.start, numbers.stop) for numbers in self.numbers])
+
+    def mixed(self, datasets: Sequence):
+        """Several `grain.MapDataset`s as one in these proportions."""
+        import grain
+
+        return grain.MapDataset.mix(list(datasets), list(self.weights))
+
+    def numbered(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """Examples by their numbers among those of all sources, as arrays [len(numbers), ...]."""
+        batch: dict[str, np.ndarray] = {}
+        for source, own in zip(self.sources, self.numbers):
+            rows = [row for row, number in enumerate(numbers) if number in own]
+            if not rows:
+                continue
+            for name, x in read_batch(source, [numbers[row] - own.start for row in rows]).items():
+                batch.setdefault(name, np.zeros((len(numbers), *x.shape[1:]), x.dtype))[rows] = x
+        return batch
+
+    def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """See `oasis_jax.data.corpus.read_batch`."""
+        return self.numbered([int(self._order[index]) for index in indices])
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._order)
 
-    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return self._examples[index]
+        return {name: x[0] for name, x in self.batch([index]).items()}
 
 
 def mixed(corpora: Sequence[Corpus], weights: Sequence[float]) -> Corpus:

@@ -4,11 +4,12 @@ Examples can be read in any order at no cost: rows are laid out from the lengths
 lost or repeated where a run goes on, whatever the number of hosts.
 """
 
+import abc
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -20,11 +21,17 @@ TEXTS_OF_A_GROUP = 1000
 
 
 class Tokens(Protocol):
-    """Token ids; a slice of them is an array."""
+    """Token ids; a slice of them is an array. May have `slices`, which reads several at once; see `read`."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, window: slice) -> np.ndarray: ...
+
+
+def read(tokens: Tokens, windows: Sequence[slice]) -> list[np.ndarray]:
+    """Slices of tokens, in one request where they lie in files."""
+    slices = getattr(tokens, "slices", None)
+    return [tokens[window] for window in windows] if slices is None else slices(windows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,32 +49,55 @@ class Stream:
     tokenizer: Tokenizer
 
 
-class PackedSource(Protocol):
+class PackedSource(abc.ABC):
     """Examples of documents, read at random.
+
+    Args:
+      stream: the documents.
+      length: T.
+      begin_id: of the begin token; None: there is none.
 
     Attributes:
       tokens: of the stream.
-      length: T.
       places: how many the documents have in all, or at most in a row, before anything is left out.
     """
 
-    tokens: Tokens
-    length: int
+    fields: ClassVar[Mapping[str, type]] = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
     places: int
 
+    def __init__(self, stream: Stream, length: int, begin_id: int | None):
+        self.tokens, self.length, self.begin_id = stream.tokens, length, begin_id
+        self.padding_id = stream.tokenizer.padding_id
+
+    @abc.abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+    @abc.abstractmethod
+    def windows(self, index: int) -> list[slice]:
+        """The tokens that example `index` is made of."""
+
+    @abc.abstractmethod
+    def fill(self, row: Mapping[str, np.ndarray], tokens: Sequence[np.ndarray], index: int) -> None:
+        """Writes example `index` into arrays [T], zero before, from the tokens of its windows."""
+
+    def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """Examples as arrays [len(indices), T], read in one request."""
+        shape = (len(indices), self.length)
+        batch = {name: np.zeros(shape, kind) for name, kind in self.fields.items()}
+        windows = [self.windows(index) for index in indices]
+        tokens = iter(read(self.tokens, [window for some in windows for window in some]))
+        for row, (index, some) in enumerate(zip(indices, windows)):
+            arrays = {name: x[row] for name, x in batch.items()}
+            self.fill(arrays, list(itertools.islice(tokens, len(some))), index)
+        return batch
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return {name: x[0] for name, x in self.batch([index]).items()}
 
 
-class Piece(NamedTuple):
-    """Places of a row that belong to one document: `size` of them from token `start` of the stream on."""
-
-    start: int
-    size: int
-
-
-class Windows:
+class Windows(PackedSource):
     """A token stream cut into examples of T tokens, without overlap; a tail that fills no window is left out.
 
     An example is {"inputs": int32 [T], "targets": int32 [T], "weights": float32 [T], all 1}. With a begin token the
@@ -75,70 +105,70 @@ class Windows:
     x_T.
     """
 
-    def __init__(self, tokens: Tokens, length: int, begin_id: int | None):
-        self.tokens, self.length, self.begin_id = tokens, length, begin_id
+    def __init__(self, stream: Stream, length: int, begin_id: int | None):
+        super().__init__(stream, length, begin_id)
         # Without a begin token the last target lies one token past its window.
-        self.places = max(len(tokens) - (begin_id is None), 0)
+        self.places = max(len(self.tokens) - (begin_id is None), 0)
 
     def __len__(self) -> int:
         return self.places // self.length
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        start = _checked(index, self) * self.length
-        if self.begin_id is None:
-            window = self.tokens[start : start + self.length + 1].astype(np.int32)
-        else:
-            window = np.concatenate([[self.begin_id], self.tokens[start : start + self.length]]).astype(np.int32)
-        return {"inputs": window[:-1], "targets": window[1:], "weights": np.ones(self.length, np.float32)}
+    def windows(self, index: int) -> list[slice]:
+        start = index * self.length
+        return [slice(start, start + self.length + (self.begin_id is None))]
+
+    def fill(self, row: Mapping[str, np.ndarray], tokens: Sequence[np.ndarray], index: int) -> None:
+        _fill_piece(row["inputs"], row["targets"], tokens[0], self.begin_id)
+        row["weights"][:] = 1
 
 
-def _checked(index: int, source) -> int:
-    if not 0 <= index < len(source):
-        raise IndexError(f"example {index} of {len(source)}")
-    return index
+def _fill_piece(inputs: np.ndarray, targets: np.ndarray, tokens: np.ndarray, begin_id: int | None) -> None:
+    if begin_id is None:
+        inputs[:], targets[:] = tokens[:-1], tokens[1:]
+    else:
+        inputs[0], inputs[1:], targets[:] = begin_id, tokens[:-1], tokens
 
 
-class _Documents:
-    """Where the documents of a stream lie. A document of n tokens, its separator counted, has n places behind a begin
-    token, and n - 1 without one, where each token but the first is a target.
+class _Rows(PackedSource):
+    """Documents side by side, each a segment with positions of its own that begins with the begin token where there is
+    one; the rest of a row is padding of weight 0 in a segment of its own.
+
+    A document of n tokens, its separator counted, has n places behind a begin token, and n - 1 without one, where each
+    token but the first is a target.
     """
 
+    fields: ClassVar[Mapping[str, type]] = {**PackedSource.fields, "segment_ids": np.int32, "positions": np.int32}
+
     def __init__(self, stream: Stream, length: int, begin_id: int | None):
-        self.tokens, self.length, self.begin_id = stream.tokens, length, begin_id
-        self.padding_id = stream.tokenizer.padding_id
+        super().__init__(stream, length, begin_id)
         lengths = stream.read_lengths().astype(np.int64)
         if len(lengths) and stream.tokenizer.separator_id is not None:
             lengths += 1
             lengths[-1] -= 1
         self.starts = np.cumsum(lengths) - lengths
         self.sizes = np.maximum(lengths - (begin_id is None), 0)
+        self.places = int(self.sizes.sum())
 
-    def example(self, pieces: Iterable[Piece]) -> dict[str, np.ndarray]:
-        """Pieces in a row, each a segment with positions of its own that begins with the begin token where there is
-        one. The rest is padding of weight 0, in a segment of its own.
-        """
-        length = self.length
-        example = {name: np.full(length, self.padding_id, np.int32) for name in ("inputs", "targets")}
-        example |= {name: np.zeros(length, np.int32) for name in ("segment_ids", "positions")}
-        example["weights"] = np.zeros(length, np.float32)
+    @abc.abstractmethod
+    def pieces(self, index: int) -> Iterable[tuple[int, int]]:
+        """Of each document in a row where its tokens start in the stream, and how many places it has."""
+
+    def windows(self, index: int) -> list[slice]:
+        return [slice(start, start + size + (self.begin_id is None)) for start, size in self.pieces(index)]
+
+    def fill(self, row: Mapping[str, np.ndarray], tokens: Sequence[np.ndarray], index: int) -> None:
         at = 0
-        for number, (start, size) in enumerate(pieces, start=1):
+        for number, piece in enumerate(tokens, start=1):
+            size = len(piece) - (self.begin_id is None)
             here = slice(at, at + size)
-            if self.begin_id is None:
-                tokens = self.tokens[start : start + size + 1]
-                example["inputs"][here], example["targets"][here] = tokens[:-1], tokens[1:]
-            else:
-                tokens = self.tokens[start : start + size]
-                example["targets"][here] = tokens
-                example["inputs"][at], example["inputs"][at + 1 : at + size] = self.begin_id, tokens[:-1]
-            example["segment_ids"][here], example["positions"][here] = number, np.arange(size)
-            example["weights"][here] = 1
-            at = here.stop
-        example["positions"][at:] = np.arange(length - at)
-        return example
+            _fill_piece(row["inputs"][here], row["targets"][here], piece, self.begin_id)
+            row["segment_ids"][here], row["positions"][here], row["weights"][here] = number, np.arange(size), 1
+            at += size
+        row["inputs"][at:] = row["targets"][at:] = self.padding_id
+        row["positions"][at:] = np.arange(self.length - at)
 
 
-class SplitRows(_Documents):
+class SplitRows(_Rows):
     """Documents joined and cut into rows of T places; those that a cut meets go on in the next row as a document of
     their own. A tail that fills no row is left out.
     """
@@ -146,25 +176,22 @@ class SplitRows(_Documents):
     def __init__(self, stream: Stream, length: int, begin_id: int | None):
         super().__init__(stream, length, begin_id)
         self.ends = np.cumsum(self.sizes)
-        self.places = int(self.ends[-1]) if len(self.ends) else 0
 
     def __len__(self) -> int:
         return self.places // self.length
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.example(self._pieces(_checked(index, self) * self.length))
-
-    def _pieces(self, place: int) -> Iterator[Piece]:
-        end, document = place + self.length, int(np.searchsorted(self.ends, place, side="right"))
+    def pieces(self, index: int) -> Iterator[tuple[int, int]]:
+        place, end = index * self.length, (index + 1) * self.length
+        document = int(np.searchsorted(self.ends, place, side="right"))
         while place < end:
             left = int(self.ends[document]) - place
             if left:  # a document of one token has no place where there is no begin token
-                yield Piece(int(self.starts[document] + self.sizes[document]) - left, min(left, end - place))
+                yield int(self.starts[document] + self.sizes[document]) - left, min(left, end - place)
             place += min(left, end - place)
             document += 1
 
 
-class BestFitRows(_Documents):
+class BestFitRows(_Rows):
     """Every document whole, in the row whose room it fits best; of those longer than a row, full rows first (Ding et
     al., arXiv 2404.10830).
     """
@@ -176,7 +203,6 @@ class BestFitRows(_Documents):
         offset = (np.arange(int(count.sum())) - np.repeat(first, count)) * length
         self._sizes = np.minimum(np.repeat(self.sizes, count) - offset, length)
         self._starts = np.repeat(self.starts, count) + offset
-        self.places = int(self.sizes.sum())
         rows = best_fit(self._sizes, length)
         self._order = np.argsort(rows, kind="stable")
         self._ends = np.cumsum(np.bincount(rows, minlength=0)) if len(rows) else np.zeros(0, np.int64)
@@ -184,10 +210,9 @@ class BestFitRows(_Documents):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        first = int(self._ends[index - 1]) if _checked(index, self) else 0
-        here = self._order[first : int(self._ends[index])]
-        return self.example(map(Piece, self._starts[here].tolist(), self._sizes[here].tolist()))
+    def pieces(self, index: int) -> Iterable[tuple[int, int]]:
+        here = self._order[int(self._ends[index - 1]) if index else 0 : int(self._ends[index])]
+        return zip(self._starts[here].tolist(), self._sizes[here].tolist())
 
 
 def best_fit(sizes: Int[np.ndarray, " n"], length: int) -> Int[np.ndarray, " n"]:
@@ -232,55 +257,60 @@ def _add(free: dict[int, np.ndarray], rooms: list[int], room: int, rows: np.ndar
         bisect.insort(rooms, room)
 
 
-class GroupedTexts:
+class GroupedTexts(PackedSource):
     """What run_clm of transformers makes of texts, as OASIS' published code does: every text behind a begin token where
     there is one, without separators, 1,000 texts joined and cut into rows of T tokens, the rest of them left out. A
     row's last token is no input of the loss, and attention crosses texts.
     """
 
     def __init__(self, stream: Stream, length: int, begin_id: int | None):
-        self.tokens, self.length, self.begin_id = stream.tokens, length, begin_id
-        self.padding_id = stream.tokenizer.padding_id
-        lengths = stream.read_lengths().astype(np.int64)
+        super().__init__(stream, length, begin_id)
+        lengths, begins = stream.read_lengths().astype(np.int64), begin_id is not None
         separated = lengths + (stream.tokenizer.separator_id is not None)
         self.starts = np.cumsum(separated) - separated
-        self.ends = np.cumsum(lengths + (begin_id is not None))
+        self.ends = np.cumsum(lengths + begins)
         borders = np.append(np.arange(0, len(lengths), TEXTS_OF_A_GROUP), len(lengths))
-        self._group_starts = np.append(0, self.ends)[borders[:-1]]
-        sizes = np.diff(np.append(0, self.ends)[borders])
-        self.rows = np.cumsum(sizes // length)
-        self.places = int(sizes.max(initial=0))
+        places = np.append(0, self.ends)[borders]
+        self._group_starts = places[:-1]
+        self._rows = np.cumsum(np.diff(places) // length)
+        self.places = int(np.diff(places).max(initial=0))
 
     def __len__(self) -> int:
-        return int(self.rows[-1]) if len(self.rows) else 0
+        return int(self._rows[-1]) if len(self._rows) else 0
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        group = int(np.searchsorted(self.rows, _checked(index, self), side="right"))
-        row = index - (int(self.rows[group - 1]) if group else 0)
-        tokens = self._joined(int(self._group_starts[group]) + row * self.length)
-        targets = np.append(tokens[1:], self.padding_id).astype(np.int32)
-        weights = np.ones(self.length, np.float32)
-        weights[-1] = 0
-        return {"inputs": tokens, "targets": targets, "weights": weights}
-
-    def _joined(self, place: int) -> np.ndarray:
-        """T tokens of all texts, joined, from a place on."""
-        found, end = [], place + self.length
-        text = int(np.searchsorted(self.ends, place, side="right"))
+    def _texts(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """Of each text in a row: its number, and from which to which place of all texts it is there."""
+        group = int(np.searchsorted(self._rows, index, side="right"))
+        row = index - (int(self._rows[group - 1]) if group else 0)
+        place = int(self._group_starts[group]) + row * self.length
+        end, text = place + self.length, int(np.searchsorted(self.ends, place, side="right"))
         while place < end:
-            first = int(self.ends[text - 1]) if text else 0
             stop = min(int(self.ends[text]), end)
-            begins = self.begin_id is not None
-            if begins and place == first and place < stop:
-                found.append([self.begin_id])
-            start = int(self.starts[text]) - first - begins
-            found.append(self.tokens[start + max(place, first + begins) : start + stop])
+            yield text, place, stop
             place, text = stop, text + 1
-        return np.concatenate(found).astype(np.int32)
+
+    def windows(self, index: int) -> list[slice]:
+        found = []
+        for text, place, stop in self._texts(index):
+            # Where the text's own first token lies among all texts, behind its begin token.
+            first = (int(self.ends[text - 1]) if text else 0) + (self.begin_id is not None)
+            start = int(self.starts[text]) - first
+            found.append(slice(start + max(place, first), start + stop))
+        return found
+
+    def fill(self, row: Mapping[str, np.ndarray], tokens: Sequence[np.ndarray], index: int) -> None:
+        at = 0
+        for (_, place, stop), piece in zip(self._texts(index), tokens):
+            inputs = row["inputs"][at : at + stop - place]
+            if len(piece) < len(inputs):
+                inputs[0] = self.begin_id
+            inputs[len(inputs) - len(piece) :] = piece
+            at += len(inputs)
+        row["targets"][:-1], row["targets"][-1], row["weights"][:-1] = row["inputs"][1:], self.padding_id, 1
 
 
-PACKINGS = {
-    "stream": lambda stream, length, begin_id: Windows(stream.tokens, length, begin_id),
+PACKINGS: dict[str, type[PackedSource]] = {
+    "stream": Windows,
     "split": SplitRows,
     "best_fit": BestFitRows,
     "group_texts": GroupedTexts,

@@ -1,11 +1,12 @@
 """Batches: the shuffled, endless, checkpointable ones of training, and the fixed ones of evaluation."""
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from oasis_jax.config import DataConfig
-from oasis_jax.data.corpus import ORDER, Source, seed_sequence
+from oasis_jax.data.corpus import ORDER, Source, read_batch, seed_sequence
 from oasis_jax.data.mixture import Mixture
 from oasis_jax.errors import UserError
 
@@ -41,15 +42,19 @@ def train_batches(
         raise UserError(f"data.batch_size: {config.batch_size} is not divisible by {parts} processes; take {fitting}")
 
     # Grain's epoch e shuffles with seed + e, so run seeds 0 and 1 would share orders if used as they are.
-    def shuffled(source: Source, *keys: int):
+    def shuffled(numbers: range, *keys: int):
         order = int(seed_sequence(seed, ORDER, *keys).generate_state(1)[0])
-        return grain.MapDataset.source(source).shuffle(seed=order).repeat()
+        return grain.MapDataset.range(numbers.start, numbers.stop).shuffle(seed=order).repeat()
 
     if isinstance(source, Mixture):  # every source has epochs of its own
-        examples = source.mixed([shuffled(part, number) for number, part in enumerate(source.sources)])
+        examples = source.mixed([shuffled(numbers, which) for which, numbers in enumerate(source.numbers)])
+        read = source.numbered
     else:
-        examples = shuffled(source)
-    own = examples[part:_ENDLESS:parts].batch(config.batch_size // parts)
+        examples = shuffled(range(len(source)))
+        read = functools.partial(read_batch, source)
+    # Batches are made of numbers of examples, and read whole.
+    batches = examples[part:_ENDLESS:parts].batch(config.batch_size // parts)
+    own = batches.map(lambda numbers: read(numbers.tolist()))
     return iter(own.to_iter_dataset(grain.ReadOptions(**_READ_AHEAD)))
 
 
@@ -68,6 +73,5 @@ def eval_batches(source: Source, config: DataConfig, *, num_batches: int) -> lis
         )
     size = min(config.batch_size, len(source))
     count = min(num_batches, len(source) // size)
-    examples = [source[i * len(source) // (count * size)] for i in range(count * size)]
-    batches = [examples[start : start + size] for start in range(0, count * size, size)]
-    return [{name: np.stack([example[name] for example in batch]) for name in batch[0]} for batch in batches]
+    examples = [i * len(source) // (count * size) for i in range(count * size)]
+    return [read_batch(source, examples[start : start + size]) for start in range(0, count * size, size)]

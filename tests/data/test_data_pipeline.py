@@ -11,6 +11,8 @@ import pytest
 from oasis_jax.config import DataConfig
 from oasis_jax.data import eval_batches, load_corpus, train_batches
 from oasis_jax.data.packing import Windows
+from oasis_jax.data.text import stream_of
+from oasis_jax.data.tokenizers import BytesTokenizer
 from oasis_jax.errors import UserError
 
 CONFIG = DataConfig(batch_size=12, sequence_length=3)
@@ -167,4 +169,4 @@ def test_evaluation_takes_what_is_there(length, shapes):
 
 def test_evaluation_of_nothing_is_refused():
     with pytest.raises(UserError, match="no held-out example"):
-        eval_batches(Windows(np.zeros(0, np.uint16), 3, None), CONFIG, num_batches=5)
+        eval_batches(Windows(stream_of([], BytesTokenizer()), 3, None), CONFIG, num_batches=5)

@@ -11,7 +11,7 @@ import pytest
 
 from oasis_jax.config import DataConfig, field_type
 from oasis_jax.data import CORPORA, TOKENIZERS, load_corpus
-from oasis_jax.data.packing import Windows
+from oasis_jax.data.packing import Stream, Windows
 from oasis_jax.data.split import hold_out
 from oasis_jax.data.text import token_stream
 from oasis_jax.data.tokenizers import BPETokenizer, BytesTokenizer
@@ -89,7 +89,7 @@ def test_stream_has_separators_between_documents_only():
 @pytest.mark.parametrize("size", [14, 15, 16, 20, 21, 22])
 def test_windows_with_begin_token_reconstruct_the_stream(size):
     tokens = np.random.default_rng(size).integers(0, 256, size).astype(np.uint16)
-    windows = Windows(tokens, 7, BEGIN)
+    windows = Windows(Stream(tokens, list, BytesTokenizer()), 7, BEGIN)
     assert len(windows) == size // 7
     np.testing.assert_array_equal(stream_of(windows), tokens[: size // 7 * 7])
     for i in range(len(windows)):
@@ -106,7 +106,7 @@ def test_windows_with_begin_token_reconstruct_the_stream(size):
 @pytest.mark.parametrize("size", [14, 15, 16, 21, 22])
 def test_windows_without_begin_token_reconstruct_the_stream(size):
     tokens = np.random.default_rng(size).integers(0, 256, size).astype(np.uint16)
-    windows = Windows(tokens, 7, None)
+    windows = Windows(Stream(tokens, list, BytesTokenizer()), 7, None)
     assert len(windows) == (size - 1) // 7
     for i in range(len(windows)):
         assert windows[i]["inputs"].tolist() == tokens[7 * i : 7 * i + 7].tolist()
