@@ -36,6 +36,9 @@ def make_parser(program: str) -> Parser:
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds; the others may follow later")
     parser.add_argument(
+        "--methods", default="", metavar="NAMES", help="only these, with commas between; the others may follow later"
+    )
+    parser.add_argument(
         "--report", action="store_true", help="train nothing: write the report from the cells that are there"
     )
     return parser
@@ -61,12 +64,13 @@ def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
     from oasis_jax.errors import Preempted
     from oasis_jax.study.report import write_study_report
-    from oasis_jax.study.run import run_study
+    from oasis_jax.study.run import Part, run_study
 
     notice = None
     if not args.report:
         try:
-            run_study(load, args.out, workers=args.workers, minutes=args.minutes)
+            part = Part(tuple(name.strip() for name in args.methods.split(",") if name.strip()))
+            run_study(load, args.out, part=part, workers=args.workers, minutes=args.minutes)
         except Preempted as told:
             notice = told
     if notice and not any((args.out / "cells").glob("*/*/*/result.json")):

@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 
-from oasis_jax.errors import Preempted, UserError
+from oasis_jax.errors import Preempted, UserError, unknown_name
 from oasis_jax.study.cells import RESULT, read_json, run_cell, write_json
 from oasis_jax.study.design import Cell, Study
 from oasis_jax.training.lock import WorkdirLock
@@ -47,12 +47,27 @@ def prepare(study: Study, out: pathlib.Path) -> None:
     write_json(out / IDENTITY, {"title": study.title, "cells": stored | identity})
 
 
-def run_study(load: Load, out: pathlib.Path, *, workers: int = 1, minutes: float | None = None) -> None:
+class Part(NamedTuple):
+    """Which cells of a study are to be done: those of some methods, () of all."""
+
+    methods: tuple[str, ...] = ()
+
+    def cells(self, study: Study) -> list[Cell]:
+        return [cell for cell in study.cells() if not self.methods or cell.method in self.methods]
+
+
+_ALL = Part()
+
+
+def run_study(
+    load: Load, out: pathlib.Path, *, part: Part = _ALL, workers: int = 1, minutes: float | None = None
+) -> None:
     """Does what is left to do, and returns when every cell is done or in the hands of another process.
 
     Args:
       load: makes the study; called in every worker.
       out: folder of the study; on several hosts the same one.
+      part: which cells.
       workers: processes that share this machine's cores among them. On accelerators one a device: worker i sees
         the i-th of CUDA_VISIBLE_DEVICES where that is set.
       minutes: after so many everything is saved and Preempted raised.
@@ -62,35 +77,41 @@ def run_study(load: Load, out: pathlib.Path, *, workers: int = 1, minutes: float
       Preempted: the time is up, or SIGTERM came; the same call goes on.
     """
     study = load()
+    for method in part.methods:
+        if method not in study.methods:
+            raise unknown_name("--methods", method, study.methods)
     prepare(study, out)
     deadline = None if minutes is None else time.time() + 60 * minutes
     if workers == 1:
-        _work(load, out, deadline)
+        _work(load, out, part, deadline)
     else:
-        _work_together(load, study, out, workers, deadline)
+        _work_together(load, part, out, workers, deadline)
 
 
-def _left(study: Study, out: pathlib.Path) -> list[Cell]:
-    return [cell for cell in study.cells() if not (out / cell.path / RESULT).exists()]
+def _left(cells: Sequence[Cell], out: pathlib.Path) -> int:
+    return sum(not (out / cell.path / RESULT).exists() for cell in cells)
 
 
 # One process
 
 
-def _work(load: Load, out: pathlib.Path, deadline: float | None, say: Callable[[str], None] | None = None) -> None:
+def _work(
+    load: Load, out: pathlib.Path, part: Part, deadline: float | None, say: Callable[[str], None] | None = None
+) -> None:
     """Takes one cell after the other that nobody works on."""
     study, say = load(), say or _say
+    cells = part.cells(study)
     _keep_compiled(out)
-    total = len(list(study.cells()))
+    total = len(cells)
     with _ending(deadline):
-        began, first = time.monotonic(), total - len(_left(study, out))
-        for cell in study.cells():
+        began, first = time.monotonic(), total - _left(cells, out)
+        for cell in cells:
             with _claimed(out, cell) as mine:
                 if not mine:
                     continue
                 record = run_cell(study, cell, out)
             jax.clear_caches()  # hundreds of models, each used once
-            done = total - len(_left(study, out))
+            done = total - _left(cells, out)
             say(_progress(done, total, done - first, time.monotonic() - began, cell, record["failed"]))
             if deadline is not None and time.time() > deadline:
                 _end(signal.SIGTERM, None)
@@ -160,20 +181,21 @@ def _end(number: int, frame: object) -> NoReturn:
 # Several processes
 
 
-def _work_together(load: Load, study: Study, out: pathlib.Path, workers: int, deadline: float | None) -> None:
+def _work_together(load: Load, part: Part, out: pathlib.Path, workers: int, deadline: float | None) -> None:
     """Starts the workers and watches them."""
     spawn = multiprocessing.get_context("spawn")
-    total = len(list(study.cells()))
-    first = last = total - len(_left(study, out))
+    cells = part.cells(load())
+    total = len(cells)
+    first = last = total - _left(cells, out)
     began = said = time.monotonic()
-    processes = [spawn.Process(target=_worker, args=(load, out, deadline, i, workers)) for i in range(workers)]
+    processes = [spawn.Process(target=_worker, args=(load, out, part, deadline, i, workers)) for i in range(workers)]
     with _ending(None):
         try:
             for process in processes:
                 process.start()
             while any(process.is_alive() for process in processes):
                 time.sleep(_POLL_SECONDS)
-                done, now = total - len(_left(study, out)), time.monotonic()
+                done, now = total - _left(cells, out), time.monotonic()
                 if done > last and (now - said > _SECONDS_BETWEEN_LINES or done == total):
                     _say(_progress(done, total, done - first, now - began))
                     last, said = done, now
@@ -188,13 +210,13 @@ def _work_together(load: Load, study: Study, out: pathlib.Path, workers: int, de
     _report_ends(out, [process.exitcode for process in processes])
 
 
-def _worker(load: Load, out: pathlib.Path, deadline: float | None, index: int, count: int) -> None:
+def _worker(load: Load, out: pathlib.Path, part: Part, deadline: float | None, index: int, count: int) -> None:
     """What a started process runs: its exit code is 0, 143 when told to end, 2 after a mistake that it wrote down."""
     _take_share(index, count)
     problem = out / f"worker{index}.problem"
     problem.unlink(missing_ok=True)
     try:
-        _work(load, out, deadline, say=lambda text: None)
+        _work(load, out, part, deadline, say=lambda text: None)
     except Preempted:
         raise SystemExit(143) from None
     except UserError as error:

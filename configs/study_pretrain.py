@@ -1,0 +1,104 @@
+"""Does a sink form, and what takes it away: pretraining of 27M parameters on 600M distinct tokens, one GPU.
+
+Learned positions, weight decay .5, a high learning rate and a begin token in every row favour sinks (arXiv 2410.10781).
+Softmax comes first; the other methods are worth their time only where it has formed a sink:
+
+    python -m oasis_jax prepare --source hf:HuggingFaceFW/fineweb-edu/sample-10BT --tokenizer bpe \
+        --set data.bpe_vocab_size=32768 --set data.holdout_fraction=0.005 --out data/fineweb_edu
+    python -m oasis_jax study configs/study_pretrain.py --out runs/study_pretrain --methods residual --minutes 10
+    python -m oasis_jax study configs/study_pretrain.py --out runs/study_pretrain --minutes 10
+    python -m oasis_jax study configs/study_pretrain.py --plan h100:1
+
+Hardware: one GPU, in pieces of ten minutes. The plan says (PLAN)
+Not trained here: there are no metrics of it.
+"""
+
+from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from oasis_jax.study import Claim, Outcome, Study
+
+SINK, EIGHT_BITS = "sink_rate", "quantized.w8a8_tensor.nats"
+OASIS = "OASIS (2605.17887)"
+
+
+def get_study() -> Study:
+    base = Config(
+        model=ModelConfig(
+            preset="residual",
+            num_layers=8,
+            width=384,
+            num_heads=6,
+            rope_theta=0.0,
+            learned_positions=512,
+            dtype="bfloat16",
+        ),
+        data=DataConfig(
+            corpus="prepared",
+            pattern="data/fineweb_edu",
+            tokenizer="bpe",
+            bpe_vocab_size=32768,
+            sequence_length=512,
+            batch_size=256,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=200, weight_decay=0.5),
+        run=RunConfig(steps=4600, log_interval=20, telemetry_interval=200, checkpoint_interval=500),
+    )
+    return Study(
+        title="Pretraining where sinks form",
+        base=base,
+        methods={
+            "residual": (),
+            "residual_softmax1": ("model.normalizer=softmax1",),
+            "attnres": ("model.preset=attnres",),
+            "attnres_cumulative": ("model.preset=attnres_cumulative",),
+            "softmax1": ("model.preset=softmax1",),
+            "oasis": ("model.preset=oasis",),
+            "oasis_blocks": ("model.preset=oasis_blocks", "model.blocks=4"),
+        },
+        twins={"softmax1": "attnres_cumulative", "oasis": "attnres_cumulative", "oasis_blocks": "attnres"},
+        seeds=(0, 1, 2),
+        measures=("default", "values", "massive", "residual_sinks"),
+        interventions=("beta",),
+        schemes=("w8a8_tensor", "w8a8_tensor+sink_float", "w8a8", "w4a4_g32"),
+        eval_batches=4,
+        outcomes=(
+            Outcome("perplexity", "perplexity"),
+            Outcome(SINK, "sink rate", relative=False),
+            Outcome("first_token_mass", "first-token mass", relative=False),
+            Outcome("null_mass", "null mass", "none", relative=False),
+            Outcome("max_inf_norm", "max inf norm"),
+            Outcome("avg_kurtosis", "mean kurtosis"),
+            Outcome(EIGHT_BITS, "w8a8_tensor, nats", relative=False),
+            Outcome("quantized.w8a8_tensor.d_sink", "D_sink, nats", relative=False),
+            Outcome("quantized.w4a4_g32.nats", "w4a4_g32, nats", relative=False),
+        ),
+        claims=claims(),
+    )
+
+
+def claims() -> tuple[Claim, ...]:
+    """OASIS beside its twin, and the claim under its claims, where the other method has a sink."""
+    twin, ours, formed = "attnres_cumulative", "oasis", {SINK: 0.03}
+    return (
+        Claim("OASIS has weaker sinks than its twin", OASIS, SINK, ours, twin, needs=formed),
+        Claim("OASIS has a smaller max inf norm", f"{OASIS}: -9.26 %", "max_inf_norm", ours, twin),
+        Claim("OASIS has a smaller mean kurtosis", f"{OASIS}: -2.60 %", "avg_kurtosis", ours, twin),
+        Claim("OASIS loses less under W8A8", f"{OASIS}: perplexity -75.85 %", EIGHT_BITS, ours, twin),
+        Claim("OASIS gains over Softmax1 over tokens alone", OASIS, SINK, ours, "softmax1"),
+        Claim("Softmax1 weakens sinks", "2410.10781", SINK, "residual_softmax1", "residual", needs=formed),
+        Claim(
+            "A second normalizer, over depth, makes sinks worse",
+            "the claim under OASIS' claims",
+            SINK,
+            "attnres",
+            "residual",
+            direction="higher",
+        ),
+        Claim(
+            "A second normalizer, over depth, makes 8 bits worse",
+            "the claim under OASIS' claims",
+            EIGHT_BITS,
+            "attnres",
+            "residual",
+            direction="higher",
+        ),
+    )
