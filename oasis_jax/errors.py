@@ -16,7 +16,15 @@ class Preempted(Exception):
 
     `train.py` prints the message and exits with code 143, as a process ended by that signal does, so that schedulers
     start it again.
+
+    Args:
+      message: one line.
+      compiling: a thread is still compiling what nobody waits for; it cannot be stopped.
     """
+
+    def __init__(self, message: str, *, compiling: bool = False):
+        super().__init__(message)
+        self.compiling = compiling
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import re
 import traceback
 import types
 import typing
+import warnings
 from typing import TypeVar
 
 from oasis_jax.config import Config, field_type, sections
@@ -46,7 +47,7 @@ def load_file(path: str | os.PathLike, function: str, expected: type[T], flag: s
         if not callable(make):
             raise UserError(f"has no function {function}()")
         found = make()
-    except Exception as error:  # whatever a user's file raises is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is the user's to mend
         raise UserError(f"{path}{_line_in(path, error)}: {_in_words(error)}") from error
     if not isinstance(found, expected):
         raise UserError(
@@ -81,7 +82,9 @@ def _shipped(name: str, flag: str, studies: bool) -> pathlib.Path:
 
 def _compile(path: pathlib.Path, flag: str) -> types.CodeType:
     try:
-        return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # where it matters, an error comes behind it
+            return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
     except (FileNotFoundError, NotADirectoryError):
         there = sorted(str(p) for p in path.parent.glob("*.py"))
         found = f"; allowed: {', '.join(there)}" if there else f"; there is no .py file in {path.parent}"
@@ -101,7 +104,7 @@ def _line_in(path: pathlib.Path, error: BaseException) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     unexpected = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))

@@ -1,6 +1,7 @@
 """What every command line has: flags whose mistakes are one line, and exit codes that say how it ended."""
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -53,6 +54,10 @@ def run_main(
         raise SystemExit(2) from None
     except Preempted as notice:
         print(f"{program}: {notice}", file=sys.stderr)
+        if notice.compiling:  # the interpreter's end would wait for that thread, or break under it
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(143)
         raise SystemExit(143) from None
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

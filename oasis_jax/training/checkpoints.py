@@ -14,15 +14,23 @@ from typing import NamedTuple, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN, PreservationPolicy
+from orbax.checkpoint.checkpoint_managers import LatestN
 
-from oasis_jax.config import Config, RunConfig
+from oasis_jax.config import Config
 from oasis_jax.data import Tokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.training import manifest
 from oasis_jax.training.array_checksums import checksums, differing
-from oasis_jax.training.description import LAYOUT, differing_fields, stored_config, stored_tokenizer, versions
+from oasis_jax.training.description import (
+    LAYOUT,
+    check_length,
+    differing_fields,
+    stored_config,
+    stored_tokenizer,
+    versions,
+)
 from oasis_jax.training.distributed import agreed, is_first, wait_for_all
+from oasis_jax.training.keep import Keep, held_out_loss
 from oasis_jax.training.state import TrainState, abstract_state
 
 T = TypeVar("T")
@@ -63,35 +71,6 @@ class _Alias:
             self._scratch.cleanup()
 
 
-class Keep(NamedTuple):
-    """Which checkpoints stay: the newest, those of every so many steps (0: none), and those with the lowest loss (0:
-    none).
-    """
-
-    latest: int
-    every: int = 0
-    best: int = 0
-
-    @classmethod
-    def of(cls, run: RunConfig) -> "Keep":
-        return cls(run.keep_checkpoints, run.keep_every, run.keep_best)
-
-    def policy(self) -> PreservationPolicy:
-        policies = [LatestN(self.latest)]
-        if self.every:
-            policies.append(EveryNSteps(self.every))
-        if self.best:
-            policies.append(
-                BestN(
-                    get_metric_fn=lambda metrics: metrics["loss"],
-                    reverse=True,
-                    n=self.best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        return AnyPreservationPolicy(policies)
-
-
 class Checkpoints:
     """The checkpoints of a workdir, written in the background, each one whole or not there; a context manager.
 
@@ -111,11 +90,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(None) if keep is None else keep.policy(),
             create=keep is not None,
+            best_fn=held_out_loss,  # without one metrics are not written, and a resumed run would not know them
             lightweight_initialize=True,  # no file of a checkpoint is read before it is looked at
             async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
         )
         wait_for_all("unfinished checkpoints are removed")
         self._saving: int | None = None
+        self._skipped: set[int] = set()  # checkpoints whose step was
         self._alias = _Alias(self.folder.absolute(), create=keep is not None)
         self._manager = ocp.CheckpointManager(self._alias.path, options=options)
 
@@ -154,7 +135,7 @@ class Checkpoints:
 
     def last_good(self) -> str:
         """In words, where a run that has to stop can go on from."""
-        good = self.steps()
+        good = [step for step in self.steps() if step not in self._skipped]
         return f"the last good checkpoint is step {good[0]} in {self.folder}" if good else "there is no checkpoint yet"
 
     def wait(self) -> None:
@@ -168,7 +149,14 @@ class Checkpoints:
             self._seal(self._saving)
 
     def save(
-        self, state: TrainState, *, step: int, data_state: dict, description: dict, loss: float | None = None
+        self,
+        state: TrainState,
+        *,
+        step: int,
+        data_state: dict,
+        description: dict,
+        loss: float | None = None,
+        skipped: bool = False,
     ) -> None:
         """Starts to write a checkpoint; returns when the state's arrays may be given up.
 
@@ -177,6 +165,8 @@ class Checkpoints:
           data_state: of the training iterator.
           description: see `describe`.
           loss: on held-out data, for `Keep.best`.
+          skipped: the step changed nothing (optimizer.nonfinite=skip). Such a checkpoint stays while it is the newest,
+            and pushes none out that is good.
 
         Raises:
           UserError: this checkpoint or the one before could not be written, because the disk is full or the like.
@@ -184,12 +174,13 @@ class Checkpoints:
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
         self.wait()
         self._saving = step
+        self._skipped |= {step} if skipped else set()
         self._check_space(state)
         arrays = checksums({"params": state.params, "rest": rest})
         with self._storage():
             saved = self._manager.save(
                 step,
-                metrics=None if loss is None else {"loss": loss},
+                metrics={"skipped": float(skipped)} | ({} if loss is None else {"loss": loss}),
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     rest=ocp.args.StandardSave(rest),
@@ -282,8 +273,10 @@ class Checkpoints:
                     f"checkpoint {bad} is not whole, step {step} is used instead: {reason}; {bad - step} steps lost"
                 )
             return found, list(broken)
-        replaced = [step for step in self._manager.all_steps(read=True) if step > max(steps)]
+        there = [path.name for path in self.folder.iterdir()]
+        replaced = [int(name) for name in there if name.isascii() and name.isdecimal() and int(name) > max(steps)]
         if replaced and not any((self.folder / str(step)).exists() for step in broken):
+            self._manager.reload()
             return self.first_whole(restore, sorted(replaced, reverse=True))  # a run that is training deleted them
         reasons = "; ".join(f"{step}: {reason}" for step, reason in broken.items())
         raise UserError(f"{self.folder}: no whole checkpoint ({reasons}); restore one or take another workdir")
@@ -318,7 +311,8 @@ class Checkpoints:
         moved aside.
 
         Raises:
-          UserError: the checkpoint's run is another one (the differing fields are named), or none is whole.
+          UserError: the checkpoint's run is another one (the differing fields are named) or longer than the config's,
+            or none is whole.
         """
         if not self.steps():
             return None
@@ -332,6 +326,8 @@ class Checkpoints:
                     f"{self.folder.parent} holds a run with another config: {'; '.join(differing)}; take these "
                     "values or another workdir"
                 )
+            if note := check_length(config, stored, step, self.folder.parent):
+                self._say(note)
             self._compare_versions(metadata["versions"])
             state = self.state(step, abstract_state(dataclasses.replace(stored, mesh=config.mesh), mesh))
             return Resumed(step, state, metadata["data_state"], stored_tokenizer(metadata), metadata["corpus"])
@@ -341,7 +337,8 @@ class Checkpoints:
         for step in [*broken, *filter(self._is_damaged, older)]:
             self._move_aside(step)
         self._seal(resumed.step)
-        self._manager.reload()  # with the losses of all of them, which `Keep.best` compares
+        self._manager.reload()  # with the metrics of all of them, which `Keep` compares
+        self._skipped = {step for step in self.steps() if (self._manager.metrics(step) or {}).get("skipped")}
         return resumed
 
     def _is_damaged(self, step: int) -> bool:

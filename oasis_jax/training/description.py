@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import os
 import pathlib
 import platform
 import subprocess
@@ -10,17 +11,18 @@ import subprocess
 from oasis_jax.config import Config, from_dict, sections, to_dict
 from oasis_jax.data import Corpus, Tokenizer
 from oasis_jax.errors import UserError
+from oasis_jax.training.optimizer import learning_rate
 
 _PACKAGES = ("oasis_jax", "jax", "flax", "optax", "orbax-checkpoint")
 # What may be another when a run is resumed: how it computes and what it shows, never what it computes. The files of a
-# pattern are compared by content. run.steps shapes the schedule, so it joins them only where the schedule is constant.
+# pattern are compared by content. run.steps shapes the schedule and is the one exception: `check_length`.
 MAY_DIFFER = {
     *("model.remat", "model.stack", "model.attention_implementation", "model.depth_implementation"),
     *("data.pattern", "optimizer.accumulation_steps"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.rules"),
     *("run.log_interval", "run.telemetry_interval", "run.eval_interval", "run.eval_batches"),
     *("run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard"),
-    *("optimizer.nonfinite", "optimizer.nonfinite_limit"),
+    *("optimizer.nonfinite", "optimizer.nonfinite_limit", "run.steps"),
 }
 # Filled in from the data: 0 in a config means what the checkpoint has.
 _FROM_DATA = ("vocab_size", "vector_dim")
@@ -71,18 +73,41 @@ def describe(config: Config, corpus: Corpus) -> dict:
 
 def differing_fields(asked: Config, stored: Config) -> list[str]:
     """In words, every field in which a config differs from a checkpoint's and must not; see `MAY_DIFFER`."""
-    free = MAY_DIFFER | (
-        {"run.steps"} if asked.optimizer.schedule == stored.optimizer.schedule == "constant" else set()
-    )
     found = []
     for section, cls in sections().items():
         for field in dataclasses.fields(cls):
             name = f"{section}.{field.name}"
             new, old = (getattr(getattr(config, section), field.name) for config in (asked, stored))
             unset = field.name in _FROM_DATA and new == 0
-            if new != old and name not in free and not unset:
+            if new != old and name not in MAY_DIFFER and not unset:
                 found.append(f"{name} is {old!r} there, {new!r} now")
     return found
+
+
+def check_length(asked: Config, stored: Config, step: int, workdir: str | os.PathLike) -> str:
+    """In words, what becomes of a run whose checkpoint after `step` is resumed with another run.steps; "" with the
+    same. What is left of it follows the schedule of the new length.
+
+    Raises:
+      UserError: the checkpoint is beyond the end.
+    """
+    old, new = stored.run.steps, asked.run.steps
+    if step > new:
+        raise UserError(
+            f"run.steps: {new} asked for, but {workdir} is at step {step} already; go on with --set run.steps=N of at "
+            f"least {step}, or take another workdir"
+        )
+    if old == new:
+        return ""
+    schedule = asked.optimizer.schedule
+    if step == new:
+        rates = ""
+    elif schedule == "constant":
+        rates = "; the learning rate is constant and stays"
+    else:
+        before, now = (float(learning_rate(asked.optimizer, steps)(step)) for steps in (old, new))
+        rates = f"; from here on the {schedule} schedule is that of {new} steps: step {step + 1} has learning rate {now:.4g}, not {before:.4g}"
+    return f"run.steps: {old} until step {step}, {new} now{rates}"
 
 
 def check_corpus(corpus: Corpus, identity: dict) -> None:

@@ -23,6 +23,11 @@ class Guard:
         self._config, self._checkpoints = config, checkpoints
         self._in_a_row = 0
 
+    @property
+    def skipping(self) -> bool:
+        """Whether the newest step that was looked at was skipped."""
+        return self._in_a_row > 0
+
     def fetch(self, pending: Mapping[int, Mapping[str, jax.Array]]) -> dict[str, float]:
         """The metrics of the newest step that was not skipped, after a look at all of them, and "skipped",
         the number of those that were.

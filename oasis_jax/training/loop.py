@@ -7,6 +7,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -79,7 +80,8 @@ def fit(
         written or that another process trains in.
       TrainingStopped: loss, gradient or parameters are no longer finite (such a state is never saved), or the workdir
         cannot take more.
-      Preempted: SIGTERM came; the step it fell into was finished and saved.
+      Preempted: SIGTERM came; the step it fell into was finished and saved. While the first step is still being
+        compiled there is nothing to save, and the run ends at once.
     """
     config = with_source(config, workdir)
     mesh = make_mesh(config.mesh)
@@ -104,9 +106,9 @@ def fit(
         for note in corpus.notes:
             progress.say(note)
         if resumed and resumed.step == config.run.steps:
-            progress.say(f"{workdir} has all its {resumed.step} steps")
+            progress.say(f"{workdir} has all its {resumed.step} steps; for more: --set run.steps=N")
             return _last_line(workdir)
-        state = resumed.state if resumed else new_state(config, mesh)
+        state = resumed.state if resumed else new_state(config, mesh, preemption.compiled)
         if start:
             examples = lambda rows: training_examples(corpus, config, rows)
             state = state._replace(params=starting_parameters(start, config, state.params, examples, progress.say))
@@ -180,6 +182,8 @@ def _train(
             check_ids(config.model, inputs=examples["inputs"], targets=examples["targets"])
         with speed.spending("transfer"):
             batch = placement.put(examples, parts=parts)
+        if step == first + 1:
+            train_step = run.preemption.compiled(partial(train_step.lower, state, batch))
         seen = {}
         if due.telemetry:
             seen = floats(telemetry(state, batch))
@@ -204,7 +208,8 @@ def _train(
         # After the log: the steps that a checkpoint has behind it are all in there.
         if due.save:
             data_state, loss = batches.get_state(), values.get("eval/loss")
-            checkpoints.save(state, step=step, data_state=data_state, description=description, loss=loss)
+            facts = dict(description=description, loss=loss, skipped=guard.skipping)
+            checkpoints.save(state, step=step, data_state=data_state, **facts)
         if due.leave and step < config.run.steps:
             checkpoints.wait()
             raise Preempted(

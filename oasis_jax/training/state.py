@@ -1,5 +1,6 @@
 """What a training run carries from step to step, and how it is made where it will lie."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -89,7 +90,16 @@ def shardings_of(state: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, state)
 
 
-def new_state(config: Config, mesh: Mesh) -> TrainState:
-    """The state before the first step, made in its shards: no device ever holds the whole."""
+def new_state(
+    config: Config, mesh: Mesh, compiled: Callable[[Callable], Callable] = lambda lower: lower().compile()
+) -> TrainState:
+    """The state before the first step, made in its shards: no device ever holds the whole.
+
+    Args:
+      config: the run.
+      mesh: as `make_mesh` builds it.
+      compiled: makes a program of a function that traces and lowers it.
+    """
     make = jax.jit(partial(_initial, config), out_shardings=shardings_of(abstract_state(config, mesh)))
-    return make(np.int32(config.run.seed))
+    seed = np.int32(config.run.seed)
+    return compiled(partial(make.lower, seed))(seed)

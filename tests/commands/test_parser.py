@@ -19,9 +19,9 @@ def test_what_follows_two_dashes_is_no_flag():
 
 
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, threading
 from oasis_jax.commands.parser import run_main
-from oasis_jax.errors import UserError
+from oasis_jax.errors import Preempted, UserError
 
 # a shell's background jobs ignore it, and so would their children
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,6 +35,9 @@ def main(argv, program):
         raise ValueError("a bug")
     if argv == ["interrupt"]:
         os.kill(os.getpid(), signal.SIGINT)
+    if argv == ["preempted"]:
+        threading.Thread(target=threading.Event().wait).start()  # no end of the interpreter comes after it
+        raise Preempted("told to end", compiling=True)
 
 run_main(main)
 """
@@ -56,6 +59,7 @@ def script(tmp_path):
         ("fine", 0, ""),
         ("user", 2, "script.py: error: model.width: too wide\n"),
         ("interrupt", 130, "script.py: interrupted\n"),
+        ("preempted", 143, "script.py: told to end\n"),
     ],
 )
 def test_exit_codes_and_one_line_on_stderr(script, arg, code, stderr):

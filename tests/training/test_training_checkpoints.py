@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from saved_runs import equal, resume
 
-from oasis_jax.config import Config, ModelConfig, OptimizerConfig, from_dict, to_dict
+from oasis_jax.config import Config, ModelConfig, from_dict, to_dict
 from oasis_jax.data import load_corpus
 from oasis_jax.errors import UserError
 from oasis_jax.model.layout import unstack_layers
 from oasis_jax.training import manifest
 from oasis_jax.training.checkpoints import Checkpoints, Keep
-from oasis_jax.training.description import check_corpus, describe, differing_fields
+from oasis_jax.training.description import check_corpus, check_length, describe, differing_fields
 from oasis_jax.training.load import load_run
 from oasis_jax.training.state import build_model
 
@@ -119,7 +119,7 @@ def test_every_other_field_is_compared():
     free = [name for name in fields if name not in compared]
     assert set(free) == {
         "model.remat", "model.stack", "model.attention_implementation", "model.depth_implementation", "data.pattern",
-        "optimizer.accumulation_steps", "optimizer.nonfinite", "optimizer.nonfinite_limit",
+        "optimizer.accumulation_steps", "optimizer.nonfinite", "optimizer.nonfinite_limit", "run.steps",
         "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.rules",
         "run.log_interval", "run.telemetry_interval", "run.eval_interval", "run.eval_batches",
         "run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard",
@@ -127,22 +127,41 @@ def test_every_other_field_is_compared():
 
 
 class _Everything:
-    """A config whose every field has another value than any other config's, but for the schedule."""
+    """A config whose every field has another value than any other config's."""
 
     def __init__(self, values):
         for name, fields in values.items():
             setattr(self, name, type("Section", (), dict.fromkeys(fields, object())))
-        self.optimizer.schedule = "linear"
 
 
-def test_only_a_constant_schedule_can_be_made_longer():
-    for schedule, expected in [
-        ("cosine", ["run.steps is 300 there, 400 now"]),
-        ("linear", ["run.steps is 300 there, 400 now"]),
-        ("constant", []),
-    ]:
-        stored = Config(optimizer=OptimizerConfig(schedule=schedule))
-        assert differing_fields(changed(stored, run__steps=400), stored) == expected
+@pytest.mark.parametrize(
+    "schedule, steps, words",
+    [
+        # (1 + cos(pi 10/16)) / 2 and 30/40 of 4e-4; half of it at 10/20
+        ("cosine", 16, "step 10 has learning rate 0.0001235, not 0.0002"),
+        ("linear", 40, "step 10 has learning rate 0.0003, not 0.0002"),
+        ("constant", 40, "the learning rate is constant and stays"),
+        ("linear", 9, "run.steps: 20 until step 9, 9 now"),
+    ],
+)
+def test_a_run_may_become_longer_or_shorter(run, workdir, said, schedule, steps, words):
+    """The checkpoint of step 9 of 20, of a run with the schedule asked for."""
+    stored = changed(
+        run[1],
+        optimizer__schedule=schedule,
+        optimizer__warmup_steps=0,
+        optimizer__learning_rate=4e-4,
+        optimizer__final_fraction=0.0,
+    )
+    assert words in check_length(changed(stored, run__steps=steps), stored, 9, workdir)
+    assert check_length(stored, stored, 9, workdir) == ""
+
+
+def test_another_length_is_said_and_one_that_is_over_refused(run, workdir, said):
+    assert resume(changed(run[0], run__steps=30), workdir, said).step == 9
+    assert said[-1].startswith("run.steps: 20 until step 9, 30 now; from here on the cosine schedule is that of 30 ")
+    with pytest.raises(UserError, match=r"run.steps: 8 asked for, but .* is at step 9 .* --set run.steps=N of at lea"):
+        resume(changed(run[0], run__steps=8), workdir, said)
 
 
 def test_a_vocabulary_is_only_compared_when_asked_for():

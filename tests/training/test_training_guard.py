@@ -4,6 +4,8 @@ import dataclasses
 import math
 import os
 import signal
+import threading
+import time
 
 import jax
 import numpy as np
@@ -14,8 +16,11 @@ from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, R
 from oasis_jax.errors import Preempted, UserError
 from oasis_jax.placement import Placement
 from oasis_jax.training import loop
+from oasis_jax.training.checkpoints import Checkpoints
 from oasis_jax.training.distributed import Processes, batch_part
+from oasis_jax.training.keep import Keep
 from oasis_jax.training.metrics import read_metrics
+from oasis_jax.training.preemption import Preemption
 
 CONFIG = Config(
     model=ModelConfig(preset="oasis", inputs="vectors", num_layers=1, width=14, num_heads=1, mlp_dim=22),
@@ -74,12 +79,74 @@ def test_a_run_that_skips_nothing_is_the_one_that_would_stop(tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-4)  # two programs: the last bits differ
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run(poison, tmp_path):
-    poison({4, *range(9, 40)})
-    with pytest.raises(
-        loop.TrainingStopped, match=r"step 12: 4 steps in a row were not finite .* the last good checkpoint is step 7"
-    ):
-        loop.fit(with_fields(optimizer=dict(nonfinite="skip", nonfinite_limit=4)), tmp_path)
+@pytest.fixture(scope="module")
+def diverged(tmp_path_factory):
+    """A run that skips step 2 and is lost from step 5 on, while an evaluator still finds low losses; its message and
+    its workdir.
+    """
+    workdir = tmp_path_factory.mktemp("diverged")
+    run = dict(checkpoint_interval=1, eval_interval=1, keep_checkpoints=1, keep_best=1)
+    config = with_fields(run=run, optimizer=dict(nonfinite="skip", nonfinite_limit=4))
+    losses = iter([0.5, 0.1, 0.2, 0.4, *[0.1] * 9])
+    put, calls = Placement.put, []
+
+    def poisoned(placement, batch, **options):
+        calls.append(None)
+        scale = np.float32("nan" if len(calls) == 2 or len(calls) > 4 else 1)
+        return put(placement, batch | {"targets": batch["targets"] * scale}, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Placement, "put", poisoned)
+        with pytest.raises(loop.TrainingStopped) as error:
+            loop.fit(config, workdir, evaluators={"own": lambda *_: {"loss": next(losses)}})
+    return str(error.value), workdir
+
+
+def test_skipped_steps_push_out_no_good_checkpoint(diverged):
+    message, workdir = diverged
+    assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} == {3, 4, 7}  # best, newest good, newest
+    assert message.startswith("step 8: 4 steps in a row were not finite")
+    assert "the last good checkpoint is step 4" in message
+
+
+def test_a_resumed_run_knows_which_were_good(diverged):
+    with Checkpoints(diverged[1], keep=Keep(1, best=1), say=print) as checkpoints:
+        config = with_fields(optimizer=dict(nonfinite="skip"))
+        assert checkpoints.resume(config, loop.make_mesh(config.mesh)).step == 7
+        assert checkpoints.last_good().startswith("the last good checkpoint is step 4")
+
+
+class Lowered:
+    """What compiles for ever."""
+
+    def compile(self):
+        threading.Event().wait()
+
+
+def trace_for_ever():
+    while True:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("lower, compiling", [(Lowered, True), (trace_for_ever, False)])
+def test_sigterm_waits_for_no_compiler(lower, compiling):
+    with Preemption() as preemption:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(Preempted, match=r"told to end \(SIGTERM\) before .* nothing to save") as notice:
+            preemption.compiled(lower)
+        assert notice.value.compiling == compiling
+        with pytest.raises(Preempted) as notice:
+            preemption.compiled(lower)
+        assert not notice.value.compiling
+
+
+def test_what_a_compiler_raises_reaches_the_run():
+    class Broken:
+        def compile(self):
+            raise MemoryError("no room")
+
+    with Preemption() as preemption, pytest.raises(MemoryError, match="no room"):
+        preemption.compiled(Broken)
 
 
 def test_sigterm_saves_and_a_second_call_goes_on(tmp_path, monkeypatch):

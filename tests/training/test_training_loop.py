@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,7 @@ def poison(monkeypatch, name):
                 {name: jnp.float32(jnp.nan)} if number >= 7 else {}
             )
 
+        step.lower = lambda state, batch: SimpleNamespace(compile=lambda: step)
         return step
 
     monkeypatch.setattr(loop, "make_step", make_step)
