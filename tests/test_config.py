@@ -298,7 +298,7 @@ OUTSIDE = {
     "optimizer.final_fraction": (1.1, -0.1), "optimizer.weight_decay": (-0.1,), "optimizer.warmup_steps": (-1, 2**40),
     "data.holdout_fraction": (0.999999, 0.0), "data.trigger_rate": (1.0,), "data.batch_size": (0, 10**30),
     "model.clip_alpha": (-1.0,), "model.norm_epsilon": (1e30, -1e-9), "model.residual_clip": (1e-40, -1.0),
-    "model.null_weight": (1.5,), "model.width": (10**30,), "model.num_layers": (10**12,), "run.seed": (-1,),
+    "model.null_weight": (1.5,), "model.width": (10**30,), "model.num_layers": (10**12, 4097), "run.seed": (-1,),
     "run.steps": (0, 10**5000),
 }  # fmt: skip
 

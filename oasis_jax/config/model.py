@@ -286,7 +286,7 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
     output_norm: bool = field(
         None, "delta wiring: every sublayer's output is RMS-normalized, without a gain, before it joins its source"
     )
-    num_layers: int = field(4, "layers, each one attention and one MLP")
+    num_layers: int = field(4, "layers, each one attention and one MLP", high=4096)
     layer_pattern: tuple[LayerPattern, ...] = field(
         (), "windows and rotary bases of a repeating group of layers, in place of window and rope_theta"
     )

@@ -30,7 +30,7 @@ class Processes:
         if not self.coordinator and not self.count:
             return
         host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) < 2**16):
             raise UserError(f"--coordinator: expected HOST:PORT of process 0, got {self.coordinator!r}")
         if self.count < 1:
             raise UserError(f"--processes: must be at least 1, got {self.count}")

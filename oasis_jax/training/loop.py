@@ -23,6 +23,7 @@ from oasis_jax.training.description import check_corpus, describe
 from oasis_jax.training.distributed import batch_part, is_first
 from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.guard import Guard, TrainingStopped, floats
+from oasis_jax.training.limits import check_limits, out_of_memory_in_words
 from oasis_jax.training.lock import WorkdirLock
 from oasis_jax.training.metrics import MetricsWriter, NoWriter, ProgressBar, Speed, read_metrics
 from oasis_jax.training.optimizer import at_step
@@ -85,12 +86,14 @@ def fit(
     """
     config = with_source(config, workdir)
     mesh = make_mesh(config.mesh)
-    # A batch that cannot be split is refused before anything is read or written.
+    # A batch that cannot be split and what cannot fit are refused before anything is read or written.
     check_batch_size(config, Placement(mesh, config.mesh.rules))
+    check_limits(config, mesh)
     workdir = writable(workdir)
     tokens = config.data.batch_size * config.data.sequence_length
     with contextlib.ExitStack() as stack:
         # Where the run stands. Nothing is changed before the workdir's run is known to be this one.
+        stack.enter_context(out_of_memory_in_words())
         preemption = stack.enter_context(Preemption())
         progress = ProgressBar(steps=config.run.steps, tokens_per_step=tokens, silent=not is_first())
         lock = stack.enter_context(WorkdirLock(workdir, progress.say))

@@ -74,6 +74,7 @@ def test_each_runs_from_a_small_checkpoint(name, family, tmp_path):
     assignments += ["data.corpus=files", f"data.pattern={tmp_path}/text.txt", "data.sequence_length=9"]
     assignments += ["data.batch_size=4", "optimizer.accumulation_steps=2", f"run.init_from={source}"]
     assignments += ["run.steps=2", "run.eval_interval=0", "run.log_interval=1", "mesh.data=1"]
+    assignments += ["optimizer.warmup_steps=2", "optimizer.learning_rate=2e-7"]
     config = apply_overrides(load_config(CONFIGS / f"{name}.py"), assignments)
     last = fit(config, tmp_path / "run")
     assert last["step"] == 2 and np.isfinite(last["loss"])
@@ -96,6 +97,7 @@ def test_gsm8k_is_learned_from_a_small_checkpoint_and_resumed_bit_by_bit(tmp_pat
     assignments = [f"data.pattern={tmp_path}/pairs.jsonl", "data.sequence_length=45", "data.batch_size=3"]
     assignments += [f"run.init_from={source}", "run.log_interval=1", "run.checkpoint_interval=2", "mesh.data=1"]
     assignments += ["run.eval_interval=2", "run.eval_batches=1", "optimizer.schedule=constant"]
+    assignments.append("optimizer.warmup_steps=2")
     config = lambda steps: apply_overrides(
         load_config(CONFIGS / "finetune_gsm8k.py"), [*assignments, f"run.steps={steps}"]
     )

@@ -24,12 +24,13 @@ from oasis_jax.training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
-from oasis_jax.config import Config, DataConfig, ModelConfig, RunConfig
+from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
 def get_config():
     return Config(
         model=ModelConfig(preset="oasis", num_layers=1, width=14, num_heads=1, mlp_dim=22),
         data=DataConfig(corpus="files", pattern="{pattern}", sequence_length=9, batch_size=5, holdout_fraction=0.2),
+        optimizer=OptimizerConfig(warmup_steps=6),
         run=RunConfig(
             steps=12, log_interval=2, telemetry_interval=5, eval_interval=6, checkpoint_interval=5, keep_checkpoints=9
         ),
