@@ -257,6 +257,10 @@ WRONG = {
         lambda: ModelConfig(preset="oasis", output_norm=True),
         "model.output_norm: goes with wiring=delta, got wiring=cumulative",
     ),
+    "fixed beta without coupling": (
+        lambda: ModelConfig(preset="softmax1", fixed_beta=1.0),
+        "model.fixed_beta: goes with coupling=True, got 1.0 without",
+    ),
     "too many blocks": (
         lambda: ModelConfig(preset="oasis_blocks", num_layers=3),
         "model.blocks: 8 blocks for 6 sublayers",

@@ -152,6 +152,7 @@ def steps(model: ModelConfig, width: int) -> str:
         rows = [("sublayer", "reads", "writes"), *((step.name, "stream", "stream + output") for step in plan.steps)]
         return f"{model.wiring} wiring: the stream starts as the embedding\n" + aligned(rows, width)
     coupled = ", coupled to the null mass of attention" if model.coupling else ""
+    coupled += f" with beta {model.fixed_beta:g}" if model.fixed_beta else ""
     queries = "" if model.depth_normalizer == "uniform" else f"{model.router} "
     made = (
         "the stream + its output"

@@ -235,6 +235,9 @@ class RouterConfig:
         "nothing learned",
     )
     coupling: bool = field(True, "weigh sources by the null mass of their attention (inter-layer null signal)")
+    fixed_beta: float = field(
+        0.0, "coupling: the strength beta of the inter-layer null signal as a number; 0: learned", low=0, high=10
+    )
     alpha_gate: bool = field(
         False, "a router's mixture m becomes v + alpha (m - v), v its newest source, alpha learned from 0 on"
     )
@@ -254,6 +257,8 @@ class RouterConfig:
     def check_router(self, section: str) -> None:
         """Raises UserError where the fields do not fit together."""
         check_minimum(self, section, router_init_std=0.0)
+        if self.fixed_beta and not self.coupling:
+            raise UserError(f"{section}.fixed_beta: goes with coupling=True, got {self.fixed_beta} without")
         if self.depth_normalizer == "uniform" and self.coupling:
             raise UserError(f"{section}.coupling: depth_normalizer=uniform weighs by nothing; set coupling=False")
         if self.depth_normalizer == "sigmoid" and self.depth_implementation != "auto":

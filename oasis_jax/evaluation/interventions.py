@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.evaluation.bootstrap import Estimate, intervals
 from oasis_jax.evaluation.evaluator import Batch, Evaluator, FinalReading, Rows
 from oasis_jax.evaluation.measures.perplexity import position_losses
+from oasis_jax.evaluation.measures.residual_sinks import RESIDUAL_SINKS
+from oasis_jax.evaluation.measures.sinks import SINKS
 from oasis_jax.evaluation.numerics import Named
 from oasis_jax.evaluation.passes import DecoderPass, collect
 from oasis_jax.model.normalizers import NULL_LOGITS
@@ -45,12 +47,18 @@ INTERVENTIONS = {
     "begin_token": "the first token of every sequence removed: no other sees it; the loss over the other targets, "
     "before "
     "and after",
+    "sink_denominator": "the residual sink's channel, the one that residual_sinks finds where its ratio is largest, "
+    "left out of the mean square of every norm of the stream: the mean is that of the other channels",
+    "sink_output": "the same channel set to 0 in the output of every norm of the stream",
 }
+# What else is measured before and after, but for "sources", whose effects are many, and "begin_token", after which the
+# first token is another.
+SINK_MEASURES = ("sink_rate", "first_token_mass", "null_mass", "residual_sink_ratio")
 
 
 class Effect(NamedTuple):
     """One intervention. `loss` and `change` in nats per token, or squared error; None: does not apply, `reason` says
-    why.
+    why. `sinks`: of each of SINK_MEASURES the value before and after.
     """
 
     intervention: str
@@ -63,6 +71,8 @@ class Effect(NamedTuple):
     change: float | None = None
     interval: tuple[float, float] | None = None
     reason: str | None = None
+    sinks: dict[str, tuple[float | None, float | None]] | None = None
+    channel: int | None = None  # the residual sink's
 
 
 class Changes(NamedTuple):
@@ -92,6 +102,33 @@ class ChangedRouters(Named):
         return DepthRoute(wide.astype(found.output.dtype), weights, found.null_mass * scale)
 
 
+class NormChanges(NamedTuple):
+    """The channel that the norms of a pass miss: where in_denominator > 0 in their mean square, else in their
+    output.
+    """
+
+    channel: Int[Array, ""]
+    in_denominator: Float[Array, ""]
+    epsilon: Float[Array, ""]
+
+
+class ChangedNorms(Named):
+    """Numerics in which one channel is missing from the norms of the stream."""
+
+    def __init__(self, changes: NormChanges):
+        super().__init__()
+        self.changes = changes
+
+    def norm(self, run, x):
+        normed, (channel, in_denominator, epsilon) = run(x), self.changes
+        missing = jnp.arange(x.shape[-1]) == channel
+        square = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        others = jnp.where(missing, 0.0, square).sum(-1, keepdims=True) / (x.shape[-1] - 1)
+        factor = jnp.sqrt((square.mean(-1, keepdims=True) + epsilon) / (others + epsilon))
+        changed = jnp.where(in_denominator > 0, normed * factor, jnp.where(missing, 0.0, normed))
+        return changed.astype(normed.dtype)
+
+
 def _read_losses(reading: FinalReading) -> Rows:
     """The weighted losses of a sequence and their weights, and of them what the first target has, [B] each."""
     found, first = position_losses(reading), reading.tokens.context.order(reading.tokens.length) == 0
@@ -119,8 +156,19 @@ class _Model(NamedTuple):
     batches: Sequence[Batch]
 
     def run(self, changes: Changes | None = None) -> dict[str, np.ndarray]:
-        model = DecoderPass(self.config, self.placement, None if changes is None else ChangedRouters)
-        return collect(model, self.params, self.batches, (_LOSSES,), changes)[0][0]
+        return self._rows(changes, (_LOSSES,))[0]
+
+    def measured(self, changes: Changes | NormChanges | None = None) -> "_Measured":
+        """What `run` tells, and sinks."""
+        losses, *rows = self._rows(changes, (_LOSSES, SINKS, RESIDUAL_SINKS))
+        sinks = SINKS.finish(rows[0], self.config) | RESIDUAL_SINKS.finish(rows[1], self.config)
+        return _Measured(losses, sinks)
+
+    def _rows(self, changes: Changes | NormChanges | None, evaluators) -> list[dict[str, np.ndarray]]:
+        numerics = {Changes: ChangedRouters, NormChanges: ChangedNorms}.get(type(changes))
+        return collect(
+            DecoderPass(self.config, self.placement, numerics), self.params, self.batches, evaluators, changes
+        )[0]
 
     def unchanged(self) -> Changes:
         """Everything counts as it does."""
@@ -133,7 +181,9 @@ class _Model(NamedTuple):
         return self._replace(config=dataclasses.replace(self.config, **fields))
 
     def without_beta(self) -> "_Model":
-        """With a null signal of strength 0: softplus(-inf)."""
+        """With a null signal of strength 0: softplus(-inf), in the program that is compiled already."""
+        if self.config.fixed_beta:
+            return self.with_config(coupling=False, fixed_beta=0.0)
 
         def off(path, x):
             return jnp.full_like(x, -jnp.inf) if path[-1].key == "beta_raw" else x
@@ -145,6 +195,25 @@ class _Model(NamedTuple):
     def without_begin_token(self) -> "_Model":
         """With a first token that no other sees and that predicts nothing; the others start at position 0."""
         return self._replace(batches=[_without_first_token(batch) for batch in self.batches])
+
+
+class _Measured(NamedTuple):
+    """What a pass tells per sequence about losses, and what sinks it has."""
+
+    losses: dict[str, np.ndarray]
+    sinks: Mapping[str, Any]
+
+    def channel(self) -> int:
+        """That of the residual sink: of the layer where it stands out most."""
+        layer = int(np.argmax(self.sinks["residual_sink_ratio_by_layer"]))
+        return self.sinks["residual_sink_channel_by_layer"][layer]
+
+
+def _compared(effect: Effect, base: _Measured, changed: _Measured) -> Effect:
+    """`_effect` with sinks before and after; None where a measure does not apply."""
+    value = lambda sinks, name: sinks[name].value if name in sinks else None
+    sinks = {name: tuple(value(x.sinks, name) for x in (base, changed)) for name in SINK_MEASURES}
+    return _effect(effect._replace(sinks=sinks), base.losses, changed.losses)
 
 
 def _without_first_token(batch: Batch) -> Batch:
@@ -224,6 +293,8 @@ def _why_not(name: str, config: ModelConfig, begin_token: bool) -> str | None:
             "depth routers with Softmax1",
         ),
         "begin_token": (begin_token, "data whose sequences start with a begin token"),
+        "sink_denominator": (config.norm == "rmsnorm", "norm=rmsnorm"),
+        "sink_output": (config.norm != "none", "models with norms"),
     }
     fits, only_for = applies[name]
     return None if fits else f"not applicable: only for {only_for}"
@@ -263,20 +334,25 @@ def intervene(
     chosen, model = choose(interventions), _Model(params, config, placement, list(batches))
     if not model.batches:
         raise UserError("interventions: batches is empty; give at least one")
-    base, found = model.run(), []
-    runs = {
-        "beta": lambda: model.without_beta().run(),
-        "evidence": lambda: model.run(model.unchanged()._replace(evidence=np.float32(0))),
-        "softmax": lambda: model.with_config(normalizer="softmax").run(),
-        "depth_softmax": lambda: model.with_config(depth_normalizer="softmax").run(),
-        "begin_token": lambda: model.without_begin_token().run(),
+    base, found = model.measured(), []
+    changes = {
+        "beta": lambda: model.without_beta().measured(),
+        "evidence": lambda: model.measured(model.unchanged()._replace(evidence=np.float32(0))),
+        "softmax": lambda: model.with_config(normalizer="softmax").measured(),
+        "depth_softmax": lambda: model.with_config(depth_normalizer="softmax").measured(),
+        "sink_denominator": lambda: model.measured(norms._replace(in_denominator=np.float32(1))),
+        "sink_output": lambda: model.measured(norms),
     }
+    norms = NormChanges(np.int32(base.channel()), np.float32(0), np.float32(config.norm_epsilon))
     for name in chosen:
         reason = _why_not(name, config, begin_token)
         if reason:
             found.append(Effect(name, reason=reason))
         elif name == "sources":
-            found += _mask_sources(model, base)
+            found += _mask_sources(model, base.losses)
+        elif name == "begin_token":
+            found.append(_effect(Effect(name), base.losses, model.without_begin_token().run()))
         else:
-            found.append(_effect(Effect(name), base, runs[name]()))
+            channel = base.channel() if name.startswith("sink_") else None
+            found.append(_compared(Effect(name, channel=channel), base, changes[name]()))
     return found

@@ -1,6 +1,7 @@
 """The decoder: embedding, layers in one of three wirings, a head; as pure functions and as an NNX module over them."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,7 +83,7 @@ def final_stream(
     context.check(*inputs.shape[:2])
     embedding = embed(params, config, inputs, context)
     run = run_unrolled(params, config, embedding, with_offset(config, context, inputs.shape[1]), **options)
-    return norm(params.get("final_norm", {}), config, run.stream), run
+    return context.numerics.norm(partial(norm, params.get("final_norm", {}), config), run.stream), run
 
 
 def forward(

@@ -1,6 +1,7 @@
 """The two sublayers of a layer, written once for every executor: attention and MLP, each behind its norm."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -31,14 +32,14 @@ class Sublayer(NamedTuple):
 
 def attend(layer: LayerParameters, config: ModelConfig, x: Stream, context: Context) -> Sublayer:
     """The attention sublayer of the stream x."""
-    normed = norm(layer.get("attention_norm", {}), config, x)
+    normed = context.numerics.norm(partial(norm, layer.get("attention_norm", {}), config), x)
     output, statistics = attention(layer["attention"], config, normed, context)
     return Sublayer(_as_source(config, output, context), normed, statistics)
 
 
 def feed(layer: LayerParameters, config: ModelConfig, x: Stream, context: Context) -> Sublayer:
     """The MLP sublayer of the stream x."""
-    normed = norm(layer.get("mlp_norm", {}), config, x)
+    normed = context.numerics.norm(partial(norm, layer.get("mlp_norm", {}), config), x)
     output = mlp(layer["mlp"], config, normed, context)
     return Sublayer(_as_source(config, output, context), normed, None)
 

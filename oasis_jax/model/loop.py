@@ -26,7 +26,7 @@ from oasis_jax.model.context import Context
 from oasis_jax.model.depth_weights import depth_operator
 from oasis_jax.model.layer import PARTS, SUBLAYERS, Stream, new_source, null_evidence
 from oasis_jax.model.remat import rematerialized
-from oasis_jax.model.router import coupling_strength, finish, query_arguments, route_options
+from oasis_jax.model.router import finish, query_arguments, route_options, router_beta
 from oasis_jax.model.statistics import layer_telemetry
 from oasis_jax.model.wiring import KINDS, schedule
 from pallas_kernels import DepthRoute
@@ -197,7 +197,7 @@ def _block(config: ModelConfig, history: History, slot):
 def _arguments(config: ModelConfig, slot, router, source: Stream) -> dict[str, Array]:
     """What a router's parameters and its newest source give to the depth operator."""
     arguments = query_arguments(router, config, source, slot + 1, schedule(config).num_slots)
-    return arguments | (dict(coupling=coupling_strength(router["beta_raw"])) if config.coupling else {})
+    return arguments | (dict(coupling=router_beta(router, config)) if config.coupling else {})
 
 
 def _options(config: ModelConfig, slot, history: History, context: Context) -> dict[str, Any]:

@@ -53,6 +53,10 @@ class Numerics:
         """A depth router, `run(sources, evidence)`; an intervention changes what goes in or comes out."""
         return run(sources, evidence)
 
+    def norm(self, run: Callable[[Array], Array], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """A norm of the stream, `run(x)`; an intervention changes what comes out."""
+        return run(x)
+
     def layer_arrays(self, scopes: Sequence[str]) -> Any:
         """What it needs to know of the layers with these scopes: a pytree of arrays [L, ...], one entry a layer."""
         del scopes

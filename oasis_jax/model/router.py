@@ -44,13 +44,19 @@ def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
         "static": {"query": constant((width,), 0.0, "router"), "key_norm": constant((width,), 1.0, "router")},
     }[config.router]
     specs = {} if config.depth_normalizer == "uniform" else specs
-    specs |= {"beta_raw": constant((), _BETA_RAW_START, "router")} if config.coupling else {}
+    learned = config.coupling and not config.fixed_beta
+    specs |= {"beta_raw": constant((), _BETA_RAW_START, "router")} if learned else {}
     return specs | ({"alpha": constant((), 0.0, "router")} if config.alpha_gate else {})
 
 
 def coupling_strength(beta_raw: Float[Array, "..."]) -> Float[Array, "..."]:
     """beta = min(softplus(beta_raw), 10) (OASIS, arXiv 2605.17887)."""
     return jnp.minimum(jax.nn.softplus(beta_raw), MAX_BETA)
+
+
+def router_beta(parameters: Parameters, config: RouterConfig) -> Float[Array, ""]:
+    """The coupling strength of a router: learned, or the number that the config fixes."""
+    return jnp.asarray(config.fixed_beta) if config.fixed_beta else coupling_strength(parameters["beta_raw"])
 
 
 def projected_query(
@@ -83,7 +89,7 @@ def route(
     Returns:
       [B, T, D] and the RouterStatistics.
     """
-    beta = coupling_strength(parameters["beta_raw"]) if config.coupling else None
+    beta = router_beta(parameters, config) if config.coupling else None
     arguments = query_arguments(parameters, config, sources[-1], len(sources), numerics=context.numerics)
 
     def run(sources, evidence):

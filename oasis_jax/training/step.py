@@ -182,7 +182,7 @@ def _telemetry(state: TrainState, batch: Batch, *, config: Config, placement: Pl
     else:  # micro-batches are equally large, and telemetry is not weighted
         layers = jax.tree.map(lambda x: x.mean(axis=0), jax.lax.map(look, _micro_batches(batch, config, placement)))
     betas = {}
-    if config.model.coupling and "routers" in params:
+    if "beta_raw" in params.get("routers", {}):
         strengths = coupling_strength(params["routers"]["beta_raw"])
         betas = {name: strengths[i] for i, name in enumerate(schedule(config.model).routers)}
     return telemetry(layers, betas)

@@ -125,6 +125,58 @@ def test_without_the_begin_token_the_same_targets_are_compared():
     assert effect.change == pytest.approx(effect.loss - evaluate_model(model, later)["loss"], **CLOSE)
 
 
+def loss_and_first_token_mass(model: Decoder, batches: list[dict], norm) -> tuple[float, float]:
+    """The residual preset written out, its norms by a function of (scale, h)."""
+    total = weight = 0.0
+    masses = []
+    for batch in batches:
+        h = np.asarray(model.embedding.parameters["table"][batch["inputs"]], np.float64)
+        for layer in model.layers:
+            normed = norm(layer.attention_norm.parameters["scale"], h)
+            output, statistics = layer.attention(jnp.asarray(normed, jnp.float32))
+            masses.append(np.mean(statistics.first_token_mass))
+            h = h + np.asarray(output)
+            h = h + np.asarray(layer.mlp(jnp.asarray(norm(layer.mlp_norm.parameters["scale"], h), jnp.float32)))
+        kernel = np.asarray(model.head.parameters["kernel"][:, : model.config.vocab_size], np.float64)
+        logits = norm(model.final_norm.parameters["scale"], h) @ kernel
+        nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+        total, weight = total + (nats * batch["weights"]).sum(), weight + batch["weights"].sum()
+    return total / weight, np.mean(masses)
+
+
+@pytest.mark.parametrize("name", ["sink_denominator", "sink_output"])
+def test_a_residual_sink_is_taken_from_the_norms(name):
+    sink, epsilon = 7, 0.3
+    model, batches = build(preset="residual", norm_epsilon=epsilon, tied_head=False), token_batches(1)
+    table = np.array(model.embedding.parameters["table"])
+    table[:, sink] += 30
+    model.embedding.table[...] = jnp.asarray(table)
+
+    def norm(scale, h, changed):
+        others = np.arange(h.shape[-1]) != sink
+        counted = h[..., others] if changed and name == "sink_denominator" else h
+        y = h / np.sqrt((counted**2).mean(-1, keepdims=True) + epsilon) * np.asarray(scale)
+        return y * others if changed and name == "sink_output" else y
+
+    (effect,) = intervene(*placed(model), batches, interventions=[name])
+    before, after = (
+        loss_and_first_token_mass(model, batches, lambda scale, h, x=x: norm(scale, h, x)) for x in (False, True)
+    )
+    assert effect.channel == sink and abs(effect.change) > 1e-2
+    assert effect.loss == pytest.approx(after[0], rel=1e-4)
+    assert effect.change == pytest.approx(after[0] - before[0], rel=1e-3)
+    assert effect.sinks["first_token_mass"] == pytest.approx((before[1], after[1]), rel=1e-4)
+    assert effect.sinks["null_mass"] == (None, None)
+
+
+def test_a_fixed_beta_is_switched_off_as_a_learned_one():
+    model, batches = build(preset="oasis", fixed_beta=3.0), token_batches(1)
+    found = intervene(*placed(model), batches, interventions=["beta", "evidence"])
+    assert found[0].loss == pytest.approx(found[1].loss, **CLOSE) and abs(found[0].change) > 1e-4
+    assert found[0].sinks["null_mass"] == pytest.approx(found[1].sinks["null_mass"], abs=1e-5)
+    assert found[0].sinks["null_mass"][0] == pytest.approx(evaluate_model(model, batches)["null_mass"], abs=1e-6)
+
+
 def test_a_model_is_left_as_it_is():
     model, batches = build(preset="oasis"), token_batches(1)
     before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
@@ -134,7 +186,7 @@ def test_a_model_is_left_as_it_is():
 
 
 def test_what_does_not_apply_says_why_and_has_no_loss():
-    found = intervene(*placed(build(preset="residual")), token_batches(1))
+    found = intervene(*placed(build(preset="residual", norm="none")), token_batches(1))
     assert [effect.intervention for effect in found] == list(INTERVENTIONS)
     assert all(effect.loss is None and "not applicable: only for " in effect.reason for effect in found)
 

@@ -159,7 +159,7 @@ def route(params, config, sources, evidence) -> tuple:
             scores.append((query * key).sum(-1) / math.sqrt(key.shape[-1]) + recency)
     scores, psi = np.stack(scores, axis=-1), np.stack(evidence, axis=-1)
     if config.coupling:
-        beta = min(np.logaddexp(0.0, params["beta_raw"]), MAX_BETA)
+        beta = config.fixed_beta or min(np.logaddexp(0.0, params["beta_raw"]), MAX_BETA)
         scores = scores - beta * (psi - psi.mean(-1, keepdims=True))
     if config.depth_normalizer == "sigmoid":
         weights = sigmoid(np.clip(scores, -MAX_SCORE, MAX_SCORE) - math.log(len(sources)))

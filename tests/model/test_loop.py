@@ -45,6 +45,7 @@ def slow(**options):
         dict(preset="oasis_blocks", blocks=2, normalizer="null_key_value"),  # blocks of one layer and a half
         dict(preset="oasis_blocks", blocks=3, num_layers=2, depth_normalizer="sigmoid"),
         slow(preset="oasis", depth_normalizer="sigmoid", alpha_gate=True),
+        slow(preset="oasis", fixed_beta=2.5, num_layers=2),
         slow(preset="attnres_rms", blocks=3, num_layers=2, residual_clip=0.9),
         dict(preset="attnres_cumulative", num_layers=2, depth_normalizer="uniform"),
         slow(preset="attnres", depth_normalizer="uniform", blocks=2),

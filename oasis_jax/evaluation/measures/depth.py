@@ -81,13 +81,13 @@ DEFINITIONS = {
         "applies_to": f"models with a router over at least {MINIMUM_SOURCES} sources",
     },
     "beta": {
-        "tensor": "beta = min(softplus(beta_raw), 10)",
+        "tensor": "beta = min(softplus(beta_raw), 10), or what model.fixed_beta says",
         "average": "mean over routers",
         "source": _OASIS,
         "applies_to": "models with the inter-layer null signal",
     },
     "beta_by_router": {
-        "tensor": "beta = min(softplus(beta_raw), 10)",
+        "tensor": "beta = min(softplus(beta_raw), 10), or what model.fixed_beta says",
         "average": "none; one value a router",
         "source": _OASIS,
         "applies_to": "models with the inter-layer null signal",
