@@ -6,7 +6,7 @@ AttnRes' critics, Unified View (2601.22966) and K-bias (2410.10781), as far as a
 
     python -m oasis_jax study configs/study_trigger.py --out runs/study_trigger --workers 2
 
-Hardware: two CPU cores, no download; 375 cells of about 20 s each: an hour. Results: docs/results.md.
+Hardware: two CPU cores, no download; 450 cells. Results: docs/results.md.
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -34,7 +34,7 @@ def get_study() -> Study:
         ),
         data=DataConfig(corpus="trigger", sequence_length=32, batch_size=32),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
-        run=RunConfig(steps=600, log_interval=50, telemetry_interval=0, checkpoint_interval=300),
+        run=RunConfig(steps=500, log_interval=50, telemetry_interval=0, checkpoint_interval=250),
     )
     return Study(
         title="The no-op task: where heads rest",
@@ -43,7 +43,8 @@ def get_study() -> Study:
         methods=_methods(),
         twins={
             **dict.fromkeys(_CUMULATIVE, "attnres_cumulative"),
-            **dict.fromkeys(("oasis_uncoupled", "oasis_depth_softmax"), "oasis"),
+            **dict.fromkeys(("oasis_uncoupled", "oasis_depth_softmax", "oasis_fixed_beta"), "oasis"),
+            **dict.fromkeys(("attnres_softmax1", "attnres_sigmoid", "attnres_uniform", "attnres_rms"), "attnres"),
             **dict.fromkeys(("preaffine", "gatednorm"), "rmsnorm"),
             "oasis_blocks": "attnres",
         },
@@ -82,7 +83,12 @@ def _methods() -> dict[str, tuple[str, ...]]:
         **presets,
         "oasis_uncoupled": (oasis, "model.coupling=false"),
         "oasis_depth_softmax": (oasis, "model.depth_normalizer=softmax"),
+        "oasis_fixed_beta": (oasis, "model.fixed_beta=1.0"),
         "oasis_blocks": ("model.preset=oasis_blocks", "model.blocks=2"),
+        "attnres_softmax1": ("model.preset=attnres", "model.depth_normalizer=softmax1"),
+        "attnres_sigmoid": ("model.preset=attnres", "model.depth_normalizer=sigmoid"),
+        "attnres_uniform": ("model.preset=attnres", "model.depth_normalizer=uniform"),
+        "attnres_rms": ("model.preset=attnres_rms", "model.blocks=2"),
         "rmsnorm": ("model.norm=rmsnorm",),
         "preaffine": ("model.norm=preaffine",),
         "gatednorm": ("model.norm=gatednorm",),

@@ -109,7 +109,10 @@ def _work(
             with _claimed(out, cell) as mine:
                 if not mine:
                     continue
-                record = run_cell(study, cell, out)
+                try:
+                    record = run_cell(study, cell, out)
+                except Preempted as notice:
+                    raise Preempted(f"{total - _left(cells, out)} of {total} cells are done; {notice}") from None
             jax.clear_caches()  # hundreds of models, each used once
             done = total - _left(cells, out)
             say(_progress(done, total, done - first, time.monotonic() - began, cell, record["failed"]))

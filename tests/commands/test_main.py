@@ -38,8 +38,8 @@ def test_every_command_has_its_file_and_its_help(name, capsys):
     assert exit_code([name, "--help"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: oasis_jax {name} ")
-    assert "fields of a config, for --set" in said
-    assert ("mesh.fsdp" in said) == (name not in ("export", "prepare"))  # which compute nothing
+    assert ("fields of a config, for --set" in said) == (name != "study")  # whose fields its file sets
+    assert ("mesh.fsdp" in said) == (name not in ("export", "prepare", "study"))  # which compute nothing
 
 
 def test_every_file_of_a_command_is_in_the_table():

@@ -86,7 +86,7 @@ def test_another_study_does_not_go_on_in_this_folder(done, tmp_path):
 
 
 def test_time_that_is_up_saves_and_the_same_call_goes_on(done, tmp_path):
-    with pytest.raises(Preempted, match="the same command (goes on|resumes)"):
+    with pytest.raises(Preempted, match=r"0 of 4 cells are done; .*told to end.*the same command"):
         run_study(toy_study, tmp_path, minutes=1e-4)
     with pytest.raises(UserError, match="no cell of the study is done"):
         write_study_report(toy_study(), tmp_path)
