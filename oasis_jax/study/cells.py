@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from oasis_jax.config import Config, to_dict
@@ -138,9 +138,24 @@ def check_alike(one: Record, other: Record, factors: tuple[str, ...]) -> None:
             raise UserError(f"unequal start: {cells}: {name} begins with other values")
 
 
-def start_digest(record: Record) -> str:
-    """A short name of a cell's start."""
-    return hashlib.sha256(json.dumps(record["start"]["parameters"], sort_keys=True).encode()).hexdigest()[:16]
+def check_all_alike(records: Iterable[Record], factors: tuple[str, ...]) -> None:
+    """`check_alike` for every cell and the first one of its arm and seed."""
+    first: dict[tuple, Record] = {}
+    for record in records:
+        check_alike(record, first.setdefault((record["arm"], record["seed"]), record), factors)
+
+
+def compact(record: Record) -> Record:
+    """A record as it is kept in one line: its numbers to 6 digits, its start by a digest."""
+    start = json.dumps(record["start"]["parameters"], sort_keys=True).encode()
+    return {
+        **record,
+        "values": {name: float(f"{value:.6g}") for name, value in record["values"].items()},
+        "start": {
+            "sha256": hashlib.sha256(start).hexdigest()[:16],
+            "steps": record["start"]["settings"]["run"]["steps"],
+        },
+    }
 
 
 # Measures

@@ -9,7 +9,7 @@ from oasis_jax.errors import UserError
 from oasis_jax.evaluation.report.comparison import show
 from oasis_jax.evaluation.report.figures import Panel, Picture, save, svg
 from oasis_jax.evaluation.report.page import STYLE
-from oasis_jax.study.cells import Record, finished, start_digest, write_json
+from oasis_jax.study.cells import Record, check_all_alike, compact, finished, write_json
 from oasis_jax.study.design import Outcome, Study
 from oasis_jax.study.pictures import pictures
 from oasis_jax.study.results import NOT_TESTABLE, Comparison, Results, Row, Verdict, as_json, results
@@ -19,19 +19,19 @@ KEPT = "cells.jsonl"
 
 
 def kept_records(study: Study, out: pathlib.Path) -> list[Record]:
-    """The records of the cells that are done here; where there is no cells/ folder, those that KEPT holds."""
+    """The compact records of the cells that are done here; where there is no cells/ folder, those that KEPT holds.
+
+    Raises:
+      UserError: cells that did not start alike, or a file that cannot be read.
+    """
     if (out / "cells").is_dir() or not (out / KEPT).exists():
-        return [compact(record) for record in finished(study, out)]
+        records = list(finished(study, out))
+        check_all_alike(records, study.factors)
+        return [compact(record) for record in records]
     try:
         return [json.loads(line) for line in (out / KEPT).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"--out: cannot read {str(out / KEPT)!r}: {error}") from None
-
-
-def compact(record: Record) -> Record:
-    """A record as it is kept in one line: its numbers to 6 digits, its start by a digest."""
-    values = {name: float(f"{value:.6g}") for name, value in record["values"].items()}
-    return {**record, "values": values, "start_sha256": start_digest(record)}
 
 
 def write_study_report(study: Study, out: pathlib.Path) -> Results:
@@ -150,7 +150,7 @@ def _arm_rows(found: Results) -> Mapping[str, list[Row]]:
 
 def _origin(records: Sequence[Record]) -> str:
     versions = next((record["versions"] for record in records if record["versions"]), {})
-    steps = {record["start"]["settings"]["run"]["steps"] for record in records}
+    steps = {record["start"]["steps"] for record in records}
     return f"{', '.join(map(str, sorted(steps)))} steps a cell; " + ", ".join(f"{k} {v}" for k, v in versions.items())
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oasis_jax.study.cells import Record, check_alike
+from oasis_jax.study.cells import Record
 from oasis_jax.study.design import Claim, Outcome, Study
 from oasis_jax.study.statistics import (
     ALPHA,
@@ -133,16 +133,8 @@ def results(study: Study, records: Iterable[Record]) -> Results:
 
     Args:
       records: of the cells that are done; see `oasis_jax.study.cells.run_cell`.
-
-    Raises:
-      UserError: two cells that are compared did not start alike.
     """
     cells = _Cells(study, records)
-    for arm in study.arms:
-        for seed in study.seeds:
-            alike = [cells.records[key] for key in cells.records if (key[0], key[2]) == (arm, seed)]
-            for other in alike[1:]:
-                check_alike(other, alike[0], study.factors)
     rows = [_row(cells, arm, method) for arm in study.arms for method in study.methods if cells.of(arm, method)]
     verdicts = _verdicts(cells)
     floors = {(arm, outcome.value): cells.floor(arm, outcome) for arm in study.arms for outcome in study.outcomes}

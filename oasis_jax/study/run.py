@@ -102,22 +102,28 @@ def _work(
     study, say = load(), say or _say
     cells = part.cells(study)
     _keep_compiled(out)
-    total = len(cells)
-    with _ending(deadline):
-        began, first = time.monotonic(), total - _left(cells, out)
-        for cell in cells:
-            with _claimed(out, cell) as mine:
-                if not mine:
-                    continue
-                try:
-                    record = run_cell(study, cell, out)
-                except Preempted as notice:
-                    raise Preempted(f"{total - _left(cells, out)} of {total} cells are done; {notice}") from None
-            jax.clear_caches()  # hundreds of models, each used once
-            done = total - _left(cells, out)
-            say(_progress(done, total, done - first, time.monotonic() - began, cell, record["failed"]))
-            if deadline is not None and time.time() > deadline:
-                _end(signal.SIGTERM, None)
+    try:
+        with _ending(deadline):
+            _work_through(study, cells, out, deadline, say)
+    except Preempted as notice:
+        raise Preempted(f"{len(cells) - _left(cells, out)} of {len(cells)} cells are done; {notice}") from None
+
+
+def _work_through(
+    study: Study, cells: Sequence[Cell], out: pathlib.Path, deadline: float | None, say: Callable[[str], None]
+) -> None:
+    total, began = len(cells), time.monotonic()
+    first = total - _left(cells, out)
+    for cell in cells:
+        with _claimed(out, cell) as mine:
+            if not mine:
+                continue
+            record = run_cell(study, cell, out)
+        jax.clear_caches()  # hundreds of models, each used once
+        done = total - _left(cells, out)
+        say(_progress(done, total, done - first, time.monotonic() - began, cell, record["failed"]))
+        if deadline is not None and time.time() > deadline:
+            _end(signal.SIGTERM, None)
 
 
 def _say(text: str) -> None:
@@ -178,7 +184,7 @@ def _ending(deadline: float | None) -> Iterator[None]:
 
 
 def _end(number: int, frame: object) -> NoReturn:
-    raise Preempted("told to end; all cells so far are kept, and the same command goes on")
+    raise Preempted("told to end; the same command goes on")
 
 
 # Several processes
@@ -210,7 +216,7 @@ def _work_together(load: Load, part: Part, out: pathlib.Path, workers: int, dead
                     process.terminate()
             for process in processes:
                 process.join()
-    _report_ends(out, [process.exitcode for process in processes])
+    _report_ends(out, [process.exitcode for process in processes], f"{total - _left(cells, out)} of {total} cells")
 
 
 def _worker(load: Load, out: pathlib.Path, part: Part, deadline: float | None, index: int, count: int) -> None:
@@ -239,12 +245,12 @@ def _take_share(index: int, count: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
 
 
-def _report_ends(out: pathlib.Path, codes: Sequence[int | None]) -> None:
+def _report_ends(out: pathlib.Path, codes: Sequence[int | None], done: str) -> None:
     for index, code in enumerate(codes):
         problem = out / f"worker{index}.problem"
         if code == 2 and problem.exists():
             raise UserError(problem.read_text())
     if 143 in codes or -signal.SIGTERM in codes:
-        _end(signal.SIGTERM, None)
+        raise Preempted(f"{done} are done; told to end; the same command goes on")
     if bad := [code for code in codes if code]:
         raise RuntimeError(f"a worker ended with code {bad[0]}; the newest log.txt of a cell says more")
