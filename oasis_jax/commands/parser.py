@@ -52,6 +52,14 @@ def run_main(
     except UserError as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except ValueError as error:
+        # A backend that a config names and that cannot serve here; the operators know nothing of this library's errors.
+        dispatch = sys.modules.get("pallas_kernels.dispatch")
+        if dispatch is None or not isinstance(error, dispatch.CannotServe):
+            raise
+        field = "model.depth_implementation" if "depth_route" in str(error) else "model.attention_implementation"
+        print(f"{program}: error: {field}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
     except Preempted as notice:
         print(f"{program}: {notice}", file=sys.stderr)
         if notice.compiling:  # the interpreter's end would wait for that thread, or break under it

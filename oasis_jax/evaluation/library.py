@@ -9,7 +9,7 @@ from jaxtyping import Array
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation.evaluator import Batch, Measurements
 from oasis_jax.evaluation.measures.table import choose
-from oasis_jax.evaluation.passes import FunctionPass, run_evaluators
+from oasis_jax.evaluation.passes import FunctionPass, checked_batches, run_evaluators
 from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics, Statistics
 from oasis_jax.model.unrolled import LayerStatistics
 
@@ -67,14 +67,7 @@ def measure(
       `intervals()`, the confidence interval of each scalar. `oasis_jax.evaluation.DEFINITIONS` says what each value is.
 
     Raises:
-      UserError: an unknown measure, no batch, or statistics of another kind or of cross-attention.
+      UserError: an unknown measure, no batch or one that does not fit, or statistics of another kind or of cross-attention.
     """
-    chosen, batches = choose(measures), list(batches)
-    if not batches:
-        raise UserError("measure: batches is empty; give at least one")
-    for number, batch in enumerate(batches):
-        if "inputs" not in batch:
-            raise UserError(f"measure: batch {number} has no 'inputs', only {', '.join(batch) or 'nothing'}")
-        if not all(batch["inputs"].shape[:2]):
-            raise UserError(f"measure: batch {number} is empty: inputs of shape {tuple(batch['inputs'].shape)}")
+    chosen, batches = choose(measures), checked_batches(batches, "measure")
     return run_evaluators(FunctionPass(apply_fn, parts), params, batches, chosen)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import ModelConfig
+from oasis_jax.errors import UserError
 from oasis_jax.evaluation.bootstrap import Estimate
 from oasis_jax.evaluation.evaluator import (
     Batch,
@@ -229,11 +230,13 @@ def run_evaluators(
     """One forward pass per batch for all evaluators.
 
     Raises:
-      ValueError: there is no batch.
+      UserError: there is no batch, or one that does not fit itself or the others; evaluators that are no mapping.
     """
-    batches = [dict(batch) for batch in batches]
-    if not batches:
-        raise ValueError("evaluation: batches is empty; give at least one")
+    batches = checked_batches(batches)
+    if not isinstance(evaluators, Mapping):
+        raise UserError(
+            f"evaluators: expected a mapping of names to evaluators, such as choose(['sinks']), got {evaluators!r}"
+        )
     config = getattr(model, "config", None)
     every, layers = collect(model, params, batches, tuple(evaluators.values()), change)
     found, estimates = {}, {}
@@ -243,6 +246,38 @@ def run_evaluators(
         found |= dict.fromkeys(evaluator.definitions) | results
     values = {name: value.value if isinstance(value, Estimate) else value for name, value in found.items()}
     return Measurements(values, estimates, identity(batches, layers))
+
+
+def checked_batches(batches: Iterable[Batch], where: str = "evaluation") -> list[dict[str, Array]]:
+    """The batches as a list; measures go over all of them, so that all sequences have one length.
+
+    Raises:
+      UserError: there is none, or one that is no mapping of arrays [B, T, ...] with "inputs", has no tokens, or has
+        another length.
+    """
+    if not isinstance(batches, Iterable) or not (batches := list(batches)):
+        raise UserError(f"{where}: batches is empty; give at least one")
+    length = None
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise UserError(f"{where}: batch {number} has to be a dict of arrays, got {type(batch).__name__}")
+        if "inputs" not in batch:
+            raise UserError(f"{where}: batch {number} has no 'inputs', only {', '.join(map(str, batch)) or 'nothing'}")
+        if odd := [name for name, x in batch.items() if len(getattr(x, "shape", ())) < 2]:
+            raise UserError(f"{where}: batch {number}: {odd[0]!r} has to be an array [batch, length, ...]")
+        shape = tuple(batch["inputs"].shape[:2])
+        if not all(shape):
+            raise UserError(f"{where}: batch {number} is empty: inputs of shape {tuple(batch['inputs'].shape)}")
+        if odd := [name for name, x in batch.items() if tuple(x.shape[:2]) != shape]:
+            found = tuple(batch[odd[0]].shape[:2])
+            raise UserError(f"{where}: batch {number}: {odd[0]!r} has shape {found} where inputs have {shape}")
+        length = length or shape[1]
+        if shape[1] != length:
+            raise UserError(
+                f"{where}: batch {number} has sequences of {shape[1]} tokens, the first one of {length}; measure each "
+                "length alone, or fill up with weights of 0"
+            )
+    return [dict(batch) for batch in batches]
 
 
 def identity(batches: Sequence[Batch], layers: int) -> Identity:

@@ -5,12 +5,14 @@ import datetime
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from oasis_jax.config.schema import LARGEST
 from oasis_jax.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
@@ -19,19 +21,32 @@ _SPENT_ON = ("data", "transfer", "device")
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
-    """The lines of a workdir's metrics.jsonl, in order; what a killed run left half-written is skipped."""
+    """The lines of a workdir's metrics.jsonl, in order: a step and numbers. What a killed run left half-written, and
+    what another hand wrote that is no such line or number, is skipped.
+
+    Raises:
+      UserError: there is something of that name that cannot be read.
+    """
     path = pathlib.Path(workdir, FILE_NAME)
     if not path.exists():
         return []
+    try:
+        text = path.read_text(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     lines = []
-    for text in path.read_text(errors="replace").splitlines():
+    for entry in text.splitlines():
         try:
-            line = json.loads(text)
-        except ValueError:
+            line = json.loads(entry)
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
+        if isinstance(line, dict) and type(step := line.get("step")) is int and 0 <= step <= LARGEST:
+            lines.append({name: value for name, value in line.items() if _is_number(value)})
     return lines
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not abs(value) > sys.float_info.max  # NaN and what a float holds
 
 
 class MetricsWriter:
@@ -47,7 +62,9 @@ class MetricsWriter:
         kept = "".join(json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= step)
         path = workdir / FILE_NAME
         partial = path.with_suffix(".partial")
-        partial.write_text(kept)
+        partial.unlink(missing_ok=True)  # a link of this name would be written through
+        with partial.open("x") as file:
+            file.write(kept)
         partial.replace(path)
         self._file = path.open("a")
 

@@ -11,6 +11,8 @@ import pytest
 
 from oasis_jax.__main__ import main
 from oasis_jax.commands import COMMANDS
+from oasis_jax.commands.parser import run_main
+from pallas_kernels.dispatch import CannotServe
 
 ROOT = pathlib.Path(__file__).parents[2]
 CALLS = {
@@ -90,6 +92,21 @@ def test_both_ways_to_call_a_command_say_how_they_were_called(call):
         done = run(*words, *flags)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(f"{program}: error: {message}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "operator, field", [("null_attention", "attention_implementation"), ("depth_route", "depth_implementation")]
+)
+def test_a_backend_that_cannot_serve_here_is_one_line(operator, field, capsys):
+    """On any machine: a config names it, and the operator's own error, which is no UserError, arrives."""
+    text = f"implementation: {operator} cannot be served by x: runs elsewhere; there are: x, reference"
+
+    def command(argv, program):
+        raise CannotServe(text, {"x": "runs elsewhere"})
+
+    with pytest.raises(SystemExit) as exit:
+        run_main(command, [], "train.py")
+    assert (exit.value.code, capsys.readouterr().err) == (2, f"train.py: error: model.{field}: {text}\n")
 
 
 def test_eval_py_is_a_face_of_eval():

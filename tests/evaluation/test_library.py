@@ -149,6 +149,21 @@ def nothing(params, inputs):
         (dict(measures=[]), "^measures: give at least one of default"),
         (dict(batches=[]), "^measure: batches is empty; give at least one$"),
         (dict(batches=[{"tokens": 1}]), "^measure: batch 0 has no 'inputs', only tokens$"),
+        (dict(batches=[3]), "^measure: batch 0 has to be a dict of arrays, got int$"),
+        (
+            dict(batches=[{"inputs": [[1, 2]]}]),
+            r"^measure: batch 0: 'inputs' has to be an array \[batch, length, ...\]$",
+        ),
+        (
+            dict(batches=[{"inputs": np.zeros((2, 5), int)}, {"inputs": np.zeros((3, 7), int)}]),
+            "^measure: batch 1 has sequences of 7 tokens, the first one of 5; measure each length alone",
+        ),
+        (
+            dict(batches=[{"inputs": np.zeros((2, 5), int), "targets": np.zeros((2, 4), int)}]),
+            r"^measure: batch 0: 'targets' has shape \(2, 4\) where inputs have \(2, 5\)$",
+        ),
+        (dict(measures="sinks"), r"^measures: expected a list of names, such as \['sinks'\], got 'sinks'$"),
+        (dict(measures=None), "^measures: expected a list of names, "),
         (dict(batches=[{"inputs": np.zeros((2, 0), int)}]), r"^measure: batch 0 is empty: inputs of shape \(2, 0\)$"),
         (dict(apply_fn=lambda params, inputs: (inputs, [inputs])), "^measure: apply_fn has to return outputs, or"),
     ],

@@ -65,6 +65,11 @@ def test_numerics_that_change_nothing_change_no_bit(preset):
     jax.tree.map(np.testing.assert_array_equal, same, statistics)
 
 
+def test_a_scheme_that_is_none_is_refused():
+    with pytest.raises(UserError, match=r"^scheme: expected a Scheme, as parse_scheme\('w8a8'\) makes it, got 'w8a8'$"):
+        Quantized("w8a8")
+
+
 @pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "learned_sink"])
 def test_materialized_attention_is_the_fused_one(normalizer):
     config = AttentionConfig(

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from oasis_jax.errors import UserError
@@ -34,6 +35,46 @@ def test_resuming_drops_later_and_broken_lines(tmp_path):
         writer.write(4, {"loss": 2.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
     assert read_metrics(tmp_path)[-1]["loss"] == 2.0
+
+
+FOREIGN = [
+    '{"step": "x", "loss": 1}',
+    '{"step": null}',
+    '{"step": true}',
+    '{"step": 1e3}',
+    '{"step": -1}',
+    '{"step": 1' + "0" * 500 + "}",
+    "[1]",
+    "3",
+    "[" * 100_000,
+    "\x1b[31m",
+]
+
+
+def test_what_another_hand_wrote_is_skipped(tmp_path):
+    """Lines that are none, and values that are no numbers; a run goes on behind them."""
+    own = '{"step": 2, "loss": 1.5, "name": "<b>", "much": 1' + "0" * 500 + ', "list": [1], "gone": NaN}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*FOREIGN, own]) + "\n")
+    (line,) = read_metrics(tmp_path)
+    assert np.isnan(line.pop("gone")) and line == {"step": 2, "loss": 1.5}
+    with MetricsWriter(tmp_path, step=2, tensorboard=False) as writer:
+        writer.write(3, {"loss": 1.0})
+    assert steps(tmp_path) == [2, 3]
+
+
+def test_a_folder_in_place_of_metrics_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read: Is a directory"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.partial"])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / name).symlink_to(tmp_path / "precious")
+    with MetricsWriter(tmp_path, step=0, tensorboard=False) as writer:
+        writer.write(1, {"loss": 1.0})
+    assert (tmp_path / "precious").read_text() == "mine" and steps(tmp_path) == [1]
 
 
 def test_no_file_is_no_metrics(tmp_path):

@@ -43,8 +43,10 @@ def choose(names: Iterable[str], where: str = "measures") -> dict[str, Evaluator
     """The families that a list of names asks for, in the table's order; "default" and "all" stand for several.
 
     Raises:
-      UserError: an unknown name, or none.
+      UserError: an unknown name, or none; one text where a list of them is expected.
     """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise UserError(f"{where}: expected a list of names, such as ['sinks'], got {names!r}")
     asked: set[str] = set()
     for name in names:
         family = next((family for family, evaluator in EVALUATORS.items() if name in evaluator.definitions), None)

@@ -61,6 +61,8 @@ class Quantized(Named):
 
     def __init__(self, scheme: Scheme, calibration: Calibration | None = None):
         super().__init__()
+        if not isinstance(scheme, Scheme):
+            raise UserError(f"scheme: expected a Scheme, as parse_scheme('w8a8') makes it, got {scheme!r}")
         self.scheme, self.calibration = scheme, calibration or Calibration()
         self.materializes_attention = scheme.everywhere
         self.records: dict[str, str] = {}
