@@ -1,6 +1,7 @@
 """The one kind of error a user can cause, and how it is worded."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -25,6 +26,15 @@ class Preempted(Exception):
     def __init__(self, message: str, *, compiling: bool = False):
         super().__init__(message)
         self.compiling = compiling
+
+
+_TURNS = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # of the direction of writing
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: what would steer it is written out as in `repr`. Line ends and tabs stay."""
+    steers = lambda c: unicodedata.category(c) in ("Cc", "Cs") or c in _TURNS
+    return "".join(repr(c)[1:-1] if c not in "\n\t" and steers(c) else c for c in text)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

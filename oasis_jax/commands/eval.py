@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from oasis_jax.commands.options import add_processes, add_set, folder, join_processes, read_processes
 from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.task_flags import add_tasks, task_settings
+from oasis_jax.errors import printable
 from oasis_jax.overrides import parse_overrides
 
 # What an evaluation may set otherwise than the run: `oasis_jax.training.load.HOW`, tables left out.
@@ -137,7 +138,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax eval") -> None:
     if is_first():
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack an arrow, or the letters of a name
         print_comparison(runs)
-        print(f"report: {args.report}/index.html")
+        print(printable(f"report: {args.report}/index.html"))
 
 
 def _check(parser: Parser, args: argparse.Namespace, given: dict, overrides: dict) -> None:

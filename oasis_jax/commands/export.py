@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from oasis_jax.commands.options import add_set, read_set
 from oasis_jax.commands.parser import Parser
+from oasis_jax.errors import printable
 
 # What the files of OASIS' published code do not say.
 FIELDS = tuple(f"model.{x}" for x in ("normalizer", "depth_normalizer", "clip_gamma", "clip_zeta", "clip_alpha"))
@@ -49,4 +50,4 @@ def main(argv: Sequence[str], program: str = "oasis_jax export") -> None:
         model = rotate(model, online=False)
     kind = save_pretrained(model, args.out, dtype=args.dtype)
     readers = "read it with oasis_jax.load_pretrained" if kind == "oasis" else "transformers reads it, too"
-    print(f"{args.out}: model_type {kind}; {readers}")
+    print(printable(f"{args.out}: model_type {kind}; {readers}"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from oasis_jax.commands.options import add_set
 from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.task_model import FIELDS, add_model, load_described, model_arguments
+from oasis_jax.errors import printable
 
 
 def make_parser(program: str) -> Parser:
@@ -60,7 +61,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax generate") -> None:
         return
     for prompt, found in zip(args.prompts, generate(model, prompts, **options)):
         between = "\n" if args.chat else ""
-        print(f"{prompt}{between}{found.text}\n")
+        print(_shown(f"{prompt}{between}{found.text}\n"))
 
 
 def _chat(model, prompt: str) -> list[int]:
@@ -70,6 +71,11 @@ def _chat(model, prompt: str) -> list[int]:
 
 
 def _stream(start: str, run) -> None:
-    print(start, end="", flush=True)
-    run(lambda _, text: (sys.stdout.write(text), sys.stdout.flush()))
+    print(_shown(start), end="", flush=True)
+    run(lambda _, text: (sys.stdout.write(_shown(text)), sys.stdout.flush()))
     print()
+
+
+def _shown(text: str) -> str:
+    """Texts as they are; on a terminal without what would steer it, which any model can be made to say."""
+    return printable(text) if sys.stdout.isatty() else text

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from oasis_jax.errors import Preempted, UserError, nearest
+from oasis_jax.errors import Preempted, UserError, nearest, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{_line(f'{self.prog}: error: {message}')}\n")
 
 
 def run_main(
@@ -50,7 +50,7 @@ def run_main(
     try:
         main(sys.argv[1:] if argv is None else argv, program)
     except UserError as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"{program}: error: {error}")
         raise SystemExit(2) from None
     except ValueError as error:
         # A backend that a config names and that cannot serve here; the operators know nothing of this library's errors.
@@ -58,10 +58,10 @@ def run_main(
         if dispatch is None or not isinstance(error, dispatch.CannotServe):
             raise
         field = "model.depth_implementation" if "depth_route" in str(error) else "model.attention_implementation"
-        print(f"{program}: error: {field}: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"{program}: error: {field}: {error}")
         raise SystemExit(2) from None
     except Preempted as notice:
-        print(f"{program}: {notice}", file=sys.stderr)
+        _say(f"{program}: {notice}")
         if notice.compiling:  # the interpreter's end would wait for that thread, or break under it
             sys.stdout.flush()
             sys.stderr.flush()
@@ -71,3 +71,11 @@ def run_main(
         print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     raise SystemExit(0)
+
+
+def _line(text: str) -> str:
+    return printable(" ".join(text.split()))
+
+
+def _say(text: str) -> None:
+    print(_line(text), file=sys.stderr)

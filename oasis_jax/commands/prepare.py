@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from oasis_jax.commands.options import add_set, read_set
 from oasis_jax.commands.parser import Parser
+from oasis_jax.errors import printable
 from oasis_jax.overrides import apply_overrides
 
 FIELDS = ("data.text_key", "data.corrupt", "data.holdout_fraction", "data.bpe_vocab_size")
@@ -68,7 +69,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax prepare") -> None:
     kind = args.tokenizer if trained else tokenizer.kind
     words = ["data.corpus=files", f"data.pattern={args.source[0]}", f"data.tokenizer={kind}", *args.set]
     data = apply_overrides(Config(), words).data
-    say = lambda text: print(text, file=sys.stderr, flush=True)
+    say = lambda text: print(printable(text), file=sys.stderr, flush=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     index = prepare(
         data, tokenizer, args.out, sources=args.source, licence=args.licence, workers=args.workers or cores, say=say

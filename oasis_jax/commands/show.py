@@ -12,7 +12,7 @@ from oasis_jax.commands.options import add_set
 from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.table import terminal_width
 from oasis_jax.config import Config
-from oasis_jax.errors import UserError
+from oasis_jax.errors import UserError, printable
 from oasis_jax.overrides import apply_overrides, parse_overrides
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax show") -> None:
     from oasis_jax.commands.model_tables import describe
 
     try:
-        print(describe(config, terminal_width()), flush=True)
+        print(printable(describe(config, terminal_width())), flush=True)
     except BrokenPipeError:  # whoever reads has seen enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -65,7 +65,7 @@ def stored_config(workdir: str | pathlib.Path) -> Config:
     def restore(step: int) -> Config:
         return config_of(checkpoints.metadata(step))
 
-    with Checkpoints(workdir, keep=None, say=lambda text: print(text, file=sys.stderr)) as checkpoints:
+    with Checkpoints(workdir, keep=None, say=lambda text: print(printable(text), file=sys.stderr)) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f"CONFIG: the run in {str(workdir)!r} has no checkpoint yet")
         return checkpoints.first_whole(restore, checkpoints.steps())[0]

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from oasis_jax.errors import UserError
+from oasis_jax.errors import UserError, printable
 from oasis_jax.evaluation import DEFINITIONS, Evaluator, bootstrap, choose
 from oasis_jax.evaluation import evaluate as evaluate_decoder
 from oasis_jax.evaluation.interventions import INTERVENTIONS, intervene
@@ -27,9 +27,13 @@ from oasis_jax.evaluation.report.views import look
 from oasis_jax.evaluation.subjects import ModelOptions, Subject, subject_of_run, subjects_of_model
 from oasis_jax.evaluation.tasks.table import prepare, run_tasks
 from oasis_jax.training.distributed import is_first, wait_for_all
+from oasis_jax.training.limits import refuse_links
 from oasis_jax.training.load import load_run
 
 _DEFAULT_OPTIONS = ModelOptions()
+
+# What a report is, beside the folders of tasks.
+_WRITES = ("index.html", "metrics.json", "metrics.json.partial", "figures", "figures/*")
 
 
 def evaluate(
@@ -77,7 +81,7 @@ def evaluate(
     prepared = prepare(tasks, task_settings, quantize)
     labels, folder, overrides = unique_labels(workdirs, models), pathlib.Path(report), list(overrides)
     if is_first():
-        _check_writable(folder)
+        _check_writable(folder, tasks)
     loaded = [load_run(workdir, overrides=overrides) for workdir in workdirs]  # all, before the first is measured
     subjects = itertools.chain(
         (subject_of_run(*of, num_batches) for of in zip(loaded, map(str, workdirs), labels)),
@@ -93,7 +97,7 @@ def evaluate(
     if is_first():
         _write_metrics(runs, folder, complete=True)
         for problem in write_report(runs, folder):
-            print(f"{problem}; all numbers are in {folder / 'metrics.json'}", file=sys.stderr)
+            print(printable(f"{problem}; all numbers are in {folder / 'metrics.json'}"), file=sys.stderr)
     wait_for_all("the report is written")
     return runs
 
@@ -148,8 +152,9 @@ def unique_labels(workdirs: Sequence[str | os.PathLike], models: Sequence[str] =
     return labels
 
 
-def _check_writable(folder: pathlib.Path) -> None:
+def _check_writable(folder: pathlib.Path, tasks: Sequence[str]) -> None:
     """Before anything is measured."""
+    refuse_links(folder, [*_WRITES, *(f"{name}{inside}" for name in tasks for inside in ("", "/*", "/*/*"))])
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -166,7 +171,7 @@ def measure_subject(
 ) -> MeasuredRun:
     """Runs evaluators, interventions and quantization schemes on what a subject reads."""
     if is_first():
-        print(f"measuring {subject.label} ...", file=sys.stderr, flush=True)
+        print(printable(f"measuring {subject.label} ..."), file=sys.stderr, flush=True)
     batches, model = subject.batches, (subject.params, subject.config.model, subject.placement)
     measurements = evaluate_decoder(*model, batches, evaluators)
     effects = []

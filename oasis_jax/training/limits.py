@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Iterable, Iterator
 
 import jax
 from jax.sharding import Mesh
@@ -52,6 +53,20 @@ def least_parameters(model: ModelConfig) -> int:
     """The matrices of attention and MLP, without embedding, routers and what is small."""
     attention = 2 * model.width * model.head_size * (model.num_heads + model.key_heads)
     return model.num_layers * (attention + 2 * model.width * model.mlp_size)
+
+
+def refuse_links(folder: pathlib.Path, names: Iterable[str]) -> None:
+    """Before anything is written into a folder that others may have filled; it may itself be a link.
+
+    Args:
+      folder: need not exist.
+      names: patterns of what will be written in it.
+
+    Raises:
+      UserError: one of them is a link there, behind which anything could be overwritten.
+    """
+    for path in (path for name in names for path in folder.glob(name) if path.is_symlink()):
+        raise UserError(f"{str(path)!r} is a link to {os.readlink(path)!r}; nothing is written through it: remove it")
 
 
 def _memory(mesh: Mesh) -> int | None:

@@ -11,7 +11,7 @@ import jax
 
 from oasis_jax.config import Config, MeshConfig
 from oasis_jax.data import Tokenizer
-from oasis_jax.errors import UserError
+from oasis_jax.errors import UserError, printable
 from oasis_jax.model.decoder import Decoder, parameter_shapes
 from oasis_jax.overrides import apply_overrides, parse_overrides
 from oasis_jax.placement import Placement, make_mesh, place
@@ -79,7 +79,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None, *, overrides: 
     workdir = pathlib.Path(workdir)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir: there is no run in {str(workdir)!r} (it has no folder 'checkpoints')")
-    with Checkpoints(workdir, keep=None, say=lambda text: print(text, file=sys.stderr)) as checkpoints:
+    with Checkpoints(workdir, keep=None, say=lambda text: print(printable(text), file=sys.stderr)) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
             raise UserError(f"--workdir: the run in {str(workdir)!r} has no checkpoint yet")

@@ -23,7 +23,7 @@ from oasis_jax.training.description import check_corpus, describe
 from oasis_jax.training.distributed import batch_part, is_first
 from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.guard import Guard, TrainingStopped, floats
-from oasis_jax.training.limits import check_limits, out_of_memory_in_words
+from oasis_jax.training.limits import check_limits, out_of_memory_in_words, refuse_links
 from oasis_jax.training.lock import WorkdirLock
 from oasis_jax.training.metrics import MetricsWriter, NoWriter, ProgressBar, Speed, read_metrics
 from oasis_jax.training.optimizer import at_step
@@ -254,9 +254,17 @@ def _due(step: int, run: RunConfig, evaluators: Mapping[str, Evaluator], leave: 
     )
 
 
+# What a run writes in its workdir, and what is inside of some of it.
+_WRITES = (
+    *("metrics.jsonl", "metrics.partial", "training.lock", "tensorboard", "profile"),
+    *("checkpoints", "checkpoints/*", "checkpoints_broken", "checkpoints_broken/*"),
+)
+
+
 def writable(workdir: str | os.PathLike) -> pathlib.Path:
     """The folder, made where it is missing; raises UserError where it cannot be written."""
     workdir = pathlib.Path(workdir)
+    refuse_links(workdir, _WRITES)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from oasis_jax.config.schema import LARGEST
-from oasis_jax.errors import UserError
+from oasis_jax.errors import UserError, printable
 
 FILE_NAME = "metrics.jsonl"
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
@@ -181,7 +181,7 @@ class ProgressBar:
 
     def say(self, text: str) -> None:
         """Prints a line on stderr, above the bar if there is one."""
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Shows where the run is after `step`."""

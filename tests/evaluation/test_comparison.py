@@ -1,12 +1,17 @@
 """The comparison of runs, from made-up numbers: what is best, what may be compared, and what is said of it."""
 
+import unicodedata
+
 import pytest
 from evaluation.test_report import check_self_contained
 
 from oasis_jax.config import Config, DataConfig, ModelConfig
+from oasis_jax.errors import printable
 from oasis_jax.evaluation import DEFINITIONS
+from oasis_jax.evaluation.interventions import Effect
 from oasis_jax.evaluation.report.comparison import TABLE, MeasuredRun, best, groups, method, not_comparable, rows, show
 from oasis_jax.evaluation.report.page import write_report
+from oasis_jax.evaluation.report.terminal import print_comparison
 from oasis_jax.evaluation.report.words import findings, summary
 
 
@@ -100,6 +105,17 @@ def test_method_names_what_differs_from_the_preset():
         method(Config(model=ModelConfig(preset="residual", normalizer="softmax1"))) == "residual, normalizer=softmax1"
     )
     assert method(Config(model=ModelConfig(preset="oasis"))) == "oasis"
+
+
+@pytest.mark.parametrize("label", ["[/b]x", "[red]x[link=http://x]", "a\x1b[31mb\x07", "a\u202eb", "\udcff", "\\[b]"])
+def test_labels_cannot_steer_the_terminal(label, capsys):
+    """Neither markup nor escapes; every letter is seen."""
+    effect = Effect("sources", mean_weight=0.5, loss=1.6, change=0.1, interval=(0.0, 0.2))
+    run = measured(label)._replace(interventions=[effect])
+    print_comparison([run])
+    said = capsys.readouterr().out
+    assert not [c for c in said if c != "\n" and unicodedata.category(c) in ("Cc", "Cs", "Cf")]
+    assert printable(label).replace(" ", "") in "".join(said.split())
 
 
 def test_labels_cannot_break_the_page(tmp_path):

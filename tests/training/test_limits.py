@@ -11,7 +11,7 @@ from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import parameter_shapes
 from oasis_jax.overrides import apply_overrides
 from oasis_jax.placement import make_mesh
-from oasis_jax.training.limits import check_limits, least_parameters, out_of_memory_in_words
+from oasis_jax.training.limits import check_limits, least_parameters, out_of_memory_in_words, refuse_links
 from oasis_jax.training.loop import fit
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -61,6 +61,22 @@ def test_what_fits_is_not_refused():
     check_limits(
         dataclasses.replace(Config(data=data), model=ModelConfig(num_layers=12, width=768, num_heads=12)), MESH
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoints", "checkpoints/5", "metrics.jsonl", "metrics.partial", "training.lock", "tensorboard", "profile"],
+)
+def test_nothing_is_written_through_a_link(name, tmp_path):
+    precious, workdir = tmp_path / "precious", tmp_path / "run"
+    precious.mkdir()
+    (workdir / name).parent.mkdir(parents=True)
+    (workdir / name).symlink_to(precious, target_is_directory=True)
+    with pytest.raises(UserError, match=f"{name}' is a link to .*precious'; nothing is written through it: remove it$"):
+        fit(Config(), workdir)
+    assert not any(precious.iterdir()) and [path.name for path in workdir.iterdir()] == [name.split("/")[0]]
+    (tmp_path / "another").symlink_to(precious, target_is_directory=True)
+    refuse_links(tmp_path / "another", ["*"])
 
 
 def test_a_device_that_runs_out_says_what_to_lower():

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from oasis_jax.errors import printable
 from oasis_jax.evaluation.report.comparison import (
     ABSENT,
     MeasuredRun,
@@ -25,10 +26,15 @@ from oasis_jax.evaluation.report.task_scores import TaskTable, task_tables
 from oasis_jax.evaluation.report.words import findings, summary
 
 
+def _plain(text: str | None) -> str | None:
+    """A text from outside: neither markup nor escapes of the terminal."""
+    return text and escape(printable(text))
+
+
 def table(runs: Sequence[MeasuredRun]) -> Table:
     """Runs that read the same examples, side by side; the best value bold where lower is better."""
     found = Table(
-        title=describe_data(runs),
+        title=_plain(describe_data(runs)),
         title_justify="left",
         title_style="bold",
         caption="↓ lower is better, the best in bold",
@@ -37,7 +43,7 @@ def table(runs: Sequence[MeasuredRun]) -> Table:
     found.add_column("  measure", no_wrap=True)
     for run in runs:
         how = method(run.config)
-        heading = escape(run.label if how == run.label else f"{run.label}\n{how}")
+        heading = _plain(run.label if how == run.label else f"{run.label}\n{how}")
         found.add_column(heading, justify="right", overflow="fold", min_width=9)
     for row in rows(runs):
         winners = best(row, runs)
@@ -48,7 +54,7 @@ def table(runs: Sequence[MeasuredRun]) -> Table:
 
 def interventions_table(run: MeasuredRun) -> Table:
     """What taking something away did to one run's loss."""
-    found = Table(title=f"interventions on {run.label}", title_justify="left", title_style="bold")
+    found = Table(title=_plain(f"interventions on {run.label}"), title_justify="left", title_style="bold")
     for heading in ("intervention", "sublayers", "depth"):
         found.add_column(heading)
     for heading in ("mean weight", "change in loss", "95 % interval"):
@@ -61,7 +67,9 @@ def interventions_table(run: MeasuredRun) -> Table:
         )
         interval = f"{effect.interval[0]:+.4f} to {effect.interval[1]:+.4f}" if effect.interval else ABSENT
         change = effect.reason or f"{effect.change:+.4f}"
-        found.add_row(name, effect.sublayers or "", effect.band or "", show(effect.mean_weight), change, interval)
+        found.add_row(
+            name, effect.sublayers or "", effect.band or "", show(effect.mean_weight), _plain(change), interval
+        )
     return found
 
 
@@ -70,7 +78,7 @@ def quantization_table(run: MeasuredRun) -> Table:
     name = "squared error" if run.tokenizer is None else "perplexity"
     plain = show(next(iter(run.quantization.values()))["float"])
     title = f"quantization of {run.label}, {name} {plain} in float"
-    found = Table(title=title, title_justify="left", title_style="bold")
+    found = Table(title=_plain(title), title_justify="left", title_style="bold")
     found.add_column("scheme", min_width=max(map(len, run.quantization)))
     sinks = any("d_sink" in value for value in run.quantization.values())
     for heading in (name, "change", "nats over float", "95 % interval", *["D_sink"] * sinks):
@@ -89,14 +97,14 @@ def quantization_table(run: MeasuredRun) -> Table:
 
 def task_table(scores: TaskTable) -> Table:
     """Every model on one task, in float and quantized."""
-    found = Table(title=escape(scores.title), title_justify="left", title_style="bold", caption=scores.note)
+    found = Table(title=_plain(scores.title), title_justify="left", title_style="bold", caption=_plain(scores.note))
     found.add_column("model")
     found.add_column("numerics")
     for heading in ("questions", *(x for name in scores.extractions for x in (name, "95 % interval"))):
         found.add_column(heading, justify="right")
     for row in scores.rows:
         cells = [text for name in scores.extractions for text in row.scores[name]]
-        found.add_row(escape(row.model), row.numerics, str(row.questions), *cells)
+        found.add_row(_plain(row.model), row.numerics, str(row.questions), *cells)
     return found
 
 
@@ -106,7 +114,7 @@ def print_comparison(runs: Sequence[MeasuredRun]) -> None:
     for group in groups(runs):
         console.print(table(group))
         texts = [summary(group), *(f"{topic}: {text}" for topic, text in findings(group).items())]
-        console.print("\n".join(texts) + "\n", markup=False)
+        console.print(printable("\n".join(texts)) + "\n", markup=False)
     for run in runs:
         if run.interventions:
             console.print(interventions_table(run))
@@ -115,4 +123,4 @@ def print_comparison(runs: Sequence[MeasuredRun]) -> None:
     for scores in task_tables(runs):
         console.print(task_table(scores))
     if not_comparable(runs):
-        console.print(not_comparable(runs) + "\n", markup=False)
+        console.print(printable(not_comparable(runs)) + "\n", markup=False)

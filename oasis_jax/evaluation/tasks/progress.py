@@ -6,6 +6,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from oasis_jax.errors import printable
+
 _SECONDS_BETWEEN_PLAIN_LINES = 30.0
 
 
@@ -37,4 +39,5 @@ class TaskProgress:
             self._said = now
             seconds = (now - self._start) / self._done * (self._total - self._done)
             left = datetime.timedelta(seconds=round(seconds))
-            self._console.print(f"{self._title}: {self._done}/{self._total}, {left} left", markup=False)
+            text = f"{self._title}: {self._done}/{self._total}, {left} left"
+            self._console.print(printable(text), markup=False)

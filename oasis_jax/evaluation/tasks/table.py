@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from oasis_jax.config import MeshConfig
-from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.errors import UserError, printable, unknown_name
 from oasis_jax.evaluation.quantization import check_texts
 from oasis_jax.evaluation.tasks import gsm8k
 from oasis_jax.evaluation.tasks.loading import load_model
@@ -64,7 +64,7 @@ def run_tasks(
         model = load_model(source, dtype=dtype, mesh=mesh, begin_token=begin_token, quantize=scheme)
         how = scheme or "float"
         for name, task in tasks.items():
-            print(f"{name}: {label}, {how} ...", file=sys.stderr, flush=True)
+            print(printable(f"{name}: {label}, {how} ..."), file=sys.stderr, flush=True)
             path = folder / name / label.strip("/").replace("/", "__") / f"{how}.jsonl"
             results[name][how] = task.run(model, path, f"{name} {label} {how}")
     return results
