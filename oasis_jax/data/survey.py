@@ -59,12 +59,15 @@ class Document(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a piece holds: sha256 and size of it, hash and size of each text, and what was left out of it."""
+    """What a piece holds: sha256 and size of it, hash and size of each text, what was left out of it, and whether there
+    are NUL bytes in its texts.
+    """
 
     sha256: str
     size: int
     texts: list[tuple[bytes, int]]
     corrupt: list[str]
+    nul: bool
 
 
 def look(job: "Job", piece: Piece) -> Found:
@@ -72,7 +75,8 @@ def look(job: "Job", piece: Piece) -> Found:
     config, corrupt = job.config, []
     kind = job.tokenizer.kind if job.tokenizer else config.tokenizer
     read = piece.read(config.text_key, kind, attempting(config, corrupt))
-    return Found(read.sha256, read.size, [(content_hash(text), len(text)) for text in read.documents], corrupt)
+    texts = [(content_hash(text), len(text)) for text in read.documents]
+    return Found(read.sha256, read.size, texts, corrupt, any(b"\0" in text for text in read.documents))
 
 
 def survey(pieces: Sequence[Piece], found: Iterable[Found], config: DataConfig, say: Callable[[str], None]) -> Survey:
@@ -81,12 +85,13 @@ def survey(pieces: Sequence[Piece], found: Iterable[Found], config: DataConfig, 
     Raises:
       UserError: there is no text, or a piece that cannot be read and must not be left out.
     """
-    places, sizes, seen, corrupt, digest = [], [], {}, [], hashlib.sha256()
+    places, sizes, seen, corrupt, holding, digest = [], [], {}, [], [], hashlib.sha256()
     repeated = empty = total = 0
     for number, (piece, read) in enumerate(zip(pieces, found)):
         digest.update(f"{piece.name}\0{read.sha256}\n".encode("utf-8", "surrogateescape"))
         total += read.size
         corrupt += read.corrupt
+        holding += [piece.name] if read.nul else []
         for at, (key, size) in enumerate(read.texts):
             empty += not size
             repeated += bool(size) and key in seen
@@ -97,6 +102,8 @@ def survey(pieces: Sequence[Piece], found: Iterable[Found], config: DataConfig, 
     notes = [f"left out: {what}" for what in corrupt]
     notes += [f"left out: {empty} empty documents"] if empty else []
     notes += [f"left out: {repeated} documents, which repeat the content of others"] if repeated else []
+    if holding:
+        notes.append(f"NUL bytes, kept as text: in {len(holding)} of {len(pieces)} files, such as {holding[0]!r}")
     chosen, cut = choose(list(seen), sizes, config.holdout_fraction)
     for note in notes:
         say(note)

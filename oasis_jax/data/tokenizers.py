@@ -40,20 +40,24 @@ class Tokenizer:
 
     Attributes:
       kind: its name in `TOKENIZERS`.
+      comes_with: where one is from, of a kind that is not learned.
       vocab_size: ids there are, special ones included.
       begin_id: id of the begin token; None: it has none.
       separator_id: id of the document separator; None: it has none.
     """
 
     kind: str
+    comes_with: str
 
     def __init__(self, vocab_size: int, begin_id: int | None, separator_id: int | None):
         self.begin_id, self.separator_id, self.vocab_size = begin_id, separator_id, vocab_size
 
     @classmethod
     def train(cls, documents: Sequence[bytes], vocab_size: int) -> "Tokenizer":
-        """Makes one for these documents, of at most `vocab_size` tokens where there is a choice."""
-        raise NotImplementedError
+        """Makes one for these documents, of at most `vocab_size` tokens where there is a choice; raises UserError for
+        a kind that is not learned.
+        """
+        raise UserError(f"data.tokenizer={cls.kind}: comes with {cls.comes_with}")
 
     def encode_all(self, documents: Sequence[bytes]) -> Iterator[np.ndarray]:
         """The int32 ids of one document after another."""
@@ -142,6 +146,7 @@ class LibraryTokenizer(Tokenizer):
     """A tokenizer.json of the `tokenizers` library, with the special tokens of the model it comes with."""
 
     kind = "library"
+    comes_with = "a pretrained model; name one in run.init_from, or in --tokenizer of `oasis_jax prepare`"
 
     def __init__(self, model: str, begin_id: int | None = None, separator_id: int | None = None):
         """Makes a tokenizer of the library's own JSON, kept letter by letter so that the identity outlives changes of
@@ -155,21 +160,25 @@ class LibraryTokenizer(Tokenizer):
         ids = self._library.get_vocab(with_added_tokens=True).values()
         super().__init__(max(ids, default=-1) + 1, begin_id, separator_id)
 
-    @classmethod
-    def train(cls, documents, vocab_size):
-        raise UserError(
-            "data.tokenizer=library: comes with a pretrained model; name one in run.init_from, or in --tokenizer of "
-            "`oasis_jax prepare`"
-        )
-
     @property
     def library_json(self) -> str:
         """The library's own JSON, the content of a tokenizer.json."""
         return self._model
 
     def encode_all(self, documents):
+        if self._in_pieces:
+            yield from self._encode_in_pieces(documents, self._ids)
+            return
         for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
             yield from self._ids([self._text(document) for document in documents[start : start + _DOCUMENTS_AT_ONCE]])
+
+    @functools.cached_property
+    def _in_pieces(self) -> bool:
+        """Whether a text gives the same ids cut between words: words are split before anything is added to them."""
+        values = json.loads(self._model)
+        normalizer, words = values.get("normalizer"), json.dumps(values.get("pre_tokenizer"))
+        plain = normalizer is None or normalizer.get("type") in ("NFC", "NFD", "NFKC", "NFKD")
+        return plain and '"ByteLevel"' in words and '"add_prefix_space": true' not in words
 
     def _ids(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
@@ -287,6 +296,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A model of sentencepiece, which normalizes text as it says itself; its control tokens never come out of one."""
 
     kind = "sentencepiece"
+    comes_with = "a corpus that was prepared with --tokenizer FILE.model"
 
     def __init__(self, model: str):
         """Reads the base64 of a .model file; raises UserError where it is none."""
@@ -303,12 +313,6 @@ class SentencePieceTokenizer(Tokenizer):
     def from_file(cls, path: pathlib.Path) -> "SentencePieceTokenizer":
         """The tokenizer of a .model file."""
         return cls(base64.b64encode(path.read_bytes()).decode())
-
-    @classmethod
-    def train(cls, documents, vocab_size):
-        raise UserError(
-            "data.tokenizer=sentencepiece: comes with a corpus that was prepared with --tokenizer FILE.model"
-        )
 
     @property
     def padding_id(self) -> int:
@@ -337,6 +341,7 @@ class TiktokenTokenizer(Tokenizer):
     """Byte pairs of tiktoken: the ranks of tokens, a pattern of words, and special tokens."""
 
     kind = "tiktoken"
+    comes_with = "a corpus that was prepared with --tokenizer tiktoken:NAME"
     _BEGIN, _END = ("<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"), ("<|end_of_text|>", "<|endoftext|>")
 
     def __init__(self, ranks: dict[str, int], pattern: str, specials: dict[str, int]):
@@ -373,10 +378,6 @@ class TiktokenTokenizer(Tokenizer):
             ) from None
         ranks = {base64.b64encode(token).decode(): i for token, i in found._mergeable_ranks.items()}
         return cls(ranks, found._pat_str, dict(found._special_tokens))
-
-    @classmethod
-    def train(cls, documents, vocab_size):
-        raise UserError("data.tokenizer=tiktoken: comes with a corpus that was prepared with --tokenizer tiktoken:NAME")
 
     def encode_all(self, documents):
         encode = lambda texts: (np.array(ids, np.int32) for ids in self._library.encode_ordinary_batch(texts))

@@ -169,3 +169,19 @@ def test_a_long_text_is_read_in_pieces_that_change_no_word(monkeypatch):
     found = [ids.tolist() for ids in bpe.encode_all([text.encode() for text in texts])]
     assert [bpe.decode(ids).decode() for ids in found] == texts
     assert found[0] == whole[0] and found[1] == whole[1] and found[3:] == whole[3:]
+
+
+@pytest.mark.parametrize("prefix, normalizer", [(False, None), (True, None), (False, "prepend")])
+def test_a_long_text_is_read_in_pieces_by_a_library_where_that_changes_nothing(monkeypatch, prefix, normalizer):
+    texts = [WORDS * 3, "word\nword " * 99, "", "x1 y2\n z"]
+    trained = tokenizers.tokenizers.Tokenizer.from_str(BPETokenizer.train([WORDS.encode()], 320).library_json)
+    trained.pre_tokenizer = tokenizers.tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    if normalizer:
+        trained.normalizer = tokenizers.tokenizers.normalizers.Prepend("x")
+    library = tokenizers.LibraryTokenizer(trained.to_str())
+    whole = [trained.encode(text).ids for text in texts]
+    asked, split = [], tokenizers._pieces
+    monkeypatch.setattr(tokenizers, "_PIECE", 16)
+    monkeypatch.setattr(tokenizers, "_pieces", lambda text: asked.append(text) or split(text))
+    assert [ids.tolist() for ids in library.encode_all([text.encode() for text in texts])] == whole
+    assert bool(asked) == (not prefix and not normalizer)

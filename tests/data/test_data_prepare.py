@@ -252,6 +252,14 @@ def test_a_vocabulary_past_two_bytes(config, tmp_path):
     assert tokens[:].max() > 69_000 and index["dtype"] == "<i4"
 
 
+def test_bytes_of_nothing_among_text_are_said(config, tmp_path):
+    for name, text in [("a.txt", b"text " * 40), ("b.txt", b"te\0xt " * 40)]:
+        (tmp_path / name).write_bytes(text)
+    said, asked = [], dataclasses.replace(config, pattern=f"{tmp_path}/*.txt", tokenizer="bytes")
+    prepare.prepare(asked, None, tmp_path / "out", say=said.append)
+    assert "NUL bytes, kept as text: in 1 of 2 files, such as 'b.txt'" in said
+
+
 def test_compressed_files_are_those_in_them(config, folder, made, tmp_path):
     for path in folder.iterdir():
         (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
