@@ -6,15 +6,15 @@
     python train.py --config=configs/paper_opt_125m.py --workdir=runs/paper_opt_125m
     python train.py --config=configs/paper_opt_125m.py --plan=h100:1
 
-Texts are grouped as the published scripts group them: special tokens for every text (a row of the data set), 1,000 texts
-joined and cut into blocks of 512, the rest left out. Unlike there, a row that repeats another counts once, and 5 % of
-the text is held out.
-DIR is a folder with OPT's tokenizer.json, as transformers' AutoTokenizer.from_pretrained("facebook/opt-125m") saves it.
-Its twin with softmax and no routing: `--set model.preset=residual`.
+Texts are grouped as the published scripts group them: special tokens for every text (a row of the data set), 1,000
+texts joined and cut into blocks of 512, the rest left out. Unlike there, a row that repeats another counts once, and 5
+% of the text is held out. DIR is a folder with OPT's tokenizer.json, as transformers'
+AutoTokenizer.from_pretrained("facebook/opt-125m") saves it. Its twin with softmax and no routing: `--set
+model.preset=residual`.
 
 The model, the optimizer and the steps are those of configs/opt_125m.py.
 
-Hardware: one GPU. Not trained here: neither times nor metrics.
+Hardware: one GPU of 16 GB or more; planned (h100:1, jax 0.12, 2026-11-28): 10.1 GiB. Not trained here: neither times nor metrics.
 """
 
 import dataclasses

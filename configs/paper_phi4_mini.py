@@ -6,10 +6,9 @@
     python train.py --config=configs/paper_phi4_mini.py --workdir=runs/paper_phi4_mini --set run.init_from=DIR
     python train.py --config=configs/paper_phi4_mini.py --plan=h200:1
 
-Texts are grouped as the published scripts group them: special tokens for every text (a row of the data set), 1,000 texts
-joined and cut into blocks of 512, the rest left out. Unlike there, a row that repeats another counts once, and 5 % of
-the text is held out.
-DIR is a folder with the model's safetensors, config.json and tokenizer.json.
+Texts are grouped as the published scripts group them: special tokens for every text (a row of the data set), 1,000
+texts joined and cut into blocks of 512, the rest left out. Unlike there, a row that repeats another counts once, and 5
+% of the text is held out. DIR is a folder with the model's safetensors, config.json and tokenizer.json.
 
 The model, the optimizer and the steps are those of configs/finetune_phi4_mini.py, and so is the plan.
 

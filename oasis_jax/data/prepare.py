@@ -93,8 +93,12 @@ def prepare(
 
 def _survey(pool: Workers, pieces: Sequence[Piece], config: DataConfig, say: Callable[[str], None]) -> Survey:
     found = [None] * len(pieces)
-    for at, read in pool.run(look, [(piece,) for piece in pieces]):
+    begun = time.monotonic()
+    for count, (at, read) in enumerate(pool.run(look, [(piece,) for piece in pieces]), start=1):
         found[at] = read
+        if count * 10 // len(pieces) > (count - 1) * 10 // len(pieces) and count < len(pieces):
+            left = (time.monotonic() - begun) / count * (len(pieces) - count)
+            say(f"read {count} of {len(pieces)} files, {left:.0f} s left until tokenizing")
     return survey(pieces, found, config, say)
 
 

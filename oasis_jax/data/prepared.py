@@ -20,6 +20,7 @@ from oasis_jax.config import DataConfig
 from oasis_jax.data.corpus import Corpus
 from oasis_jax.data.mixture import mixed
 from oasis_jax.data.packing import Stream, pack
+from oasis_jax.data.split import missed_share
 from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError
 
@@ -210,7 +211,10 @@ def _load(config: DataConfig, pattern: str, tokenizer: Tokenizer | None) -> Corp
                 f"data.sequence_length: {config.sequence_length} is more than the {part} part's {len(source.tokens)} "
                 f"tokens can fill once; use at most {source.places} ({index['split']})"
             )
-    return Corpus({"name": "prepared"} | {name: index[name] for name in _IDENTITY}, tokenizer, train, heldout)
+    identity = {"name": "prepared"} | {name: index[name] for name in _IDENTITY}
+    total = sum(index["parts"][part]["bytes"] for part in PARTS)
+    notes = missed_share(index["holdout"]["bytes"], total, fraction)
+    return Corpus(identity, tokenizer, train, heldout, notes=tuple(notes))
 
 
 def stream_in(folder: pathlib.Path, index: Mapping, part: str, tokenizer: Tokenizer) -> Stream:

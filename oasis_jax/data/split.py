@@ -62,12 +62,17 @@ def hold_out(documents: Sequence[bytes], fraction: float) -> Split:
     train, heldout = ([part[side] for part in parts if part[side]] for side in (0, 1))
     total, size = sum(map(len, kept)), sum(map(len, heldout))
     chosen_how = rule(total, size, len(heldout), len(kept), bool(cut))
-    if abs(size - fraction * total) > _TOLERANCE * fraction * total:
-        notes.append(
-            f"held out: {size} of {total} bytes ({size / total:.3g}) where data.holdout_fraction={fraction} was asked "
-            "for; so small a text is not cut closer"
-        )
-    return Split(train, heldout, chosen_how, tuple(notes))
+    return Split(train, heldout, chosen_how, (*notes, *missed_share(size, total, fraction)))
+
+
+def missed_share(size: int, total: int, fraction: float) -> list[str]:
+    """A line where what is held out is not the share asked for, none where it is."""
+    if abs(size - fraction * total) <= _TOLERANCE * fraction * total:
+        return []
+    return [
+        f"held out: {size} of {total} bytes ({size / total:.3g}) where data.holdout_fraction={fraction} was asked "
+        "for; so small a text is not cut closer"
+    ]
 
 
 def rule(total: int, size: int, count: int, documents: int, cut: bool) -> str:

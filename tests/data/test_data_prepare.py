@@ -260,6 +260,15 @@ def test_bytes_of_nothing_among_text_are_said(config, tmp_path):
     assert "NUL bytes, kept as text: in 1 of 2 files, such as 'b.txt'" in said
 
 
+def test_a_share_that_is_missed_is_said_when_it_is_read(config, tmp_path):
+    (tmp_path / "a.txt").write_text("漢" * 40)  # is cut between characters
+    asked = dataclasses.replace(config, pattern=f"{tmp_path}/a.txt", tokenizer="bytes", holdout_fraction=0.03)
+    prepare.prepare(asked, None, tmp_path / "out")
+    (note,) = reading(asked, tmp_path / "out", sequence_length=2).notes
+    assert note == load_corpus(dataclasses.replace(asked, sequence_length=2), seed=0).notes[0]
+    assert "held out: 3 of 120 bytes (0.025) where data.holdout_fraction=0.03 was asked for" in note
+
+
 def test_compressed_files_are_those_in_them(config, folder, made, tmp_path):
     for path in folder.iterdir():
         (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))

@@ -160,3 +160,12 @@ if __name__ == "__main__":
     gone = lambda pid: not state(pid).exists() or state(pid).read_text().rpartition(")")[2].split()[0] == "Z"
     wait(lambda: all(map(gone, workers)))
     assert len(workers) >= 2
+    # Started again, it repeats no shard that is there and gives what one that was never stopped gives.
+    config = DataConfig(corpus="files", pattern=f"{texts}/*.txt", tokenizer="bytes")
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.arrayrecord.json")}
+    shards = {name: (tmp_path / "out" / name.removesuffix(".json")).stat().st_mtime_ns for name in kept}
+    for out in ("out", "whole"):
+        prepare.prepare(config, None, tmp_path / out, shard_bytes=10)
+    assert shards == {name: (tmp_path / "out" / name.removesuffix(".json")).stat().st_mtime_ns for name in kept}
+    files = lambda out: {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
+    assert files("out") == files("whole") and kept

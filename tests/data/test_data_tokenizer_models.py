@@ -13,7 +13,7 @@ from oasis_jax.data.tokenizers import BPETokenizer, SentencePieceTokenizer, Tikt
 from oasis_jax.errors import UserError
 from oasis_jax.pretrained.tokenizer import open_tokenizer
 
-TEXTS = [b"the quick brown fox jumps over the lazy dog " * 9, "zwölf 漢字 <s> </s> <|endoftext|>".encode(), b"x y  z"]
+TEXTS = [b"the quick brown fox jumps over a lazy dog " * 9, "zwölf 漢字 <s> </s> <|endoftext|>".encode(), b"x y  z"]
 
 
 @pytest.fixture(scope="module")
