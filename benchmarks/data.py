@@ -21,7 +21,7 @@ import _harness as harness
 import numpy as np
 
 from oasis_jax.config import Config, DataConfig, ModelConfig
-from oasis_jax.data import load_corpus, prepare, stdlib, train_batches
+from oasis_jax.data import load_corpus, stdlib, train_batches
 from oasis_jax.data.packing import PACKINGS
 from oasis_jax.data.tokenizers import BPETokenizer
 from oasis_jax.model.batch import check_ids
@@ -84,6 +84,8 @@ def preparing(config: DataConfig, tokenizer: BPETokenizer, documents: list[bytes
     """The whole of `oasis_jax prepare`, once with each number of processes, beside `tokenizers` alone on texts that
     are in memory.
     """
+    from oasis_jax.data import prepare  # here: it needs array_record
+
     texts = [f"{text.decode(errors='replace')}\n# {copy}" for copy in range(COPIES) for text in documents]
     cores, times = len(os.sched_getaffinity(0)), {}
     for name, workers in {"one process": 1, f"{cores} processes": cores}.items():

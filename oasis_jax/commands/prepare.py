@@ -56,9 +56,9 @@ def main(argv: Sequence[str], program: str = "oasis_jax prepare") -> None:
         return
     if not (args.source and args.tokenizer):
         parser.error("the following arguments are required: --source and --tokenizer, or --verify")
-
     if args.workers < 0:
         parser.error(f"--workers: must be at least 0, got {args.workers}")
+
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
     from oasis_jax.config import Config
     from oasis_jax.data.prepare import prepare
