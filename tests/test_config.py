@@ -33,6 +33,7 @@ METHODS = {
     "residual": ("softmax", "residual", "none", "softmax", False, "none", 0, False),
     "attnres": ("softmax", "delta", "static", "softmax", False, "none", 0, False),
     "attnres_rms": ("softmax", "delta", "static", "softmax", False, "none", 8, True),
+    "attnres_qkv": ("softmax", "delta", "qkv", "softmax", False, "none", 8, False),
     "attnres_cumulative": ("softmax", "cumulative", "projected", "softmax", False, "none", 0, False),
     "softmax1": ("softmax1", "cumulative", "projected", "softmax", False, "none", 0, False),
     "clipped": ("clipped", "cumulative", "projected", "softmax", False, "none", 0, False),
@@ -256,6 +257,14 @@ WRONG = {
     "output norm without delta": (
         lambda: ModelConfig(preset="oasis", output_norm=True),
         "model.output_norm: goes with wiring=delta, got wiring=cumulative",
+    ),
+    "three routers without delta": (
+        lambda: ModelConfig(preset="oasis", router="qkv"),
+        "model.router: qkv goes with wiring=delta, got wiring=cumulative",
+    ),
+    "three routers in a loop": (
+        lambda: ModelConfig(preset="attnres_qkv", stack="scan"),
+        "model.stack: router=qkv has no loop over layers; take auto or unroll, got scan",
     ),
     "fixed beta without coupling": (
         lambda: ModelConfig(preset="softmax1", fixed_beta=1.0),

@@ -168,7 +168,7 @@ def steps(model: ModelConfig, width: int) -> str:
     rows = [("sublayer", "writes", "router", "its sources, oldest first")]
     for step in plan.steps:
         sources = shortened([source.name for source in step.sources])
-        rows.append((step.name, _writes(step), step.router, sources))
+        rows.append((step.name, _writes(step), shortened(step.routers), sources))
     return "\n".join([*(textwrap.fill(line, width) for line in title), aligned(rows, width)])
 
 

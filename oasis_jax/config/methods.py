@@ -2,7 +2,7 @@
 
 # oasis and its baselines attnres_cumulative, softmax1, clipped, entmax15 and sparsemax: arXiv 2605.17887; attnres:
 # 2603.15031;
-# gated: 2306.12929; learned_sink: 2601.22966; null_key: 2410.10781; token_null: Inkling-2; null_key_value: 2410.05265's
+# attnres_qkv: Inkling-2; gated: 2306.12929; learned_sink: 2601.22966; null_key: 2410.10781; token_null: Inkling-2; null_key_value: 2410.05265's
 # prefix as a parameter. oasis_blocks is ours: OASIS on the blocks of AttnRes. attnres_rms: rms-block-attnres, but for the
 # running block, whose outputs are normalized here too.
 _CUMULATIVE = dict(
@@ -19,6 +19,7 @@ PRESETS: dict[str, dict] = {
     "attnres": _CUMULATIVE | dict(normalizer="softmax", wiring="delta", router="static"),
     "attnres_rms": _CUMULATIVE
     | dict(normalizer="softmax", wiring="delta", router="static", blocks=8, output_norm=True),
+    "attnres_qkv": _CUMULATIVE | dict(normalizer="softmax", wiring="delta", router="qkv", blocks=8),
     "attnres_cumulative": _CUMULATIVE | dict(normalizer="softmax"),
     "softmax1": _CUMULATIVE | dict(normalizer="softmax1"),
     "clipped": _CUMULATIVE | dict(normalizer="clipped"),

@@ -228,7 +228,11 @@ class RouterConfig:
     """One depth router: projected (arXiv 2605.17887) or static (arXiv 2603.15031)."""
 
     width: int = field(128, "model width D")
-    router: Literal["projected", "static"] = field("projected", "how the query over depth is made")
+    router: Literal["projected", "static", "qkv"] = field(
+        "projected",
+        "how the query over depth is made; qkv: as static, over sources that are normalized without a gain, and the inputs "
+        "of an attention's queries, keys and values are routed apart",
+    )
     depth_normalizer: Literal["softmax", "softmax1", "sigmoid", "uniform"] = field(
         "softmax1",
         "normalizer over depth sources; sigmoid: of each source's score alone, in plain JAX; uniform: equal weights, "
@@ -280,7 +284,9 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
         None, "sigmoid gate on each head's output before the output projection"
     )
     wiring: Literal["residual", "cumulative", "delta"] = field(None, "how sublayers are connected over depth")
-    router: Literal["projected", "static", "none"] = field(None, "how the query over depth is made")
+    router: Literal["projected", "static", "qkv", "none"] = field(
+        None, RouterConfig.__dataclass_fields__["router"].metadata["help"]
+    )
     depth_normalizer: RouterConfig.__annotations__["depth_normalizer"] = field(
         None, RouterConfig.__dataclass_fields__["depth_normalizer"].metadata["help"]
     )
@@ -343,8 +349,12 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
             if getattr(self, name) and self.wiring != wiring:
                 raise UserError(f"{section}.{name}: goes with wiring={wiring}, got wiring={self.wiring}")
         if (self.wiring == "residual") != (self.router == "none"):
-            wanted = "none" if self.wiring == "residual" else "projected or static"
+            wanted = "none" if self.wiring == "residual" else "projected, static or qkv"
             raise UserError(f"{section}.router: wiring={self.wiring} goes with router={wanted}, got {self.router}")
+        if self.router == "qkv" and self.wiring != "delta":
+            raise UserError(f"{section}.router: qkv goes with wiring=delta, got wiring={self.wiring}")
+        if self.router == "qkv" and self.stack == "scan":
+            raise UserError(f"{section}.stack: router=qkv has no loop over layers; take auto or unroll, got scan")
         if self.blocks and self.wiring != "delta":
             raise UserError(
                 f"{section}.blocks: only wiring=delta has blocks, got blocks={self.blocks} with wiring={self.wiring}"

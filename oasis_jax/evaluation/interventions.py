@@ -172,7 +172,7 @@ class _Model(NamedTuple):
 
     def unchanged(self) -> Changes:
         """Everything counts as it does."""
-        sizes = {step.router: len(step.sources) for step in schedule(self.config).steps if step.router}
+        sizes = {name: len(step.sources) for step in schedule(self.config).steps for name in step.routers}
         keep = {name: np.ones(size, np.float32) for name, size in sizes.items()}
         return Changes(keep, np.float32(0), np.float32(1))
 
@@ -242,10 +242,10 @@ def families(config: ModelConfig) -> dict[str, dict[str, list[int]]]:
     """For every router which of its sources belong to which family."""
     found = {}
     for step in schedule(config).steps:
-        if step.router:
+        if step.routers:
             newest = len(step.sources) - step.current
             members = {"embedding": [0], "older": [*range(1, newest)], "current": [*range(newest, len(step.sources))]}
-            found[step.router] = members
+            found |= dict.fromkeys(step.routers, members)
     return found
 
 
@@ -256,7 +256,7 @@ def _groups(config: ModelConfig) -> dict[tuple[str, str], list[str]]:
     steps = {step.name: step for step in schedule(config).steps}
     found = {("all", "all"): schedule(config).routers}
     for name in schedule(config).routers:
-        step = steps.get(name)
+        step = steps.get(name) or steps.get(name.rpartition(".")[0])
         band = BANDS[step.layer * len(BANDS) // config.num_layers] if step else BANDS[-1]
         found.setdefault((step.kind if step else name, band), []).append(name)
     return found

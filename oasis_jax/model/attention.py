@@ -2,7 +2,7 @@
 one NNX module.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -133,6 +133,7 @@ def attention(
     *,
     inputs_kv: Float[Array, "B S C"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
+    own_kv: tuple[Float[Array, "B T D"], Float[Array, "B T D"]] | None = None,
 ) -> tuple[Float[Array, "B T D"], AttentionStatistics]:
     """Attention with the normalizer that `config.normalizer` names (OASIS, arXiv 2605.17887): causal self-attention, or
     cross-attention to `inputs_kv`.
@@ -146,6 +147,7 @@ def attention(
         positions (config.rope_theta), a window and a cache have no meaning there.
       kv_segment_ids: its ids, where the context has segment_ids and only there: a query sees keys of its own id.
         Padding has an id that no query has.
+      own_kv: of the tokens of x, what keys and what values are made of; None: x. Gates and nulls read x.
 
     Returns:
       [B, T, D] after the output projection, and the layer's AttentionStatistics.
@@ -157,7 +159,8 @@ def attention(
     x = context.constrain(x, "batch", "length", None)
     p = {name: value if name in _WIDE else value.astype(x.dtype) for name, value in parameters.items()}
     source = x if inputs_kv is None else _checked_source(p, config, x, context, inputs_kv, kv_segment_ids)
-    query, key, value = project(p, config, x, source, context)
+    sources = [context.constrain(y, "batch", "length", None) for y in own_kv] if own_kv else (source, source)
+    query, key, value = project(p, config, x, sources, context, own=inputs_kv is None)
     if inputs_kv is None:
         keys = _own_keys(key, value, config, context)
     else:
@@ -218,11 +221,20 @@ def _checked_source(p: Parameters, config: AttentionConfig, x, context: Context,
 
 
 def project(
-    p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], source: Float[Array, "B S C"], context: Context
+    p: Parameters,
+    config: AttentionConfig,
+    x: Float[Array, "B T D"],
+    sources: Sequence[Float[Array, "B S C"]],
+    context: Context,
+    *,
+    own: bool,
 ) -> tuple[Array, ...]:
-    """Queries of x [B, T, N, H], keys and values of source [B, S, K, H]: projected, normed and turned."""
+    """Queries of x [B, T, N, H], keys and values of one source each [B, S, K, H]: projected, normed and turned.
+
+    own: the sources are of the tokens of x.
+    """
     found = []
-    for name, inputs in (("query", x), ("key", source), ("value", source)):
+    for name, inputs in zip(("query", "key", "value"), (x, *sources)):
         y = context.numerics.einsum(name, "BTD,DNH->BTNH", inputs, p[name])
         found.append(y + p[f"{name}_bias"] if config.qkv_bias else y)
     query, key, value = found
@@ -233,7 +245,7 @@ def project(
         cos, sin = rotary_angles(config, context.positions_of(x.shape[1]), x.dtype)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     query = context.constrain(query, "batch", "length", "heads", None)
-    length = "length" if source is x else None
+    length = "length" if own else None
     key, value = (context.constrain(y, "batch", length, "kv_heads", None) for y in (key, value))
     return query, key, value
 

@@ -30,10 +30,13 @@ class Sublayer(NamedTuple):
     statistics: AttentionStatistics | None
 
 
-def attend(layer: LayerParameters, config: ModelConfig, x: Stream, context: Context) -> Sublayer:
-    """The attention sublayer of the stream x."""
-    normed = context.numerics.norm(partial(norm, layer.get("attention_norm", {}), config), x)
-    output, statistics = attention(layer["attention"], config, normed, context)
+def attend(
+    layer: LayerParameters, config: ModelConfig, x: Stream | tuple[Stream, Stream, Stream], context: Context
+) -> Sublayer:
+    """The attention sublayer of the stream x, or of the streams that queries, keys and values are made of."""
+    run = partial(norm, layer.get("attention_norm", {}), config)
+    normed, *apart = (context.numerics.norm(run, stream) for stream in (x if isinstance(x, tuple) else (x,)))
+    output, statistics = attention(layer["attention"], config, normed, context, own_kv=tuple(apart) or None)
     return Sublayer(_as_source(config, output, context), normed, statistics)
 
 

@@ -44,6 +44,8 @@ class LoopOutput(NamedTuple):
 
 def uses_loop(config: ModelConfig, platform: str) -> bool:
     """Whether training runs the layers as a loop on a platform ("cpu", "gpu", "tpu")."""
+    if config.router == "qkv":
+        return False  # three streams are not carried through the loop
     # Masked reads of a whole buffer cost a CPU more than they save at the depths one trains there.
     return config.stack == "scan" or (config.stack == "auto" and platform != "cpu")
 
@@ -69,6 +71,8 @@ def run_loop(
     """
     if context.cache is not None:
         raise UserError("context.cache: layers run as a loop have none; run them one by one")
+    if config.router == "qkv":
+        raise UserError("model.router: qkv has no loop over layers; run them one by one")
     parts = tuple({name: params["layers"][name] for name in PARTS[kind] if name in params["layers"]} for kind in KINDS)
     if config.wiring == "residual":
         return _residual(config, parts, embedding, context, telemetry)

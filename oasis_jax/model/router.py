@@ -12,6 +12,7 @@ from oasis_jax.config import RouterConfig
 from oasis_jax.model.attention import backend
 from oasis_jax.model.context import Context
 from oasis_jax.model.depth_weights import NULL_LOGITS, PLAIN, depth_operator
+from oasis_jax.model.norms import rms_norm
 from oasis_jax.model.numerics import FLOAT, Numerics
 from oasis_jax.model.parameters import ParameterModule, Parameters, ParameterSpec, constant, matrix
 from oasis_jax.model.statistics import RouterStatistics
@@ -32,7 +33,7 @@ def key_width(config: RouterConfig) -> int:
 
 def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
     """The parameters of one router: of `projected` two projections and a recency bias, of `static` a query and a key
-    norm; with coupling its strength, with an alpha gate the gate. Uniform weights need neither query nor key.
+    norm, of `qkv` a query; with coupling its strength, with an alpha gate the gate. Uniform weights need neither query nor key.
     """
     width = config.width
     projection = matrix((width, key_width(config)), ("embed", None), width, "router_matrix")
@@ -42,6 +43,7 @@ def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
     specs = {
         "projected": {"query": projection, "key": projection, "recency_bias": recency},
         "static": {"query": constant((width,), 0.0, "router"), "key_norm": constant((width,), 1.0, "router")},
+        "qkv": {"query": constant((width,), 0.0, "router")},
     }[config.router]
     specs = {} if config.depth_normalizer == "uniform" else specs
     learned = config.coupling and not config.fixed_beta
@@ -89,6 +91,8 @@ def route(
     Returns:
       [B, T, D] and the RouterStatistics.
     """
+    if config.router == "qkv":  # what is scored and what is summed is normalized alike, without a gain
+        sources = [rms_norm(source, jnp.ones(source.shape[-1:], jnp.float32)) for source in sources]
     beta = router_beta(parameters, config) if config.coupling else None
     arguments = query_arguments(parameters, config, sources[-1], len(sources), numerics=context.numerics)
 
@@ -143,6 +147,8 @@ def query_arguments(
         return dict(query=jnp.zeros(last.shape[-1:], jnp.promote_types(last.dtype, jnp.float32)))
     if config.router == "static":
         return dict(query=parameters["query"], key_norm_scale=parameters["key_norm"])
+    if config.router == "qkv":
+        return dict(query=parameters["query"])
     query = projected_query(parameters["query"], parameters["key"], last, numerics)
     recency = jnp.arange(capacity or num_sources, dtype=jnp.promote_types(query.dtype, jnp.float32)) / jnp.maximum(
         num_sources - 1, 1

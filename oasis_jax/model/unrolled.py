@@ -23,7 +23,8 @@ from oasis_jax.model.wiring import KINDS, Step, schedule
 class LayerStatistics(NamedTuple):
     """What one layer tells about itself; all but the attention's are [B, T, D].
 
-    layer_output is the stream that the next layer, or the final norm, reads.
+    layer_output is the stream that the next layer, or the final norm, reads; where queries, keys and values read
+    streams of their own, that of the queries, and attention_norm likewise.
     """
 
     attention: AttentionStatistics
@@ -82,11 +83,15 @@ def run_unrolled(
         block = (sources[step.slot], evidence[step.slot], step.members) if step.members else None
         tap = partial(context.within(step.name).numerics.tap, "residual_sum")
         source, source_psi = new_source(config, stream, sublayer.output, psi, block, tap)
-        if step.router:
+        if step.routers:
             sources, evidence = [*sources[: step.slot], source], [*evidence[: step.slot], source_psi]
-            own, scoped = router_part(params, step.index), context.within(f"{step.router}.router")
-            stream, statistics = route(own, config, sources, evidence, scoped)
-            routers[step.router] = on_router(step.router, statistics)
+            read = []
+            for index, name in enumerate(step.routers, step.first_router):
+                own, scoped = router_part(params, index), context.within(f"{name}.router")
+                mixture, statistics = route(own, config, sources, evidence, scoped)
+                routers[name] = on_router(name, statistics)
+                read.append(mixture)
+            stream = read[0] if len(read) == 1 else tuple(read)
         else:
             stream = source
         if step.kind == "mlp":
@@ -155,4 +160,5 @@ def _call(sublayer: Callable, config: ModelConfig, layer, stream: Stream, contex
 
 
 def _layer_statistics(attention: Sublayer, mlp: Sublayer, stream: Stream) -> LayerStatistics:
+    stream = stream[0] if isinstance(stream, tuple) else stream
     return LayerStatistics(attention.statistics, attention.normed, attention.output, mlp.normed, mlp.output, stream)

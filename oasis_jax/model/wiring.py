@@ -18,6 +18,7 @@ from typing import NamedTuple
 from oasis_jax.config import ModelConfig
 
 KINDS = ("attention", "mlp")
+PROJECTIONS = ("query", "key", "value")  # of an attention whose inputs are routed apart (router=qkv, Inkling-2)
 
 
 class Source(NamedTuple):
@@ -28,15 +29,16 @@ class Source(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One sublayer and the router after it.
+    """One sublayer and the router after it, or the three of an attention whose queries, keys and values read apart.
 
     Attributes:
-      index: of the sublayer, and of the router among all routers.
+      index: of the sublayer.
       layer, kind, name: "layer3.mlp" is the MLP of layer 3.
       slot: where the source goes; without a router 0, the stream.
       members: how many sublayers of its block the slot holds already.
-      router: the name of the router that makes the next stream; None: the source is the next stream.
-      sources: what the router reads: the slots 0 .. slot, oldest first.
+      routers: names of those that make the next stream; (): the source is the next stream.
+      first_router: the index of the first of them among all routers.
+      sources: what a router reads: the slots 0 .. slot, oldest first.
       current: how many of the newest sources were made by the router's own layer or, in the delta wiring, newest
         sublayer.
       stream_slot: where the next stream goes too, in place of what that slot and later ones held; None: nowhere.
@@ -48,7 +50,8 @@ class Step(NamedTuple):
     name: str
     slot: int = 0
     members: int = 0
-    router: str | None = None
+    routers: tuple[str, ...] = ()
+    first_router: int = 0
     sources: tuple[Source, ...] = ()
     current: int = 0
     stream_slot: int | None = None
@@ -68,7 +71,7 @@ class Schedule(NamedTuple):
     @property
     def routers(self) -> list[str]:
         """Names of the routers, in order of use."""
-        return [step.router for step in self.steps if step.router]
+        return [router for step in self.steps for router in step.routers]
 
     @property
     def columns(self) -> list[str]:
@@ -95,7 +98,8 @@ def _cumulative(config: ModelConfig, steps: list[Step]) -> Schedule:
         found.append(
             step._replace(
                 slot=layer + 1 + kind,
-                router=step.name,
+                routers=(step.name,),
+                first_router=step.index,
                 sources=(*history, *own),
                 current=kind + 1,
                 stream_slot=layer + 1 if kind else None,
@@ -110,16 +114,27 @@ def block_sizes(sublayers: int, blocks: int) -> list[int]:
     return [size + (block < larger) for block in range(blocks)]
 
 
+def _readers(config: ModelConfig, steps: list[Step], index: int) -> tuple[str, ...]:
+    """The routers that make what a sublayer reads, or the final norm after the last."""
+    if index == len(steps):
+        return ("final",)
+    step = steps[index]
+    apart = config.router == "qkv" and step.kind == "attention"
+    return tuple(f"{step.name}.{part}" for part in PROJECTIONS) if apart else (step.name,)
+
+
 def _delta(config: ModelConfig, steps: list[Step]) -> Schedule:
     sizes = block_sizes(len(steps), config.blocks or len(steps))
     place = [(block, member) for block, size in enumerate(sizes) for member in range(size)]
-    sources, found = [EMBEDDING], []
+    sources, found, count = [EMBEDDING], [], 0
     for step, (block, member) in zip(steps, place):
-        following = steps[step.index + 1].name if step.index + 1 < len(steps) else "final"
+        routers = _readers(config, steps, step.index + 1)
         name = f"block{block + 1}" if config.blocks else step.name
         earlier = sources.pop().layers if member else ()
         sources.append(Source(name, tuple(dict.fromkeys((*earlier, step.layer)))))
-        found.append(step._replace(slot=block + 1, members=member, router=following, sources=tuple(sources), current=1))
+        where = dict(slot=block + 1, members=member, sources=tuple(sources), current=1)
+        found.append(step._replace(routers=routers, first_router=count, **where))
+        count += len(routers)
     return Schedule(tuple(found), len(sizes) + 1)
 
 

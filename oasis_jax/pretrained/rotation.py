@@ -141,6 +141,8 @@ def _rotated_layers(layers: Mapping[str, Any], old: ModelConfig, new: ModelConfi
 def _rotated_routers(routers: Mapping[str, Array], rotation: Array) -> dict[str, Array]:
     """Queries over depth see the stream as readers do; a static router's key gain goes into its query."""
     found = dict(routers)
+    if "key_norm" not in routers and "key" not in routers:  # of router=qkv, or with uniform weights nothing at all
+        return found | {name: _product("RD,DE->RE", x, rotation) for name, x in routers.items() if name == "query"}
     if "key_norm" in routers:
         found["query"] = _product("RD,DE->RE", routers["query"] * routers["key_norm"], rotation)
         found["key_norm"] = jnp.ones_like(routers["key_norm"])

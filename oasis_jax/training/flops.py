@@ -63,7 +63,8 @@ def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
         + (2.0 * table if config.inputs == "vectors" else 0.0),
         "attention": 4.0 * config.num_heads * config.head_size * seen,
         # A projected router makes its query with two products; scores and sums are two FLOPs an element each.
-        "routing": 2.0 * queries + (scored + 2.0) * config.width * sum(len(step.sources) for step in steps),
+        "routing": 2.0 * queries
+        + (scored + 2.0) * config.width * sum(len(step.sources) * len(step.routers) for step in steps),
         "head": 2.0 * (per_token["head"] if "head" in specs else table),
     }
 

@@ -40,7 +40,9 @@ def test_every_parameter_and_every_step_of_every_method(preset):
     flat = " ".join(text.split())
     for step in steps:
         where = f"adds to slot {step.slot}" if step.members else f"slot {step.slot}"
-        assert not step.router or re.search(rf"{step.name} {where}\b.*? {step.router} embedding", flat), step.name
+        assert not step.routers or re.search(
+            rf"{step.name} {where}\b.*? {re.escape(shortened(step.routers))} embedding", flat
+        ), step.name
 
 
 def test_layers_that_differ_are_told_apart():

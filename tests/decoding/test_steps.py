@@ -22,7 +22,12 @@ LONGROPE = RopeScaling(
     kind="longrope", factor=4.0, original_length=8, short_factors=(1.0, 1.1, 1.3), long_factors=(1.0, 2.0, 5.0)
 )
 # gamma = -alpha / number of keys would change with every token
-OPTIONS = {"clipped": dict(clip_gamma=-0.03), "oasis_blocks": dict(blocks=3), "attnres_rms": dict(blocks=3)}
+OPTIONS = {
+    "clipped": dict(clip_gamma=-0.03),
+    "oasis_blocks": dict(blocks=3),
+    "attnres_rms": dict(blocks=3),
+    "attnres_qkv": dict(blocks=3),
+}
 HALF = dict(layer_pattern=(LayerPattern(window=3), LayerPattern()))  # a ring, and a cache of all tokens
 KINDS = {f"{name}, half": dict(preset=name, **HALF, **OPTIONS.get(name, {})) for name in PRESETS}
 KINDS |= {

@@ -200,6 +200,10 @@ def test_families_of_the_delta_wiring():
         build(preset="oasis_blocks", blocks=3, num_layers=3), token_batches(1), interventions=["sources"]
     )
     assert ("sources", "older", "final", "late", True) in effects
+    three = families(ModelConfig(preset="attnres_qkv", num_layers=3, blocks=3))
+    assert [name for name, members in three.items() if members["older"] == [1]] == [
+        "layer1.mlp", "layer2.attention.query", "layer2.attention.key", "layer2.attention.value"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("names", [["source"], ["all", "betas"]])

@@ -42,7 +42,8 @@ def forward(params, config, inputs, positions=None, segment_ids=None) -> dict:
     def sublayer(index, h):
         """The output of sublayer 2l (attention) or 2l + 1 (MLP), and the null evidence of layer l."""
         layer, kind = params["layers"][index // 2], ("attention", "mlp")[index % 2]
-        x = norm(layer.get(f"{kind}_norm", {}), config, h)
+        x = [norm(layer.get(f"{kind}_norm", {}), config, y) for y in (h if isinstance(h, list) else [h])]
+        x = x[0] if len(x) == 1 else x
         if kind == "attention":
             output, null_mass, first = attention(layer[kind], config, index // 2, x, positions, segments)
             record["null_mass"].append(null_mass)
@@ -62,7 +63,7 @@ def forward(params, config, inputs, positions=None, segment_ids=None) -> dict:
     final = norm(params.get("final_norm", {}), config, streams[-1])
     tied = config.tied_head and config.inputs == "tokens"
     head = params["embedding"]["table"].T if tied else params["head"]["kernel"]
-    record["layer_outputs"] = streams[2::2]
+    record["layer_outputs"] = [h[0] if isinstance(h, list) else h for h in streams[2::2]]
     logits = config.logits_multiplier * (final @ head)
     logits = logits[..., : config.vocab_size] if config.inputs == "tokens" else logits  # without the table's padding
     return record | dict(logits=logits, stream=streams[-1], final=final)
@@ -139,7 +140,15 @@ def delta(config, embedding, sublayer, router) -> list:
         begun = [slice(start, end) for start, end in block_bounds(config) if start <= index]
         sources = [embedding] + [np.sum(outputs[block], axis=0) for block in begun]
         psis = [np.zeros(embedding.shape[:2])] + [np.mean(evidence[block], axis=0) for block in begun]
-        streams.append(router(index, names[index + 1], sources, psis))
+        if config.router != "qkv":
+            streams.append(router(index, names[index + 1], sources, psis))
+        elif index % 2:  # before an attention three routers, but after the last layer one
+            last = index + 1 == 2 * config.num_layers
+            of = ["final"] if last else [f"{names[index + 1]}.{part}" for part in ("query", "key", "value")]
+            read = [router(2 * index - 1 + i, name, sources, psis) for i, name in enumerate(of)]
+            streams.append(read[0] if last else read)
+        else:
+            streams.append(router(2 * index, names[index + 1], sources, psis))
     return streams
 
 
@@ -148,9 +157,13 @@ def route(params, config, sources, evidence) -> tuple:
     if config.depth_normalizer == "uniform":
         weights = np.full((*sources[0].shape[:2], len(sources)), 1 / len(sources))
         return np.mean(sources, axis=0), weights, np.zeros(sources[0].shape[:2])
+    if config.router == "qkv":
+        sources = [rms(source, 1.0, KEY_NORM_EPSILON) for source in sources]
     scores = []
     for index, source in enumerate(sources):
-        if config.router == "static":
+        if config.router == "qkv":
+            scores.append(source @ params["query"])
+        elif config.router == "static":
             key = source / np.sqrt(np.mean(source**2, -1, keepdims=True) + KEY_NORM_EPSILON) * params["key_norm"]
             scores.append(key @ params["query"])
         else:
@@ -223,12 +236,16 @@ def mlp(params, config, x) -> np.ndarray:
 
 
 def attention(params, config, layer, x, positions, segments) -> tuple:
-    """(output [B, T, D], null mass [B, N, T], first-token mass [B, N, T]) of one layer; x is normed."""
+    """(output [B, T, D], null mass [B, N, T], first-token mass [B, N, T]) of one layer; x is normed. Of three x the
+    second makes keys and the third values.
+    """
+    x, x_key, x_value = x if isinstance(x, list) else [x] * 3
     window, theta = config.window, config.rope_theta
     if config.layer_pattern:
         entry = config.layer_pattern[layer % len(config.layer_pattern)]
         window, theta = entry.window, entry.rope_theta
-    query, key, value = (np.einsum("btd,dnh->btnh", x, params[name]) for name in ("query", "key", "value"))
+    inputs = {"query": x, "key": x_key, "value": x_value}
+    query, key, value = (np.einsum("btd,dnh->btnh", y, params[name]) for name, y in inputs.items())
     if config.qkv_bias:
         query, key, value = query + params["query_bias"], key + params["key_bias"], value + params["value_bias"]
     if config.qk_norm:

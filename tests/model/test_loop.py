@@ -122,7 +122,7 @@ def test_stream_and_telemetry_equal_those_of_the_layers_one_by_one(options):
             np.testing.assert_allclose(values, [layer[name] for layer in wanted.layers], rtol=1e-10)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "attnres_qkv"])  # which says that it does not
 def test_every_preset_runs_as_a_loop(preset):
     config = ModelConfig(preset=preset, num_layers=4, stack="scan", dtype="bfloat16", **SMALL)
     shapes = parameter_shapes(config)

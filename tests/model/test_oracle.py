@@ -134,6 +134,7 @@ def test_presets(preset):
         dict(preset="attnres", depth_normalizer="softmax1", residual_clip=0.7),
         dict(preset="oasis", depth_normalizer="sigmoid"),
         dict(preset="oasis", fixed_beta=2.5),
+        dict(preset="attnres_qkv", blocks=4, num_layers=3, gate="per_head", normalizer="token_null", coupling=True),
         dict(preset="oasis_blocks", blocks=3, depth_normalizer="sigmoid"),
         dict(preset="oasis_blocks", blocks=3, output_norm=True, residual_clip=0.9, norm_epsilon=0.1),
         dict(preset="attnres_cumulative", depth_normalizer="uniform"),

@@ -52,12 +52,13 @@ def played(config):
         source = output if config.wiring == "delta" else f"{stream} + {output}"
         if step.members:
             source = f"{slots[step.slot]} + {source}"
-        if not step.router:
+        if not step.routers:
             stream = source
             continue
         slots = [*slots[: step.slot], source]
         assert len(slots) == step.slot + 1 <= schedule(config).num_slots
-        reads[step.router], stream = slots, f"<{step.router}>"
+        (router,) = step.routers
+        reads[router], stream = slots, f"<{router}>"
         if step.stream_slot is not None:
             slots = [*slots[: step.stream_slot], stream]
     return reads, stream
@@ -143,9 +144,12 @@ def test_every_schedule_fits_together(preset):
     assert found.sublayers == sublayers(config)
     for index, step in enumerate(found.steps):
         assert (step.index, f"layer{step.layer}.{step.kind}") == (index, step.name)
-        assert len(step.sources) == (step.slot + 1 if step.router else 0)
+        assert len(step.sources) == (step.slot + 1 if step.routers else 0)
+        assert found.routers[step.first_router :][: len(step.routers)] == [*step.routers]
     if config.wiring != "residual":
-        assert found.routers == (found.sublayers if config.wiring == "cumulative" else [*found.sublayers[1:], "final"])
+        assert config.router == "qkv" or found.routers == (
+            found.sublayers if config.wiring == "cumulative" else [*found.sublayers[1:], "final"]
+        )
         assert found.num_slots == 1 + max(step.slot for step in found.steps)
         columns = list(dict.fromkeys(source.name for step in found.steps for source in step.sources))
         assert sorted(columns) == sorted(found.columns)

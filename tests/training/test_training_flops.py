@@ -53,6 +53,7 @@ def make(preset: str, **fields) -> ModelConfig:
         ("oasis", {}),
         ("oasis_blocks", dict(blocks=2)),
         ("gated", {}),
+        ("attnres_qkv", dict(blocks=2)),
         ("oasis", dict(depth_normalizer="sigmoid", depth_implementation="auto")),
         ("residual", dict(norm="gatednorm")),
         ("residual", dict(norm="layernorm", qkv_bias=True, output_bias=True, mlp_bias=True, mlp_gated=False)),

@@ -102,7 +102,7 @@ def source_columns(config: ModelConfig) -> Columns:
     """The columns of the depth matrices, and for every router which of them its sources are, in order."""
     plan = schedule(config)
     index = {name: i for i, name in enumerate(plan.columns)}
-    rows = {step.router: [index[source.name] for source in step.sources] for step in plan.steps if step.router}
+    rows = {router: [index[source.name] for source in step.sources] for step in plan.steps for router in step.routers}
     return plan.columns, rows
 
 

@@ -81,14 +81,15 @@ def source_layers(config: ModelConfig) -> dict[str, list[int]] | None:
     """For every router the layers that its sources after the embedding stem from; None where there is no router, a
     source mixes several layers, or weights are no shares of anything.
     """
-    steps = [step for step in schedule(config).steps if step.router]
+    steps = [step for step in schedule(config).steps if step.routers]
     if (
         not steps
         or config.depth_normalizer == "sigmoid"
         or any(len(source.layers) > 1 for step in steps for source in step.sources)
     ):
         return None
-    return {step.router: [layer for source in step.sources for layer in source.layers] for step in steps}
+    layers = lambda step: [layer for source in step.sources for layer in source.layers]
+    return {router: layers(step) for step in steps for router in step.routers}
 
 
 def read_layer(reading: LayerReading) -> Rows:
