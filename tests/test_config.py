@@ -262,10 +262,6 @@ WRONG = {
         lambda: ModelConfig(preset="oasis", router="qkv"),
         "model.router: qkv goes with wiring=delta, got wiring=cumulative",
     ),
-    "three routers in a loop": (
-        lambda: ModelConfig(preset="attnres_qkv", stack="scan"),
-        "model.stack: router=qkv has no loop over layers; take auto or unroll, got scan",
-    ),
     "fixed beta without coupling": (
         lambda: ModelConfig(preset="softmax1", fixed_beta=1.0),
         "model.fixed_beta: goes with coupling=True, got 1.0 without",

@@ -353,8 +353,6 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
             raise UserError(f"{section}.router: wiring={self.wiring} goes with router={wanted}, got {self.router}")
         if self.router == "qkv" and self.wiring != "delta":
             raise UserError(f"{section}.router: qkv goes with wiring=delta, got wiring={self.wiring}")
-        if self.router == "qkv" and self.stack == "scan":
-            raise UserError(f"{section}.stack: router=qkv has no loop over layers; take auto or unroll, got scan")
         if self.blocks and self.wiring != "delta":
             raise UserError(
                 f"{section}.blocks: only wiring=delta has blocks, got blocks={self.blocks} with wiring={self.wiring}"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from oasis_jax.model.norms import rms_norm
 from pallas_kernels import DepthRoute, RouteGradients, add_route_gradients, depth_route
 from pallas_kernels.depth_route import RouteInputs, depth_scores, route_inputs
 
@@ -44,22 +45,35 @@ def sigmoid_route(sources, query, **options) -> DepthRoute:
     return _sigmoid(route_inputs(sources, query, **options))
 
 
-def add_sigmoid_gradients(into, d_output, result, sources, query, **options) -> RouteGradients:
-    """`add_route_gradients` for `sigmoid_route`, by JAX's own derivative."""
-    del result
-    given = {name: options[name] for name in RouteGradients._fields[2:] if name in options}
-    rest = {name: value for name, value in options.items() if name not in given}
+def differentiated(route: Callable[..., DepthRoute]) -> DepthOperator:
+    """A route with JAX's own derivative in place of `add_route_gradients`: one more array as large as all sources."""
 
-    def output(sources, query, given):
-        return sigmoid_route(sources, query, **given, **rest).output
+    def add_gradients(into, d_output, result, sources, query, **options) -> RouteGradients:
+        del result
+        given = {name: options[name] for name in RouteGradients._fields[2:] if name in options}
+        rest = {name: value for name, value in options.items() if name not in given}
 
-    d_sources, d_query, d_given = jax.vjp(output, sources, query, given)[1](d_output)
-    found = {name: d_given.get(name) for name in RouteGradients._fields[2:]}
-    return RouteGradients(into + d_sources, d_query, **found)
+        def output(sources, query, given):
+            return route(sources, query, **given, **rest).output
+
+        d_sources, d_query, d_given = jax.vjp(output, sources, query, given)[1](d_output)
+        found = {name: d_given.get(name) for name in RouteGradients._fields[2:]}
+        return RouteGradients(into + d_sources, d_query, **found)
+
+    return DepthOperator(route, add_gradients)
+
+
+def over_normalized(operator: DepthOperator) -> DepthOperator:
+    """The operator of sources that are RMS-normalized, without a gain, before they are scored and summed."""
+
+    def route(sources, query, **options) -> DepthRoute:
+        return operator.route(rms_norm(sources, jnp.ones(sources.shape[-1:], jnp.float32)), query, **options)
+
+    return differentiated(route)
 
 
 _KERNELS = DepthOperator(depth_route, add_route_gradients)
-_OPERATORS = {"sigmoid": DepthOperator(sigmoid_route, add_sigmoid_gradients)}
+_OPERATORS = {"sigmoid": differentiated(sigmoid_route)}
 
 
 def depth_operator(normalizer: str) -> DepthOperator:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError
 from oasis_jax.model.context import Context
-from oasis_jax.model.depth_weights import depth_operator
+from oasis_jax.model.depth_weights import DepthOperator, depth_operator, over_normalized
 from oasis_jax.model.layer import PARTS, SUBLAYERS, Stream, new_source, null_evidence
 from oasis_jax.model.remat import rematerialized
 from oasis_jax.model.router import finish, query_arguments, route_options, router_beta
@@ -33,6 +33,7 @@ from pallas_kernels import DepthRoute
 from pallas_kernels.fusion import written_once
 
 Psi = Float[Array, "B T"]
+Streams = tuple[Stream, ...]  # what a sublayer reads: one, or those of queries, keys and values
 
 
 class LoopOutput(NamedTuple):
@@ -44,8 +45,6 @@ class LoopOutput(NamedTuple):
 
 def uses_loop(config: ModelConfig, platform: str) -> bool:
     """Whether training runs the layers as a loop on a platform ("cpu", "gpu", "tpu")."""
-    if config.router == "qkv":
-        return False  # three streams are not carried through the loop
     # Masked reads of a whole buffer cost a CPU more than they save at the depths one trains there.
     return config.stack == "scan" or (config.stack == "auto" and platform != "cpu")
 
@@ -71,16 +70,37 @@ def run_loop(
     """
     if context.cache is not None:
         raise UserError("context.cache: layers run as a loop have none; run them one by one")
-    if config.router == "qkv":
-        raise UserError("model.router: qkv has no loop over layers; run them one by one")
     parts = tuple({name: params["layers"][name] for name in PARTS[kind] if name in params["layers"]} for kind in KINDS)
     if config.wiring == "residual":
         return _residual(config, parts, embedding, context, telemetry)
-    pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), dict(params.get("routers", {})))
+    stacked = parts, _by_layer(config, params.get("routers", {}))
     if telemetry:
-        run = _run(config, (parts, pairs), context, embedding, telemetry=True)
+        run = _run(config, stacked, context, embedding, telemetry=True)
         return LoopOutput(run.stream, run.telemetry)
-    return LoopOutput(_routed(config, (parts, pairs), context, embedding), {})
+    return LoopOutput(_routed(config, stacked, context, embedding), {})
+
+
+def _counts(config: ModelConfig) -> list[int]:
+    """How many routers follow an attention, and how many an MLP."""
+    return [len(step.routers) for step in schedule(config).steps[:2]]
+
+
+def _by_layer(config: ModelConfig, routers: Mapping[str, Array]) -> dict[str, Float[Array, "L K ..."]]:
+    """Those after a layer's attention, then those after its MLP; the last one is repeated where other layers have more."""
+    total = config.num_layers * sum(_counts(config))
+
+    def split(x):
+        missing = total - len(x)
+        x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+        return x.reshape(config.num_layers, -1, *x.shape[1:])
+
+    return jax.tree.map(split, dict(routers))
+
+
+def _of_kind(config: ModelConfig, kind: int, routers: Mapping[str, Array]) -> list[dict[str, Array]]:
+    """Of a layer's routers [K, ...] those after a sublayer of this kind."""
+    first, count = sum(_counts(config)[:kind]), _counts(config)[kind]
+    return [jax.tree.map(lambda x, i=i: x[i], dict(routers)) for i in range(first, first + count)]
 
 
 def _scan_layers(body: Callable, config: ModelConfig, carry, xs, *, reverse: bool = False):
@@ -182,20 +202,16 @@ def _streams_are_sources(config: ModelConfig) -> bool:
     return schedule(config).steps[-1].stream_slot is not None
 
 
-def _make(config: ModelConfig, kind: int, own, stream: Stream, psi: Psi, block, members, context: Context):
+def _make(config: ModelConfig, kind: int, own, streams: Streams, psi: Psi, block, members, context: Context):
     """(source, its evidence, psi, telemetry) of a sublayer; block: source and evidence of its block so far,
     () without blocks.
     """
+    stream = streams if len(streams) > 1 else streams[0]
     output, psi, seen = _sublayer(config, kind, own, stream, psi, context)
     if block:
         block = (*(jnp.where(members > 0, x, 0) for x in block), members)
     source, evidence = new_source(config, stream, output, psi, block or None)
     return source, evidence, psi, seen
-
-
-def _block(config: ModelConfig, history: History, slot):
-    """What a slot holds of the block that a sublayer is added to."""
-    return history.get(slot) if config.blocks else ()
 
 
 def _arguments(config: ModelConfig, slot, router, source: Stream) -> dict[str, Array]:
@@ -210,10 +226,14 @@ def _options(config: ModelConfig, slot, history: History, context: Context) -> d
     return dict(num_sources=slot + 1, **route_options(config, context)) | evidence
 
 
+def _operator(config: ModelConfig) -> DepthOperator:
+    operator = depth_operator(config.depth_normalizer)
+    return over_normalized(operator) if config.router == "qkv" else operator
+
+
 def _route(config: ModelConfig, slot, router, source: Stream, history: History, context: Context) -> Stream:
     arguments = _arguments(config, slot, router, source)
-    operator = depth_operator(config.depth_normalizer)
-    mixture = operator.route(history.sources, **arguments, **_options(config, slot, history, context)).output
+    mixture = _operator(config).route(history.sources, **arguments, **_options(config, slot, history, context)).output
     return finish(router, config, mixture, source, slot + 1)
 
 
@@ -230,26 +250,27 @@ class _Run(NamedTuple):
 
 def _run(config: ModelConfig, stacked, context: Context, embedding: Stream, telemetry: bool = False) -> _Run:
     def layer(config: ModelConfig, carry, xs):
-        stream, history = carry
-        place, (parts, pairs) = xs
-        block = _block(config, history, place.slot[0])
-        psi, seen = _zero_evidence(stream), {}
+        streams, history = carry
+        place, (parts, routers) = xs
+        block = history.get(place.slot[0]) if config.blocks else ()
+        psi, seen = _zero_evidence(streams[0]), {}
         for kind in range(2):
             slot = place.slot[kind]
-            before = _block(config, history, slot)
+            before = history.get(slot) if config.blocks else ()
             source, evidence, psi, found = _make(
-                config, kind, parts[kind], stream, psi, before, place.members[kind], context
+                config, kind, parts[kind], streams, psi, before, place.members[kind], context
             )
             history, seen = history.put(slot, source, evidence, context), seen | found
-            router = jax.tree.map(lambda x, kind=kind: x[kind], pairs)
-            stream = _route(config, slot, router, source, history, context)
+            readers = _of_kind(config, kind, routers)
+            streams = tuple(_route(config, slot, router, source, history, context) for router in readers)
         if _streams_are_sources(config):
-            history = history.put(place.stream_slot, stream, psi, context)
-        return (stream, history), (block, seen if telemetry else {})
+            history = history.put(place.stream_slot, streams[0], psi, context)
+        return (streams, history), (block, seen if telemetry else {})
 
     history = History.zeros(config, embedding).put(0, embedding, _zero_evidence(embedding), context)
-    (stream, history), (blocks, seen) = _scan_layers(layer, config, (embedding, history), (_places(config), stacked))
-    return _Run(stream, history, blocks, seen)
+    start = (embedding,) * _counts(config)[1], history
+    (streams, history), (blocks, seen) = _scan_layers(layer, config, start, (_places(config), stacked))
+    return _Run(streams[0], history, blocks, seen)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -262,105 +283,118 @@ def _routed_forward(config: ModelConfig, stacked, context: Context, embedding: S
     return run.stream, (stacked, context, run.history, run.blocks)
 
 
-class _Recomputed(NamedTuple):
-    """A sublayer and its router, recomputed: what they made and how their gradients are pulled back."""
+class _Reader(NamedTuple):
+    """A router, recomputed: what it made and how its gradients are pulled back."""
 
-    slot: Int[Array, ""]
-    source: Stream
-    evidence: Psi
-    pull_made: Callable
     arguments: dict[str, Array]
     pull_arguments: Callable
     result: DepthRoute
     pull_finish: Callable
 
 
+class _Recomputed(NamedTuple):
+    """A sublayer and the routers after it, recomputed."""
+
+    slot: Int[Array, ""]
+    source: Stream
+    evidence: Psi
+    pull_made: Callable
+    readers: list[_Reader]
+
+
 def _recompute(
-    config: ModelConfig, context: Context, place: Place, parts, pairs, stream: Stream, history: History
+    config: ModelConfig, context: Context, place: Place, parts, routers, streams: Streams, history: History
 ) -> tuple[list[_Recomputed], History]:
-    """A layer's steps from the stream it reads."""
-    steps, psi = [], _zero_evidence(stream)
+    """A layer's steps from the streams it reads."""
+    steps, psi = [], _zero_evidence(streams[0])
     for kind in range(2):
         slot, members = place.slot[kind], place.members[kind]
 
-        def make(own, stream, psi, block, kind=kind, members=members):
-            return _make(config, kind, own, stream, psi, block, members, context)[:3]
+        def make(own, streams, psi, block, kind=kind, members=members):
+            return _make(config, kind, own, streams, psi, block, members, context)[:3]
 
-        block = _block(config, history, slot)
-        (source, evidence, psi), pull_made = jax.vjp(make, parts[kind], stream, psi, block)
+        block = history.get(slot) if config.blocks else ()
+        (source, evidence, psi), pull_made = jax.vjp(make, parts[kind], streams, psi, block)
         history = history.put(slot, source, evidence, context)
-        router = jax.tree.map(lambda x, kind=kind: x[kind], pairs)
-        arguments, pull_arguments = jax.vjp(partial(_arguments, config, slot), router, source)
-        operator = depth_operator(config.depth_normalizer)
-        result = operator.route(history.sources, **arguments, **_options(config, slot, history, context))
-        finished = lambda router, *arrays, slot=slot: finish(router, config, *arrays, slot + 1)
-        stream, pull_finish = jax.vjp(finished, router, result.output, source)
-        steps.append(_Recomputed(slot, source, evidence, pull_made, arguments, pull_arguments, result, pull_finish))
+        readers, read = [], []
+        for router in _of_kind(config, kind, routers):
+            arguments, pull_arguments = jax.vjp(partial(_arguments, config, slot), router, source)
+            result = _operator(config).route(history.sources, **arguments, **_options(config, slot, history, context))
+            finished = lambda router, *arrays, slot=slot: finish(router, config, *arrays, slot + 1)
+            stream, pull_finish = jax.vjp(finished, router, result.output, source)
+            read.append(stream)
+            readers.append(_Reader(arguments, pull_arguments, result, pull_finish))
+        streams = tuple(read)
+        steps.append(_Recomputed(slot, source, evidence, pull_made, readers))
     return steps, history
 
 
-def _stream_before(config: ModelConfig, context: Context, index, place: Place, router, history: History) -> Stream:
-    """The stream that a layer reads: found among the sources, or routed from those before the layer."""
+def _streams_before(config: ModelConfig, context: Context, index, place: Place, routers, history: History) -> Streams:
+    """The streams that a layer reads: found among the sources, or routed from those before the layer."""
     if _streams_are_sources(config):
-        return history.get(index)[0]
-    newest = history.get(place.before)[0]
-    stream = _route(config, place.before, router, newest, history, context)
-    return jnp.where(index == 0, history.get(0)[0], stream)
+        return (history.get(index)[0],)
+    newest, embedding = history.get(place.before)[0], history.get(0)[0]
+    each = [jax.tree.map(lambda x, i=i: x[i], routers) for i in range(_counts(config)[1])]
+    read = [_route(config, place.before, router, newest, history, context) for router in each]
+    return tuple(jnp.where(index == 0, embedding, stream) for stream in read)
 
 
 def _routed_backward(config: ModelConfig, saved, d_stream: Stream):
     stacked, context, history, blocks = saved
 
     def layer(config: ModelConfig, carry, xs):
-        # d_stream: of the stream after the layer by way of the next sublayer; gradients: of all sources by way of later
+        # d_streams: of the streams after the layer by way of the next sublayer; gradients: of all sources by way of later
         #   layers.
-        d_stream, history, gradients = carry
-        index, place, (parts, pairs), router, block = xs
+        d_streams, history, gradients = carry
+        index, place, (parts, routers), before, block = xs
         if config.blocks:
             history = history.put(place.slot[0], *block, context)
-        stream = _stream_before(config, context, index, place, router, history)
-        steps, history = _recompute(config, context, place, parts, pairs, stream, history)
+        streams = _streams_before(config, context, index, place, before, history)
+        steps, history = _recompute(config, context, place, parts, routers, streams, history)
         d_psi = jnp.zeros_like(steps[0].evidence)
         if _streams_are_sources(config):
             (d_source, d_psi), gradients = gradients.take(place.stream_slot, context)
-            d_stream = d_stream + d_source
+            d_streams = (d_streams[0] + d_source,)
         d_parts, d_routers = [], []
         for step in reversed(steps):
             if config.blocks:  # a later sublayer of the block was added to the slot
                 history = history.put(step.slot, step.source, step.evidence, context)
-            d_part, d_router, d_stream, d_psi, gradients = _pull(
-                config, context, step, history, gradients, d_stream, d_psi
+            d_part, d_readers, d_streams, d_psi, gradients = _pull(
+                config, context, step, history, gradients, d_streams, d_psi
             )
-            d_parts, d_routers = [d_part, *d_parts], [d_router, *d_routers]
-        d_pairs = jax.tree.map(lambda *x: jnp.stack(x), *d_routers)
-        return (d_stream, history, gradients), (tuple(d_parts), d_pairs)
+            d_parts, d_routers = [d_part, *d_parts], [*d_readers, *d_routers]
+        return (d_streams, history, gradients), (tuple(d_parts), jax.tree.map(lambda *x: jnp.stack(x), *d_routers))
 
-    carry = (d_stream, history, History.zeros(config, d_stream))
-    # The router before each layer, where its stream has to be routed once more; the first layer has none.
-    routers = () if _streams_are_sources(config) else jax.tree.map(lambda x: jnp.roll(x[:, 1], 1, axis=0), stacked[1])
-    steps = (jnp.arange(config.num_layers), _places(config), stacked, routers, blocks)
-    (d_stream, _, gradients), d_stacked = _scan_layers(layer, config, carry, steps, reverse=True)
-    return d_stacked, None, d_stream + gradients.sources[0]
+    d_streams = (d_stream, *(jnp.zeros_like(d_stream) for _ in range(_counts(config)[1] - 1)))
+    carry = (d_streams, history, History.zeros(config, d_stream))
+    # The routers before each layer, where its streams have to be routed once more; the first layer has none.
+    own = lambda x: jnp.roll(x[:, _counts(config)[0] :], 1, axis=0)
+    before = () if _streams_are_sources(config) else jax.tree.map(own, stacked[1])
+    steps = (jnp.arange(config.num_layers), _places(config), stacked, before, blocks)
+    (d_streams, _, gradients), d_stacked = _scan_layers(layer, config, carry, steps, reverse=True)
+    return d_stacked, None, sum(d_streams) + gradients.sources[0]
 
 
 def _pull(
-    config: ModelConfig, context: Context, step: _Recomputed, history: History, gradients: History, d_stream, d_psi
+    config: ModelConfig, context: Context, step: _Recomputed, history: History, gradients: History, d_streams, d_psi
 ):
-    """Takes a step's gradients out of those of its router's output and of its source."""
-    options = _options(config, step.slot, history, context)
-    d_finish, d_stream, d_last = step.pull_finish(d_stream)
-    add = depth_operator(config.depth_normalizer).add_gradients
-    routed = add(gradients.sources, d_stream, step.result, history.sources, **step.arguments, **options)
-    evidence = gradients.evidence if routed.null_evidence is None else gradients.evidence + routed.null_evidence
-    gradients = History(routed.sources, evidence)
-    d_router, d_newest = step.pull_arguments({name: getattr(routed, name) for name in step.arguments})
-    d_router = jax.tree.map(jnp.add, d_router, d_finish)
+    """Takes a step's gradients out of those of its routers' outputs and of its source."""
+    options, d_routers, d_read = _options(config, step.slot, history, context), [], 0
+    for reader, d_stream in zip(step.readers, d_streams):
+        d_finish, d_output, d_last = reader.pull_finish(d_stream)
+        add, arguments = _operator(config).add_gradients, reader.arguments
+        routed = add(gradients.sources, d_output, reader.result, history.sources, **arguments, **options)
+        evidence = gradients.evidence if routed.null_evidence is None else gradients.evidence + routed.null_evidence
+        gradients = History(routed.sources, evidence)
+        d_router, d_newest = reader.pull_arguments({name: getattr(routed, name) for name in arguments})
+        d_routers.append(jax.tree.map(jnp.add, d_router, d_finish))
+        d_read = d_read + d_newest + d_last
     (d_source, d_evidence), gradients = gradients.take(step.slot, context)
-    d_made = (d_source + d_newest + d_last, d_evidence.astype(step.evidence.dtype), d_psi.astype(step.evidence.dtype))
-    d_part, d_stream, d_psi, d_block = step.pull_made(d_made)
+    d_made = (d_source + d_read, d_evidence.astype(step.evidence.dtype), d_psi.astype(step.evidence.dtype))
+    d_part, d_streams, d_psi, d_block = step.pull_made(d_made)
     if config.blocks:
         gradients = gradients.put(step.slot, *d_block, context)
-    return d_part, d_router, d_stream, d_psi, gradients
+    return d_part, d_routers, d_streams, d_psi, gradients
 
 
 _routed.defvjp(_routed_forward, _routed_backward)

@@ -13,7 +13,7 @@ from oasis_jax.config import RouterConfig
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation.quantization.inference import tensor_roles
 from oasis_jax.model.decoder import forward, parameter_specs
-from oasis_jax.model.depth_weights import add_sigmoid_gradients, sigmoid_route
+from oasis_jax.model.depth_weights import depth_operator, sigmoid_route
 from oasis_jax.model.router import Router, route
 
 B, T, D, S, LIVE = 2, 3, 5, 4, 3
@@ -60,7 +60,7 @@ def test_sources_that_are_not_live_reach_nothing():
             found = sigmoid_route(dead, query, num_sources=live, **options)
             wanted, pull = jax.vjp(lambda x, u: sigmoid_route(x, u, **options).output, sources[:LIVE], query)
             arguments = (jnp.asarray(into), d_output, found, jnp.asarray(dead), jnp.asarray(query))
-            gradients = add_sigmoid_gradients(*arguments, num_sources=live, **options)
+            gradients = depth_operator("sigmoid").add_gradients(*arguments, num_sources=live, **options)
             return found, wanted, pull(jnp.asarray(d_output)), gradients
 
         found, wanted, (d_sources, d_query), gradients = run(LIVE)

@@ -35,6 +35,8 @@ INPUTS = jax.random.randint(jax.random.key(0), (2, 9), 0, 29)
         dict(preset="residual", tied_head=False),
         dict(preset="oasis", qk_norm=True, num_kv_heads=1, remat="layer"),
         dict(preset="oasis_blocks", blocks=3, norm="gatednorm"),
+        pytest.param(dict(preset="attnres_qkv", blocks=3), marks=pytest.mark.slow),
+        pytest.param(dict(preset="attnres", depth_normalizer="uniform"), marks=pytest.mark.slow),
         pytest.param(dict(preset="learned_sink", norm="none", gate="per_head"), marks=pytest.mark.slow),
         pytest.param(dict(preset="clipped", norm="dyt"), marks=pytest.mark.slow),
         dict(

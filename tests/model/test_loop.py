@@ -43,9 +43,12 @@ def slow(**options):
         dict(preset="oasis", residual_clip=0.9, qkv_bias=True, alpha_gate=True),
         slow(preset="oasis", layer_pattern=(SHORT, NO_POSITIONS, FAR)),
         dict(preset="oasis_blocks", blocks=2, normalizer="null_key_value"),  # blocks of one layer and a half
-        dict(preset="oasis_blocks", blocks=3, num_layers=2, depth_normalizer="sigmoid"),
+        slow(preset="oasis_blocks", blocks=3, num_layers=2, depth_normalizer="sigmoid"),
         slow(preset="oasis", depth_normalizer="sigmoid", alpha_gate=True),
         slow(preset="oasis", fixed_beta=2.5, num_layers=2),
+        dict(preset="attnres_qkv", blocks=3, num_layers=2),
+        slow(preset="attnres_qkv", blocks=0, coupling=True, normalizer="softmax1", depth_normalizer="softmax1"),
+        slow(preset="attnres_qkv", blocks=1, num_layers=1, depth_normalizer="sigmoid"),
         slow(preset="attnres_rms", blocks=3, num_layers=2, residual_clip=0.9),
         dict(preset="attnres_cumulative", num_layers=2, depth_normalizer="uniform"),
         slow(preset="attnres", depth_normalizer="uniform", blocks=2),
@@ -122,7 +125,7 @@ def test_stream_and_telemetry_equal_those_of_the_layers_one_by_one(options):
             np.testing.assert_allclose(values, [layer[name] for layer in wanted.layers], rtol=1e-10)
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "attnres_qkv"])  # which says that it does not
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_runs_as_a_loop(preset):
     config = ModelConfig(preset=preset, num_layers=4, stack="scan", dtype="bfloat16", **SMALL)
     shapes = parameter_shapes(config)
