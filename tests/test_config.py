@@ -196,7 +196,7 @@ WRONG = {
     ),
     "name with nothing near": (
         lambda: ModelConfig(router="xyzzy"),
-        "model.router: unknown name 'xyzzy'; allowed: projected, static, none",
+        "model.router: unknown name 'xyzzy'; allowed: projected, static, qkv, none",
     ),
     "text for a number": (lambda: ModelConfig(num_layers="4"), "model.num_layers: expected int, got '4' of type str"),
     "bool for a number": (lambda: ModelConfig(width=True), "model.width: expected int, got True of type bool"),
@@ -224,7 +224,7 @@ WRONG = {
     ),
     "wiring without router": (
         lambda: ModelConfig(router="none"),
-        "model.router: wiring=cumulative goes with router=projected or static",
+        "model.router: wiring=cumulative goes with router=projected or static, got none",
     ),
     "pattern that does not divide": (
         lambda: ModelConfig(num_layers=5, layer_pattern=(LayerPattern(), LayerPattern(window=4))),

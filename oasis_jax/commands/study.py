@@ -62,7 +62,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
         return
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
-    from oasis_jax.errors import Preempted
+    from oasis_jax.errors import Preempted, printable
     from oasis_jax.study.report import write_study_report
     from oasis_jax.study.run import Part, run_study
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     for verdict in found.verdicts:
         where = f" ({verdict.arm})" if verdict.arm and len(study.arms) > 1 else ""
-        print(f"{verdict.word}: {verdict.claim.text}{where}: {verdict.reason}")
+        print(printable(f"{verdict.word}: {verdict.claim.text}{where}: {verdict.reason}"))
     print(f"{found.done} of {found.total} cells; report: {args.out}/index.html")
     if notice:
         raise notice

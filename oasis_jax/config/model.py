@@ -348,11 +348,12 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
         for name, wiring in (("alpha_gate", "cumulative"), ("sum_preserving", "delta")):
             if getattr(self, name) and self.wiring != wiring:
                 raise UserError(f"{section}.{name}: goes with wiring={wiring}, got wiring={self.wiring}")
-        if (self.wiring == "residual") != (self.router == "none"):
-            wanted = "none" if self.wiring == "residual" else "projected, static or qkv"
-            raise UserError(f"{section}.router: wiring={self.wiring} goes with router={wanted}, got {self.router}")
-        if self.router == "qkv" and self.wiring != "delta":
-            raise UserError(f"{section}.router: qkv goes with wiring=delta, got wiring={self.wiring}")
+        routers = {"residual": ("none",), "cumulative": ("projected", "static")}
+        wanted = routers.get(self.wiring, ("projected", "static", "qkv"))
+        if self.router not in wanted:
+            raise UserError(
+                f"{section}.router: wiring={self.wiring} goes with router={' or '.join(wanted)}, got {self.router}"
+            )
         if self.blocks and self.wiring != "delta":
             raise UserError(
                 f"{section}.blocks: only wiring=delta has blocks, got blocks={self.blocks} with wiring={self.wiring}"

@@ -60,6 +60,7 @@ def prepare(
     """
     out, sources = pathlib.Path(out), list(sources) or [config.pattern]
     with _locked(out):
+        _check_free(out)
         pieces = [piece for source in sources for piece in pieces_of(source, config.text_key)]
         with Workers(workers, Job(pieces, config, tokenizer)) as pool:
             found = _survey(pool, pieces, config, say)
@@ -120,6 +121,15 @@ def _locked(out: pathlib.Path) -> Iterator[None]:
         yield
 
 
+def _check_free(out: pathlib.Path) -> None:
+    """Raises UserError, before anything is read, where a folder holds what no preparation has written."""
+    if (out / INDEX).exists() or (out / _PLAN).exists():
+        return
+    others = sorted(path.name for path in out.iterdir() if path.name != _LOCK and path.suffix != ".unfinished")
+    if others:
+        raise UserError(f"--out: {str(out)!r} is not empty (it holds {others[0]!r}); take another folder")
+
+
 def _begin(out: pathlib.Path, plan: dict) -> dict | None:
     """Notes what is prepared here, or checks that it is what was begun; gives the index where all is done."""
     plan = json.loads(json.dumps(plan))
@@ -132,9 +142,6 @@ def _begin(out: pathlib.Path, plan: dict) -> dict | None:
                 found = "; ".join(f"{key} was {begun.get(key)!r}, is {plan[key]!r}" for key in other)
                 raise UserError(f"--out: {str(out)!r} holds another preparation ({found}); take another folder")
             return stored if name == INDEX else None
-    others = sorted(path.name for path in out.iterdir() if path.name != _LOCK and path.suffix != ".unfinished")
-    if others:
-        raise UserError(f"--out: {str(out)!r} is not empty (it holds {others[0]!r}); take another folder")
     _write_json(out / _PLAN, plan)
     return None
 

@@ -60,6 +60,7 @@ def test_each_runs_on_a_corpus_of_its_shape(name, tmp_path):
     (tmp_path / "lines.jsonl").write_text("\n".join(f'{{"text": "{line}"}}' for line in lines))
     assignments = [f"model.{field}" for field in SMALL] + ["data.sequence_length=9", "data.batch_size=4"]
     assignments += [f"data.pattern={tmp_path}/prepared", "mesh.data=1", "run.steps=2", "run.eval_interval=0"]
+    assignments.append("optimizer.warmup_steps=1")
     if family:
         assignments += [f"run.init_from={source}", "model.num_kv_heads=1", "optimizer.accumulation_steps=2"]
     if family == "qwen3":
