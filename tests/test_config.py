@@ -260,7 +260,7 @@ WRONG = {
     ),
     "three routers without delta": (
         lambda: ModelConfig(preset="oasis", router="qkv"),
-        "model.router: qkv goes with wiring=delta, got wiring=cumulative",
+        "model.router: wiring=cumulative goes with router=projected or static, got qkv",
     ),
     "fixed beta without coupling": (
         lambda: ModelConfig(preset="softmax1", fixed_beta=1.0),
