@@ -5,10 +5,13 @@ with and without the inter-layer signal, would show here.
 
     python -m oasis_jax study configs/study_backcopy.py --out runs/study_backcopy --workers 2
 
-Hardware: two CPU cores, no download; 60 cells of about a quarter of an hour: a night. --minutes 10 does it in pieces.
+Hardware: two CPU cores, no download; 60 cells of about five minutes: a few hours. --minutes 10 does it in pieces.
+Softmax alone forms the sink; where a residual peak is named, it may not have formed yet in these 2,800 steps.
 """
 
-from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+import dataclasses
+
+from oasis_jax.commands.config_file import load_config
 from oasis_jax.study import Claim, Outcome, Study
 
 SINK, PEAK, DRAIN = "non_trigger_first_token_mass_max", "residual_peak", "value_drain"
@@ -18,12 +21,8 @@ OASIS = "OASIS (2605.17887)"
 
 
 def get_study() -> Study:
-    base = Config(
-        model=ModelConfig(preset="residual", num_layers=3, width=128, num_heads=1),
-        data=DataConfig(corpus="backcopy", sequence_length=128, batch_size=32),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
-        run=RunConfig(steps=3000, log_interval=50, telemetry_interval=0, checkpoint_interval=500),
-    )
+    base = load_config("backcopy")
+    base = dataclasses.replace(base, run=dataclasses.replace(base.run, log_interval=50, telemetry_interval=0))
     cumulative = ("softmax1", "learned_sink", "gated", "oasis")
     oasis = "model.preset=oasis"
     return Study(
