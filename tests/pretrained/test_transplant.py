@@ -28,6 +28,7 @@ KINDS = {
     "gated channels": dict(gate="elementwise"),
     "full routing": dict(preset="attnres"),
     "cumulative routing": dict(preset="attnres_cumulative"),
+    "qkv routing": dict(preset="attnres_qkv", blocks=3),
 }
 
 

@@ -181,7 +181,7 @@ def test_weight_decay_takes_projections_only(preset, norm):
     small = {"scale", "bias", "pre_scale", "alpha", "shift", "query_norm", "key_norm", "recency_bias", "beta_raw"}
     small |= {f"{name}_bias" for name in ("query", "key", "value", "output", "gate", "up", "down")}
     small |= {"null_logit", "null_key", "null_value", "null_projection"}
-    static = {("routers", "query")} if model.router == "static" else set()
+    static = {("routers", "query")} if model.router in ("static", "qkv") else set()
     assert {path for path in paths[False] if path[1] not in small} == static
     projections = {("layers", name) for name in DECAYED - {"table"}} | {("embedding", "table")}
     projections |= {("routers", "query"), ("routers", "key")} if model.router == "projected" else set()
