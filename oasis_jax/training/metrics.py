@@ -62,17 +62,21 @@ class MetricsWriter:
         kept = "".join(json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= step)
         path = workdir / FILE_NAME
         partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)  # a link of this name would be written through
-        with partial.open("x") as file:
-            file.write(kept)
-        partial.replace(path)
-        self._file = path.open("a")
+        try:
+            partial.unlink(missing_ok=True)  # a link of this name would be written through
+            with partial.open("x") as file:
+                file.write(kept)
+            partial.replace(path)
+            self._file = path.open("a")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # every line was flushed, and what could not be was said
+            self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
 

@@ -171,6 +171,21 @@ def test_sigterm_saves_the_step_it_falls_into(start, undisturbed, tmp_path, reco
     record(f"SIGTERM: 3 notices, saved at steps {saved}; 60 losses bitwise equal")
 
 
+def test_sigterm_while_the_first_step_is_compiled(start, tmp_path, record):
+    """Forty layers one by one take minutes; nothing is saved, and the workdir is free again."""
+    process = start(tmp_path / "run", "--set=model.num_layers=40", "--set=model.stack=unroll")
+    while "from the start" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(1)
+    began = time.monotonic()
+    process.terminate()
+    errors = finish(process, 143)
+    took = time.monotonic() - began
+    assert "before the first step was taken: there is nothing to save" in errors and took < 10
+    assert not [*(tmp_path / "run" / "checkpoints").iterdir(), *(tmp_path / "run").glob("training.lock")]
+    record(f"SIGTERM during compilation: ended within {took:.1f} s, nothing to save")
+
+
 @contextlib.contextmanager
 def tmpfs(folder: pathlib.Path, options: str):
     folder.mkdir()
@@ -284,7 +299,7 @@ def test_corrupt_data(start, tmp_path, record):
             "".join(json.dumps({"text": f"{i * k % 97} plums " * 5}) + "\n" for k in range(60))
         )
     (text / "3.jsonl").write_bytes((text / "3.jsonl").read_bytes()[:-40] + b"\xff\xfe\n{'no json'}\n")
-    flags = [*other, f"--set=data.pattern={text}/*.jsonl", "--set=run.steps=5"]
+    flags = [*other, f"--set=data.pattern={text}/*.jsonl", "--set=run.steps=5", "--set=optimizer.warmup_steps=5"]
     error = one_line(finish(start(tmp_path / "stopped", *flags), 2))
     assert "3.jsonl:60: not UTF-8" in error and "data.corrupt=skip" in error
     errors = finish(start(tmp_path / "skipped", *flags, "--set=data.corrupt=skip"))

@@ -1,6 +1,7 @@
 """metrics.jsonl, TensorBoard files, speed and progress."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -75,6 +76,18 @@ def test_nothing_is_written_through_a_link(tmp_path, name):
     with MetricsWriter(tmp_path, step=0, tensorboard=False) as writer:
         writer.write(1, {"loss": 1.0})
     assert (tmp_path / "precious").read_text() == "mine" and steps(tmp_path) == [1]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, the disk that is always full")
+def test_a_full_disk_is_one_line(tmp_path):
+    words, writer = (
+        r"cannot be written at step 1: No space left on device$",
+        MetricsWriter(tmp_path, step=0, tensorboard=False),
+    )
+    writer._file.close()
+    writer._file = open("/dev/full", "a")  # noqa: SIM115 (the writer closes it)
+    with pytest.raises(UserError, match=words), writer:
+        writer.write(1, {"loss": 1.0})
 
 
 def test_no_file_is_no_metrics(tmp_path):
