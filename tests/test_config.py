@@ -28,7 +28,8 @@ from oasis_jax.config import (
 from oasis_jax.errors import UserError
 from oasis_jax.overrides import apply_overrides
 
-# The methods as their papers give them: normalizer, wiring, router, depth normalizer, coupling, gate, blocks, output norm.
+# The methods as their papers give them: normalizer, wiring, router, depth normalizer, coupling, gate, blocks, output
+# norm.
 METHODS = {
     "residual": ("softmax", "residual", "none", "softmax", False, "none", 0, False),
     "attnres": ("softmax", "delta", "static", "softmax", False, "none", 0, False),

@@ -58,7 +58,9 @@ def load_file(path: str | os.PathLike, function: str, expected: type[T], flag: s
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """The configs and studies (study_NAME) that come with the library: those of the clone it runs from, else those that were installed."""
+    """The configs and studies (study_NAME) that come with the library: those of the clone it runs from, else those that
+    were installed.
+    """
     clone = pathlib.Path(__file__).parents[2]
     paths = list((clone / "configs").glob("*.py")) if (clone / "setup.cfg").is_file() else []
     if not paths:

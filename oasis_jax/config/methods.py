@@ -1,10 +1,9 @@
 """Methods by name: what each fixes of a model, everything else being orthogonal to it."""
 
 # oasis and its baselines attnres_cumulative, softmax1, clipped, entmax15 and sparsemax: arXiv 2605.17887; attnres:
-# 2603.15031;
-# attnres_qkv: Inkling-2; gated: 2306.12929; learned_sink: 2601.22966; null_key: 2410.10781; token_null: Inkling-2; null_key_value: 2410.05265's
-# prefix as a parameter. oasis_blocks is ours: OASIS on the blocks of AttnRes. attnres_rms: rms-block-attnres, but for the
-# running block, whose outputs are normalized here too.
+# 2603.15031; attnres_qkv: Inkling-2; gated: 2306.12929; learned_sink: 2601.22966; null_key: 2410.10781; token_null:
+# Inkling-2; null_key_value: 2410.05265's prefix as a parameter. oasis_blocks is ours: OASIS on the blocks of AttnRes.
+# attnres_rms: rms-block-attnres, but for the running block, whose outputs are normalized here too.
 _CUMULATIVE = dict(
     wiring="cumulative",
     router="projected",

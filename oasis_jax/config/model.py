@@ -230,8 +230,8 @@ class RouterConfig:
     width: int = field(128, "model width D")
     router: Literal["projected", "static", "qkv"] = field(
         "projected",
-        "how the query over depth is made; qkv: as static, over sources that are normalized without a gain, and the inputs "
-        "of an attention's queries, keys and values are routed apart",
+        "how the query over depth is made; qkv: as static, over sources that are normalized without a gain, and the "
+        "inputs of an attention's queries, keys and values are routed apart",
     )
     depth_normalizer: Literal["softmax", "softmax1", "sigmoid", "uniform"] = field(
         "softmax1",

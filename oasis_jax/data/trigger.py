@@ -6,8 +6,8 @@ with a begin token position 0 is the vector [1, 0, 0 ...] instead. Every positio
 begin token (the first without one) carries the trigger with probability `trigger_rate`: the target there is the mean of
 the content up to and including that position, the begin token left out, as in the published code; everywhere else it is
 zero. One softmax head solves this exactly by spreading a trigger's attention evenly over the content and putting all of
-any other row on the begin token. With `begin_content` the begin token has content too, which belongs to every mean: as a sink
-it would get in the way.
+any other row on the begin token. With `begin_content` the begin token has content too, which belongs to every mean:
+as a sink it would get in the way.
 """
 
 import hashlib

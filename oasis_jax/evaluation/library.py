@@ -67,7 +67,8 @@ def measure(
       `intervals()`, the confidence interval of each scalar. `oasis_jax.evaluation.DEFINITIONS` says what each value is.
 
     Raises:
-      UserError: an unknown measure, no batch or one that does not fit, or statistics of another kind or of cross-attention.
+      UserError: an unknown measure, no batch or one that does not fit, or statistics of another kind or of
+        cross-attention.
     """
     chosen, batches = choose(measures), checked_batches(batches, "measure")
     return run_evaluators(FunctionPass(apply_fn, parts), params, batches, chosen)

@@ -86,7 +86,9 @@ def _counts(config: ModelConfig) -> list[int]:
 
 
 def _by_layer(config: ModelConfig, routers: Mapping[str, Array]) -> dict[str, Float[Array, "L K ..."]]:
-    """Those after a layer's attention, then those after its MLP; the last one is repeated where other layers have more."""
+    """Those after a layer's attention, then those after its MLP; the last one is repeated where other layers have
+    more.
+    """
     total = config.num_layers * sum(_counts(config))
 
     def split(x):
@@ -343,8 +345,8 @@ def _routed_backward(config: ModelConfig, saved, d_stream: Stream):
     stacked, context, history, blocks = saved
 
     def layer(config: ModelConfig, carry, xs):
-        # d_streams: of the streams after the layer by way of the next sublayer; gradients: of all sources by way of later
-        #   layers.
+        # d_streams: of the streams after the layer by way of the next sublayer; gradients: of all sources by way of
+        #   later layers.
         d_streams, history, gradients = carry
         index, place, (parts, routers), before, block = xs
         if config.blocks:

@@ -33,7 +33,8 @@ def key_width(config: RouterConfig) -> int:
 
 def router_parameters(config: RouterConfig) -> dict[str, ParameterSpec]:
     """The parameters of one router: of `projected` two projections and a recency bias, of `static` a query and a key
-    norm, of `qkv` a query; with coupling its strength, with an alpha gate the gate. Uniform weights need neither query nor key.
+    norm, of `qkv` a query; with coupling its strength, with an alpha gate the gate. Uniform weights need neither
+    query nor key.
     """
     width = config.width
     projection = matrix((width, key_width(config)), ("embed", None), width, "router_matrix")

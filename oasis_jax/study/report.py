@@ -100,8 +100,8 @@ def _lead(study: Study, found: Results) -> list[str]:
     ]
     if found.tests:
         lines.append(
-            f"{found.tests} claims were tested together (paired t tests by seed, Holm's correction, level {ALPHA:.2g}). "
-            f"With {seeds} seeds the strictest of them finds, with a chance of 80 %, an effect of "
+            f"{found.tests} claims were tested together (paired t tests by seed, Holm's correction, level "
+            f"{ALPHA:.2g}). With {seeds} seeds the strictest of them finds, with a chance of 80 %, an effect of "
             f"{found.detectable:.1f} standard deviations of the paired differences. Confirmed and contradicted ask for "
             "both: a corrected p below the level, and an effect of at least one noise floor."
         )

@@ -106,7 +106,10 @@ def check_length(asked: Config, stored: Config, step: int, workdir: str | os.Pat
         rates = "; the learning rate is constant and stays"
     else:
         before, now = (float(learning_rate(asked.optimizer, steps)(step)) for steps in (old, new))
-        rates = f"; from here on the {schedule} schedule is that of {new} steps: step {step + 1} has learning rate {now:.4g}, not {before:.4g}"
+        rates = (
+            f"; from here on the {schedule} schedule is that of {new} steps: step {step + 1} has learning rate "
+            f"{now:.4g}, not {before:.4g}"
+        )
     return f"run.steps: {old} until step {step}, {new} now{rates}"
 
 

@@ -13,7 +13,8 @@ from oasis_jax.errors import UserError
 
 _WAYS_OUT = (
     "lower data.batch_size or data.sequence_length, raise optimizer.accumulation_steps, set model.remat=layer or "
-    "model.dtype=bfloat16, split over more devices with mesh.fsdp, or take a smaller model; --plan says what a device needs"
+    "model.dtype=bfloat16, split over more devices with mesh.fsdp, or take a smaller model; --plan says what a device "
+    "needs"
 )
 _STATE = 3 * 4  # bytes: a parameter and two moments in float32
 

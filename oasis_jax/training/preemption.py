@@ -51,8 +51,8 @@ class Preemption:
         return self._noticed
 
     def compiled(self, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        """The program of what comes before the end of the first step: to trace and compile it may take minutes. A single
-        process compiles in another thread, so that Python hears of a notice.
+        """The program of what comes before the end of the first step: to trace and compile it may take minutes.
+        A single process compiles in another thread, so that Python hears of a notice.
 
         Raises:
           Preempted: a notice came before it was there. Nothing is lost that was not on disk.

@@ -28,7 +28,10 @@ NEAR_NO_OP = 0.25  # quantile of the heads' output norms below which a head does
 SINK_SETS = {"first_token": 1, "prefix_4": PREFIX}  # a set is the first so many keys of a document
 
 _SOURCE = "OASIS, arXiv 2605.17887, appendix D.4"
-_APPLIES = "models of this library whose depth sources each stem from one attention layer and whose depth weights and null sum to 1"
+_APPLIES = (
+    "models of this library whose depth sources each stem from one attention layer and whose depth weights and null "
+    "sum to 1"
+)
 _Q = "q(i, j) = alpha_i p_i(j), every router, head and query"
 _VARIANTS = {
     "identity_outcome": "the embedding's p_0(j | t) is 1 at j = t",

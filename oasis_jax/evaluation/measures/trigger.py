@@ -33,7 +33,8 @@ def _definitions() -> dict[str, dict[str, str]]:
                 "average": "mean over those queries of all sequences; layer x head"
             } | common
         definitions[f"{kind}_excess_risk"] = {
-            "tensor": f"cross entropy in nats minus that under the distribution that the target was drawn from, at {rows}",
+            "tensor": "cross entropy in nats minus that under the distribution that the target was drawn from, at "
+            f"{rows}",
             "average": "mean over those queries of all sequences",
             "source": "Bigram-Backcopy, arXiv 2410.13835",
             "applies_to": _RISK_TASK,
@@ -66,7 +67,9 @@ def read(reading: LayerReading) -> Rows:
 
 
 def read_end(reading: FinalReading) -> Rows:
-    """How many queries of a kind there are [B] and, where the best loss is known, the sum of what theirs is above it."""
+    """How many queries of a kind there are [B] and, where the best loss is known, the sum of what theirs is above
+    it.
+    """
     masks = _masks(reading.tokens)
     rows = {f"{kind}_count": mask.sum(-1) for kind, mask in masks.items()}
     if masks and "optimal_nats" in reading.tokens.batch:

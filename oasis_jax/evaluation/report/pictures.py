@@ -307,7 +307,7 @@ def _training(runs: Runs) -> Picture:
         if lines:
             panels.append(curves(title, lines, across="step", along=unit, marks=False, linear="loss" not in key))
     caption = (
-        f"From each run's metrics.jsonl, on training batches but for the held-out loss; runs with more than {_MOST_POINTS} logged "
-        "steps are averaged in windows."
+        f"From each run's metrics.jsonl, on training batches but for the held-out loss; runs with more than "
+        f"{_MOST_POINTS} logged steps are averaged in windows."
     )
     return Picture("training", "Training", caption, panels, legend=_legend(runs))
