@@ -27,7 +27,8 @@ KINDS = {
     "gated": dict(gate="per_head"),
     "gated channels": dict(gate="elementwise"),
     "full routing": dict(preset="attnres"),
-    "cumulative routing": dict(preset="attnres_cumulative"),
+    # seed 0 gives one whose logits move by 3e-5 where its parameters move by half a unit in the last place
+    "cumulative routing": dict(preset="attnres_cumulative", seed=2),
     "qkv routing": dict(preset="attnres_qkv", blocks=3),
 }
 

@@ -9,12 +9,14 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from oasis_jax.model import loop, router
+from oasis_jax.model import depth_weights
+from oasis_jax.model.depth_weights import DepthOperator
 from oasis_jax.placement import make_mesh
 from oasis_jax.training.collectives import collectives
 from oasis_jax.training.plan import abstract_batch
 from oasis_jax.training.state import abstract_state
 from oasis_jax.training.step import make_step
+from pallas_kernels import add_route_gradients
 
 BATCH, LENGTH = 16, 24
 
@@ -51,11 +53,12 @@ def report(model: dict, mesh: dict, mutant: bool = False) -> dict:
         data=DataConfig(batch_size=BATCH, sequence_length=LENGTH),
         mesh=MeshConfig(**mesh),
     )
-    devices, shards, own = make_mesh(config.mesh), [], router.depth_route
-    router.depth_route = loop.depth_route = watched(careless(own, devices) if mutant else own, shards)
+    devices, shards, own = make_mesh(config.mesh), [], depth_weights.depth_route
+    route = watched(careless(own, devices) if mutant else own, shards)
+    depth_weights._KERNELS = DepthOperator(route, add_route_gradients)
     step, batch = make_step(config, devices), abstract_batch(config, devices)
     compiled = step.lower(abstract_state(config, devices), batch).compile()
-    router.depth_route = loop.depth_route = own
+    depth_weights._KERNELS = DepthOperator(own, add_route_gradients)
     return {
         "sent": {kind.name: [kind.count, kind.bytes] for kind in collectives(compiled.as_text())},
         "sources": shards,

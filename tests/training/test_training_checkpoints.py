@@ -36,7 +36,8 @@ def test_everything_comes_back(run, workdir, said):
         metadata = checkpoints.metadata(9)
     assert from_dict(metadata["config"]) == config
     assert metadata["layout"] == "2: embedding, head, layers, routers, final_norm"
-    assert {"python", "oasis_jax", "jax", "flax", "optax", "orbax-checkpoint"} == set(metadata["versions"])
+    packages = {"python", "oasis_jax", "jax", "flax", "optax", "orbax-checkpoint"}
+    assert packages == metadata["versions"].keys() - {"commit"}  # which only a clone has
     assert metadata["versions"]["jax"] == jax.__version__
 
 

@@ -37,8 +37,12 @@ class Format(NamedTuple):
         """The nearest codes, ties to even, what lies beyond the grid clipped; int8, or float8 (E4M3 holds E2M1)."""
         if not self.floating:
             return jnp.clip(jnp.round(x), -self.highest - 1, self.highest).astype(jnp.int8)
-        grid = jnp.float8_e4m3fn if self.bits == 8 else jnp.float4_e2m1fn
-        return jnp.clip(x, -self.highest, self.highest).astype(grid).astype(jnp.float8_e4m3fn)
+        mantissa, lowest = (3, -6) if self.bits == 8 else (1, 0)
+        x = jnp.clip(x, -self.highest, self.highest)
+        # By hand: some of XLA's conversions go by way of float16 or bfloat16, and 3.499 became 3.5 and then 4.
+        exponent = jnp.maximum(jnp.frexp(x)[1] - 1, lowest)
+        step = jnp.ldexp(jnp.ones_like(x), exponent - mantissa)
+        return (jnp.round(x / step) * step).astype(jnp.float8_e4m3fn)
 
     def __str__(self) -> str:
         return f"int{self.bits}" if not self.floating else "E4M3" if self.bits == 8 else "E2M1"
