@@ -12,12 +12,11 @@ Softmax alone forms the sink; where a residual peak is named, it may not have fo
 import dataclasses
 
 from oasis_jax.commands.config_file import load_config
-from oasis_jax.study import Claim, Outcome, Study
+from oasis_jax.study import Claim, Outcome, Study, claims
 
 SINK, PEAK, DRAIN = "non_trigger_first_token_mass_max", "residual_peak", "value_drain"
 EIGHT_BITS, D_SINK = "quantized.w8a8_tensor.nats", "quantized.w8a8_tensor.d_sink"
 FORMED = {SINK: 0.3}
-OASIS = "OASIS (2605.17887)"
 
 
 def get_study() -> Study:
@@ -66,33 +65,11 @@ def get_study() -> Study:
 
 
 def _claims() -> tuple[Claim, ...]:
-    twin, ours = "attnres_cumulative", "oasis"
+    softmax1 = "residual_softmax1"
     return (
-        Claim("OASIS has weaker sinks than its twin", OASIS, SINK, ours, twin, needs=FORMED),
-        Claim("OASIS has a smaller max inf norm", f"{OASIS}: -9.26 %", "max_inf_norm", ours, twin),
-        Claim("OASIS has a smaller mean kurtosis", f"{OASIS}: -2.60 %", "avg_kurtosis", ours, twin),
-        Claim("OASIS loses less under W8A8", f"{OASIS}: perplexity -75.85 %", EIGHT_BITS, ours, twin),
-        Claim("OASIS gains over Softmax1 over tokens alone", OASIS, SINK, ours, "softmax1"),
-        Claim("The inter-layer signal weakens sinks", OASIS, SINK, ours, "oasis_uncoupled"),
-        Claim(
-            "Softmax1 takes the residual peak away", "2410.13835", PEAK, "residual_softmax1", "residual", needs=FORMED
-        ),
-        Claim("Softmax1 weakens sinks", "2410.10781", SINK, "residual_softmax1", "residual", needs=FORMED),
+        *claims.of_oasis(sink=SINK, eight_bits=EIGHT_BITS, formed=FORMED, uncoupled="oasis_uncoupled"),
+        *claims.of_depth({"sinks": SINK, "8 bits": EIGHT_BITS}),
+        Claim("Softmax1 takes the residual peak away", "2410.13835", PEAK, softmax1, "residual", needs=FORMED),
+        Claim("Softmax1 weakens sinks", "2410.10781", SINK, softmax1, "residual", needs=FORMED),
         Claim("A learned sink weakens sinks", "2601.22966", SINK, "residual_learned_sink", "residual", needs=FORMED),
-        Claim(
-            "A second normalizer, over depth, makes sinks worse",
-            "the claim under OASIS' claims",
-            SINK,
-            "attnres",
-            "residual",
-            direction="higher",
-        ),
-        Claim(
-            "A second normalizer, over depth, makes 8 bits worse",
-            "the claim under OASIS' claims",
-            EIGHT_BITS,
-            "attnres",
-            "residual",
-            direction="higher",
-        ),
     )

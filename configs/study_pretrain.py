@@ -15,10 +15,10 @@ Not trained here: there are no metrics of it.
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from oasis_jax.study import Claim, Outcome, Study
+from oasis_jax.study import Claim, Outcome, Study, claims
 
 SINK, EIGHT_BITS = "sink_rate", "quantized.w8a8_tensor.nats"
-OASIS = "OASIS (2605.17887)"
+FORMED = {SINK: 0.03}
 
 
 def get_study() -> Study:
@@ -72,34 +72,9 @@ def get_study() -> Study:
             Outcome("quantized.w8a8_tensor.d_sink", "D_sink, nats", relative=False),
             Outcome("quantized.w4a4_g32.nats", "w4a4_g32, nats", relative=False),
         ),
-        claims=claims(),
-    )
-
-
-def claims() -> tuple[Claim, ...]:
-    """OASIS beside its twin, and the claim under its claims, where the other method has a sink."""
-    twin, ours, formed = "attnres_cumulative", "oasis", {SINK: 0.03}
-    return (
-        Claim("OASIS has weaker sinks than its twin", OASIS, SINK, ours, twin, needs=formed),
-        Claim("OASIS has a smaller max inf norm", f"{OASIS}: -9.26 %", "max_inf_norm", ours, twin),
-        Claim("OASIS has a smaller mean kurtosis", f"{OASIS}: -2.60 %", "avg_kurtosis", ours, twin),
-        Claim("OASIS loses less under W8A8", f"{OASIS}: perplexity -75.85 %", EIGHT_BITS, ours, twin),
-        Claim("OASIS gains over Softmax1 over tokens alone", OASIS, SINK, ours, "softmax1"),
-        Claim("Softmax1 weakens sinks", "2410.10781", SINK, "residual_softmax1", "residual", needs=formed),
-        Claim(
-            "A second normalizer, over depth, makes sinks worse",
-            "the claim under OASIS' claims",
-            SINK,
-            "attnres",
-            "residual",
-            direction="higher",
-        ),
-        Claim(
-            "A second normalizer, over depth, makes 8 bits worse",
-            "the claim under OASIS' claims",
-            EIGHT_BITS,
-            "attnres",
-            "residual",
-            direction="higher",
+        claims=(
+            *claims.of_oasis(sink=SINK, eight_bits=EIGHT_BITS, formed=FORMED),
+            *claims.of_depth({"sinks": SINK, "8 bits": EIGHT_BITS}),
+            Claim("Softmax1 weakens sinks", "2410.10781", SINK, "residual_softmax1", "residual", needs=FORMED),
         ),
     )

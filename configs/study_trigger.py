@@ -10,14 +10,11 @@ Hardware: two CPU cores, no download; 450 cells. Results: docs/results.md.
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from oasis_jax.study import Claim, Outcome, Study
+from oasis_jax.study import Claim, Outcome, Study, claims
 
 SINK, PEAK, KURTOSIS = "non_trigger_first_token_mass_max", "max_inf_norm", "avg_kurtosis"
 ERROR, EIGHT_BITS = "squared_error", "quantized.w8a8_tensor.change"
 FORMED = {SINK: 0.3}  # a head of the other method rests on the first token
-
-OASIS = "OASIS (2605.17887)"
-UNIFIED = "Unified View (2601.22966)"
 
 
 def get_study() -> Study:
@@ -99,50 +96,30 @@ def _methods() -> dict[str, tuple[str, ...]]:
 
 
 def _claims() -> tuple[Claim, ...]:
-    twin, ours = "attnres_cumulative", "oasis"
     return (
-        Claim("OASIS has weaker sinks than its twin", OASIS, SINK, ours, twin, needs=FORMED),
-        Claim("OASIS has a smaller max inf norm", f"{OASIS}: -9.26 %", PEAK, ours, twin),
-        Claim("OASIS has a smaller mean kurtosis", f"{OASIS}: -2.60 %", KURTOSIS, ours, twin),
-        Claim("OASIS loses less under W8A8", f"{OASIS}: perplexity -75.85 %", EIGHT_BITS, ours, twin),
-        Claim("The inter-layer signal weakens sinks", OASIS, SINK, ours, "oasis_uncoupled"),
-        Claim("OASIS gains over Softmax1 over tokens alone", OASIS, SINK, ours, "softmax1"),
-        Claim(
-            "A second normalizer, over depth, makes sinks worse",
-            "the claim under OASIS' claims",
-            SINK,
-            "attnres",
-            "residual",
-            direction="higher",
-        ),
-        Claim(
-            "A second normalizer, over depth, makes outliers worse",
-            "the claim under OASIS' claims",
-            PEAK,
-            "attnres",
-            "residual",
-            direction="higher",
-        ),
-        Claim(
-            "A second normalizer, over depth, makes 8 bits worse",
-            "the claim under OASIS' claims",
-            EIGHT_BITS,
-            "attnres",
-            "residual",
-            direction="higher",
-        ),
+        *claims.of_oasis(sink=SINK, eight_bits=EIGHT_BITS, formed=FORMED, uncoupled="oasis_uncoupled"),
+        *claims.of_depth({"sinks": SINK, "outliers": PEAK, "8 bits": EIGHT_BITS}),
         Claim("Softmax1 weakens sinks", "2410.10781, OutEffHop", SINK, "residual_softmax1", "residual", needs=FORMED),
-        Claim("A learned sink weakens sinks", UNIFIED, SINK, "residual_learned_sink", "residual", needs=FORMED),
+        Claim(
+            "A learned sink weakens sinks", claims.UNIFIED_VIEW, SINK, "residual_learned_sink", "residual", needs=FORMED
+        ),
         Claim(
             "A gate on heads weakens sinks", "2306.12929, 2505.06708", SINK, "residual_gated", "residual", needs=FORMED
         ),
-        Claim("GatedNorm loses less under W8A8", UNIFIED, EIGHT_BITS, "gatednorm", "rmsnorm"),
-        Claim("PreAffine helps training", UNIFIED, ERROR, "preaffine", "rmsnorm"),
-        Claim("Clipping the residual stream hurts training", UNIFIED, ERROR, "clip_3", "residual", direction="higher"),
-        Claim("Removing norms hurts training", UNIFIED, ERROR, "no_norm", "residual", direction="higher"),
+        Claim("GatedNorm loses less under W8A8", claims.UNIFIED_VIEW, EIGHT_BITS, "gatednorm", "rmsnorm"),
+        Claim("PreAffine helps training", claims.UNIFIED_VIEW, ERROR, "preaffine", "rmsnorm"),
+        Claim(
+            "Clipping the residual stream hurts training",
+            claims.UNIFIED_VIEW,
+            ERROR,
+            "clip_3",
+            "residual",
+            direction="higher",
+        ),
+        Claim("Removing norms hurts training", claims.UNIFIED_VIEW, ERROR, "no_norm", "residual", direction="higher"),
         Claim(
             "OASIS scores higher on GSM8K under W4A4",
-            f"{OASIS}: +12.42 %",
+            f"{claims.OASIS}: +12.42 %",
             untestable="a task of vectors has no words",
         ),
     )

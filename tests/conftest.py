@@ -12,8 +12,8 @@ os.environ["NPROC"] = str(max(4, int(os.environ.get("NPROC", 0))))
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # Three quarters of the suite's time is compiling, and half of that is XLA's emitters of fusions, which go through MLIR.
-# The older ones serve where optimizations are off anyway (`make test`), in programs that tests start, too; from JAX 0.11
-# on there are no others.
+# The older ones serve where optimizations are off anyway (`make test`), in programs that tests start, too; from JAX
+# 0.11 on there are no older ones.
 if jax.config.read("jax_disable_most_optimizations") and jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from oasis_jax.commands.options import folder
 from oasis_jax.commands.parser import Parser
+from oasis_jax.errors import Preempted, printable, unknown_name
 
 
 def make_parser(program: str) -> Parser:
@@ -53,24 +54,28 @@ def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
             parser.error(f"--{name}: must be at least 1, got {getattr(args, name)}")
     if args.minutes is not None and not 0 < args.minutes < 1e6:
         parser.error(f"--minutes: must be above 0, got {args.minutes:g}")
+    if (args.report or args.plan) and (args.minutes or args.workers > 1):
+        parser.error(f"{'--report' if args.report else '--plan'} trains nothing: leave out --minutes and --workers")
+    if args.report and (args.plan or args.methods):
+        parser.error("--report shows all cells that are there: leave out --plan and --methods")
     load = functools.partial(load_study, args.study, args.seeds)
     study = load()
+    methods = tuple(name.strip() for name in args.methods.split(",") if name.strip())
+    for method in methods:
+        if method not in study.methods:
+            raise unknown_name("--methods", method, study.methods)
     if args.plan is not None:
-        if args.report or args.minutes or args.workers > 1:
-            parser.error("--plan trains nothing: leave out --report, --minutes and --workers")
-        plan_study(study, args.plan)
+        plan_study(study, args.plan, methods or tuple(study.methods))
         return
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
-    from oasis_jax.errors import Preempted, printable
     from oasis_jax.study.report import write_study_report
-    from oasis_jax.study.run import Part, run_study
+    from oasis_jax.study.run import run_study
 
     notice = None
     if not args.report:
         try:
-            part = Part(tuple(name.strip() for name in args.methods.split(",") if name.strip()))
-            run_study(load, args.out, part=part, workers=args.workers, minutes=args.minutes)
+            run_study(load, args.out, methods=methods, workers=args.workers, minutes=args.minutes)
         except Preempted as told:
             notice = told
     if notice and not any((args.out / "cells").glob("*/*/*/result.json")):
@@ -85,14 +90,14 @@ def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
         raise notice
 
 
-def plan_study(study, hardware: str) -> None:
-    """Prints the plan of every method, in the first arm; exits with 1 where one does not fit."""
+def plan_study(study, hardware: str, methods: Sequence[str]) -> None:
+    """Prints the plan of methods, in the first arm; exits with 1 where one does not fit."""
     from oasis_jax.evaluation import lower_evaluation
     from oasis_jax.study.design import Cell
     from oasis_jax.training.plan import run_plan
 
     fit = []
-    for method in study.methods:
+    for method in methods:
         print(f"{method}:")
         config = study.config(Cell(next(iter(study.arms)), method, study.seeds[0]))
         fit.append(run_plan(config, hardware, lower_evaluation))

@@ -74,10 +74,11 @@ class DataConfig:
             raise UserError("data.begin_content: only the begin token of corpus=trigger has content")
         if self.corpus in needs and not self.pattern:
             raise UserError(f"data.pattern: corpus={self.corpus} needs {needs[self.corpus]}")
-        if self.packing != "stream" and self.corpus in ("pairs", "trigger"):
+        packed = ("stdlib", "files", "prepared")
+        if self.packing != "stream" and self.corpus not in packed:
             raise UserError(
-                f"data.packing: goes with corpus=stdlib, files and prepared, got corpus={self.corpus}, whose examples "
-                "are what they are"
+                f"data.packing: goes with corpus={', '.join(packed)}, got corpus={self.corpus}, whose examples are "
+                "what they are"
             )
         if self.mixture and self.corpus != "prepared":
             raise UserError(f"data.mixture: goes with corpus=prepared, got corpus={self.corpus}")

@@ -335,15 +335,19 @@ def intervene(
     if not model.batches:
         raise UserError("interventions: batches is empty; give at least one")
     base, found = model.measured(), []
+
+    def without_channel(in_denominator: float) -> _Measured:
+        epsilon = np.float32(config.norm_epsilon)
+        return model.measured(NormChanges(np.int32(base.channel()), np.float32(in_denominator), epsilon))
+
     changes = {
         "beta": lambda: model.without_beta().measured(),
         "evidence": lambda: model.measured(model.unchanged()._replace(evidence=np.float32(0))),
         "softmax": lambda: model.with_config(normalizer="softmax").measured(),
         "depth_softmax": lambda: model.with_config(depth_normalizer="softmax").measured(),
-        "sink_denominator": lambda: model.measured(norms._replace(in_denominator=np.float32(1))),
-        "sink_output": lambda: model.measured(norms),
+        "sink_denominator": lambda: without_channel(1),
+        "sink_output": lambda: without_channel(0),
     }
-    norms = NormChanges(np.int32(base.channel()), np.float32(0), np.float32(config.norm_epsilon))
     for name in chosen:
         reason = _why_not(name, config, begin_token)
         if reason:

@@ -82,8 +82,9 @@ def run_cell(study: Study, cell: Cell, out: pathlib.Path) -> Record:
         "corpus": loaded.corpus_identity["sha256"] if not failed else None,
         "versions": loaded.versions if not failed else None,
     }
-    for other in finished(study, out):
-        check_alike(record, other, study.factors)
+    for method in study.methods:  # its companions: those of the same arm and seed
+        if other := read_json(out / cell._replace(method=method).path / RESULT):
+            check_alike(record, other, study.factors)
     write_json(folder / RESULT, record)
     return record
 
@@ -121,8 +122,6 @@ def check_alike(one: Record, other: Record, factors: tuple[str, ...]) -> None:
     """Raises UserError where two cells of one arm and seed differ in more than their model: in what data they read in
     which order, steps, optimizer, or in the first value of a parameter that both have in the same shape.
     """
-    if (one["arm"], one["seed"]) != (other["arm"], other["seed"]):
-        return
     cells = f"{one['method']} and {other['method']}, arm {one['arm']}, seed {one['seed']}"
     first, second = one["start"]["settings"], other["start"]["settings"]
     for section in first:

@@ -1,14 +1,13 @@
 """The report of a study: results.json, results.md, index.html and figures, all made from the cells' records."""
 
-import html
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from oasis_jax.errors import UserError
 from oasis_jax.evaluation.report.comparison import show
-from oasis_jax.evaluation.report.figures import Panel, Picture, save, svg
-from oasis_jax.evaluation.report.page import STYLE
+from oasis_jax.evaluation.report.figures import Picture, save
+from oasis_jax.evaluation.report.markup import document, escaped, figure, html_table
 from oasis_jax.study.cells import Record, check_all_alike, compact, finished, write_json
 from oasis_jax.study.design import Outcome, Study
 from oasis_jax.study.pictures import pictures
@@ -181,29 +180,13 @@ def markdown(study: Study, found: Results, records: Sequence[Record]) -> str:
 # The page
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _html_table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f'<th class="left">{_text(name)}</th>' for name in heads)
-    body = "".join("<tr>" + "".join(f'<td class="left">{_text(cell)}</td>' for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _figure(picture: Picture) -> str:
-    def panel(item: Panel) -> str:
-        return f'<div class="panel"><h3>{_text(item.title)}</h3>{svg(item)}</div>'
-
-    return (
-        f"<section><figure><h2>{_text(picture.title)}</h2><figcaption>{_text(picture.caption)}</figcaption>"
-        f'<div class="panels">{"".join(map(panel, picture.panels))}</div></figure></section>\n'
-    )
+def _words(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return html_table(heads, [[escaped(cell) for cell in row] for row in rows], left=len(heads))
 
 
 def page(study: Study, found: Results, records: Sequence[Record], drawn: Sequence[Picture]) -> str:
     """One self-contained page."""
-    lead = "".join(f"<p class='lead'>{_text(line.replace('**', ''))}</p>" for line in _lead(study, found))
+    lead = "".join(f"<p class='lead'>{escaped(line.replace('**', ''))}</p>" for line in _lead(study, found))
     answered = [verdict for verdict in found.verdicts if verdict.word != NOT_TESTABLE]
     rest = [verdict for verdict in found.verdicts if verdict.word == NOT_TESTABLE]
     claims = [_verdict_cells(study, verdict) for verdict in [*answered, *rest]]
@@ -211,16 +194,14 @@ def page(study: Study, found: Results, records: Sequence[Record], drawn: Sequenc
     for arm, rows in _arm_rows(found).items():
         heads = ["method", "beside", *(outcome.title for outcome in study.outcomes), "notes"]
         cells = [[row.method, row.twin, *_row_cells(study, row), _notes(row)] for row in rows]
-        sets = f'<p class="note">{_text(" ".join(study.arms[arm]))}</p>' if study.arms[arm] else ""
-        tables += f"<section><h2>Arm {_text(arm)}</h2>{sets}{_html_table(heads, cells)}</section>\n"
-    methods = _html_table(("method", "sets"), [[name, " ".join(sets)] for name, sets in study.methods.items()])
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{_text(study.title)}'
-        f"</title><style>{STYLE}</style></head>\n<body><main>\n<h1>{_text(study.title)}</h1>{lead}"
-        + (f"<section><h2>Claims</h2>{_html_table(_VERDICT_HEADS, claims)}</section>\n" if claims else "")
-        + "".join(map(_figure, drawn))
+        sets = f'<p class="note">{escaped(" ".join(study.arms[arm]))}</p>' if study.arms[arm] else ""
+        tables += f"<section><h2>Arm {escaped(arm)}</h2>{sets}{_words(heads, cells)}</section>\n"
+    methods = _words(("method", "sets"), [[name, " ".join(sets)] for name, sets in study.methods.items()])
+    return document(
+        study.title,
+        f"<h1>{escaped(study.title)}</h1>{lead}"
+        + (f"<section><h2>Claims</h2>{_words(_VERDICT_HEADS, claims)}</section>\n" if claims else "")
+        + "".join(map(figure, drawn))
         + tables
-        + f'<section><h2>Methods</h2>{methods}<p class="note">{_text(_origin(records))}</p></section>\n'
-        + "</main></body></html>\n"
+        + f'<section><h2>Methods</h2>{methods}<p class="note">{escaped(_origin(records))}</p></section>',
     )

@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import jax
 
-from oasis_jax.errors import Preempted, UserError, unknown_name
+from oasis_jax.errors import Preempted, UserError
 from oasis_jax.study.cells import RESULT, read_json, run_cell, write_json
 from oasis_jax.study.design import Cell, Study
 from oasis_jax.training.lock import WorkdirLock
@@ -47,27 +47,15 @@ def prepare(study: Study, out: pathlib.Path) -> None:
     write_json(out / IDENTITY, {"title": study.title, "cells": stored | identity})
 
 
-class Part(NamedTuple):
-    """Which cells of a study are to be done: those of some methods, () of all."""
-
-    methods: tuple[str, ...] = ()
-
-    def cells(self, study: Study) -> list[Cell]:
-        return [cell for cell in study.cells() if not self.methods or cell.method in self.methods]
-
-
-_ALL = Part()
-
-
 def run_study(
-    load: Load, out: pathlib.Path, *, part: Part = _ALL, workers: int = 1, minutes: float | None = None
+    load: Load, out: pathlib.Path, *, methods: Sequence[str] = (), workers: int = 1, minutes: float | None = None
 ) -> None:
     """Does what is left to do, and returns when every cell is done or in the hands of another process.
 
     Args:
       load: makes the study; called in every worker.
       out: folder of the study; on several hosts the same one.
-      part: which cells.
+      methods: whose cells; (): all.
       workers: processes that share this machine's cores among them. On accelerators one a device: worker i sees
         the i-th of CUDA_VISIBLE_DEVICES where that is set.
       minutes: after so many everything is saved and Preempted raised.
@@ -77,15 +65,16 @@ def run_study(
       Preempted: the time is up, or SIGTERM came; the same call goes on.
     """
     study = load()
-    for method in part.methods:
-        if method not in study.methods:
-            raise unknown_name("--methods", method, study.methods)
     prepare(study, out)
     deadline = None if minutes is None else time.time() + 60 * minutes
     if workers == 1:
-        _work(load, out, part, deadline)
+        _work(load, out, methods, deadline)
     else:
-        _work_together(load, part, out, workers, deadline)
+        _work_together(load, methods, out, workers, deadline)
+
+
+def _cells(study: Study, methods: Sequence[str]) -> list[Cell]:
+    return [cell for cell in study.cells() if not methods or cell.method in methods]
 
 
 def _left(cells: Sequence[Cell], out: pathlib.Path) -> int:
@@ -96,17 +85,22 @@ def _left(cells: Sequence[Cell], out: pathlib.Path) -> int:
 
 
 def _work(
-    load: Load, out: pathlib.Path, part: Part, deadline: float | None, say: Callable[[str], None] | None = None
+    load: Load,
+    out: pathlib.Path,
+    methods: Sequence[str],
+    deadline: float | None,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Takes one cell after the other that nobody works on."""
     study, say = load(), say or _say
-    cells = part.cells(study)
+    cells = _cells(study, methods)
     _keep_compiled(out)
     try:
         with _ending(deadline):
             _work_through(study, cells, out, deadline, say)
     except Preempted as notice:
-        raise Preempted(f"{len(cells) - _left(cells, out)} of {len(cells)} cells are done; {notice}") from None
+        done = f"{len(cells) - _left(cells, out)} of {len(cells)} cells are done"
+        raise Preempted(f"{done}; {notice}", compiling=notice.compiling) from None
 
 
 def _work_through(
@@ -190,14 +184,14 @@ def _end(number: int, frame: object) -> NoReturn:
 # Several processes
 
 
-def _work_together(load: Load, part: Part, out: pathlib.Path, workers: int, deadline: float | None) -> None:
+def _work_together(load: Load, methods: Sequence[str], out: pathlib.Path, workers: int, deadline: float | None) -> None:
     """Starts the workers and watches them."""
     spawn = multiprocessing.get_context("spawn")
-    cells = part.cells(load())
+    cells = _cells(load(), methods)
     total = len(cells)
     first = last = total - _left(cells, out)
     began = said = time.monotonic()
-    processes = [spawn.Process(target=_worker, args=(load, out, part, deadline, i, workers)) for i in range(workers)]
+    processes = [spawn.Process(target=_worker, args=(load, out, methods, deadline, i, workers)) for i in range(workers)]
     with _ending(None):
         try:
             for process in processes:
@@ -219,14 +213,18 @@ def _work_together(load: Load, part: Part, out: pathlib.Path, workers: int, dead
     _report_ends(out, [process.exitcode for process in processes], f"{total - _left(cells, out)} of {total} cells")
 
 
-def _worker(load: Load, out: pathlib.Path, part: Part, deadline: float | None, index: int, count: int) -> None:
+def _worker(
+    load: Load, out: pathlib.Path, methods: Sequence[str], deadline: float | None, index: int, count: int
+) -> None:
     """What a started process runs: its exit code is 0, 143 when told to end, 2 after a mistake that it wrote down."""
     _take_share(index, count)
     problem = out / f"worker{index}.problem"
     problem.unlink(missing_ok=True)
     try:
-        _work(load, out, part, deadline, say=lambda text: None)
-    except Preempted:
+        _work(load, out, methods, deadline, say=lambda text: None)
+    except Preempted as notice:
+        if notice.compiling:  # see oasis_jax.commands.parser.run_main
+            os._exit(143)
         raise SystemExit(143) from None
     except UserError as error:
         problem.write_text(str(error))

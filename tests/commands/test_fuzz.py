@@ -64,8 +64,9 @@ FIELDS = [
     "model.vocab_size", "model.attention_scale", "model.recency_bias_init", "model.embedding_multiplier", "model.stack",
     "data.batch_size", "data.sequence_length", "data.holdout_fraction", "data.corpus", "data.pattern", "data.tokenizer",
     "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.beta1", "optimizer.accumulation_steps",
-    "optimizer.clip_norm", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules", "run.steps", "run.seed", "run.keep_best",
-    "run.checkpoint_interval", "run.init_from", "run.init_null", "model.layer_pattern", "modle.width", "model.widht", "x",
+    "optimizer.clip_norm", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.rules", "run.steps", "run.seed",
+    "run.keep_best", "run.checkpoint_interval", "run.init_from", "run.init_null", "model.layer_pattern", "modle.width",
+    "model.widht", "x",
 ]  # fmt: skip
 
 

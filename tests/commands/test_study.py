@@ -59,7 +59,8 @@ def test_a_file_without_a_study_says_so():
         (["study_trigger", "--out=x", "--seed=2"], "unknown flag --seed (did you mean '--seeds'?)"),
         (["study_trigger", "--out=x", "--methods=oasis,residul"], "unknown name 'residul' (did you mean 'residual'?)"),
         (["study_triger", "--out=x"], "did you mean 'study_trigger'?"),
-        (["study_trigger", "--plan=h100:8", "--report"], "--plan trains nothing"),
+        (["study_trigger", "--plan=h100:8", "--workers=2"], "--plan trains nothing"),
+        (["study_trigger", "--out=x", "--report", "--methods=oasis"], "--report shows all cells"),
         (["study_trigger", "--out=x", "--report"], "--out: no cell of the study is done in 'x'"),
     ],
 )

@@ -306,8 +306,9 @@ def test_folders_of_two_tokenizers_are_refused(config, folder, tmp_path):
 
 
 def test_packing_goes_with_text():
-    with pytest.raises(UserError, match=r"data\.packing: goes with corpus=stdlib, files and prepared"):
-        DataConfig(corpus="pairs", pattern="x", packing="split")
+    for corpus in ("trigger", "backcopy", "pairs"):  # whose examples are what they are
+        with pytest.raises(UserError, match=r"data\.packing: goes with corpus=stdlib, files, prepared, got corpus="):
+            DataConfig(corpus=corpus, pattern="*.jsonl", packing="split")
     with pytest.raises(UserError, match=r"data\.mixture: goes with corpus=prepared"):
         DataConfig(mixture="1,1")
     stream = stream_of([b"abc"], BytesTokenizer())

@@ -185,6 +185,14 @@ def test_a_model_is_left_as_it_is():
     assert model.layers[0].attention.config.normalizer == "softmax1"
 
 
+def test_a_diverged_model_has_no_loss_and_no_traceback():
+    model = build(normalizer="softmax1")
+    params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), model.parameters())
+    found = intervene(params, model.config, placed(model)[2], token_batches(), interventions=["all"], begin_token=True)
+    changes = [effect.change for effect in found if effect.reason is None]
+    assert changes and np.isnan(changes).all()
+
+
 def test_what_does_not_apply_says_why_and_has_no_loss():
     found = intervene(*placed(build(preset="residual", norm="none")), token_batches(1))
     assert [effect.intervention for effect in found] == list(INTERVENTIONS)

@@ -55,10 +55,12 @@ PROGRAM = """HloModule step, is_scheduled=true
 
 ENTRY %main (s: f32[2]) -> f32[2] {
   %s = f32[2]{0} parameter(0)
-  %steps = (s32[], bf16[3,5]{1,0}) while(%t), condition=%less, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
+  %steps = (s32[], bf16[3,5]{1,0}) while(%t), condition=%less, body=%outer, \
+  backend_config={"known_trip_count":{"n":"3"}}
   %unknown = (s32[], bf16[3,5]{1,0}) while(%t), condition=%less, body=%inner
   %counted = (s32[], bf16[3,5]{1,0}) while(%t), condition=%below, body=%spread
-  %sums = (f32[2]{0}, f32[2]{0}, f32[2]{0}, f32[2]{0}, f32[2]{0}, /*index=5*/f32[13]{0}) all-reduce(%s, %s), to_apply=%add
+  %sums = (f32[2]{0}, f32[2]{0}, f32[2]{0}, f32[2]{0}, f32[2]{0}, /*index=5*/f32[13]{0}) \
+  all-reduce(%s, %s), to_apply=%add
   %begun = (f32[17]{0}, f32[19]{0}) all-reduce-start(%s, %s), to_apply=%add
   %done = (f32[17]{0}, f32[19]{0}) all-reduce-done(%begun)
   %many = ((f32[1,2]{1,0}, s8[3]{0}), (f32[8,2]{1,0}, s8[24]{0})) all-gather-start(%s, %s), dimensions={0}

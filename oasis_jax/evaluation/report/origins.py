@@ -1,20 +1,15 @@
 """What the models of a report are, and in what they differ."""
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oasis_jax.config import to_dict
 from oasis_jax.evaluation.report.comparison import MeasuredRun, method
-from oasis_jax.evaluation.report.figures import color
+from oasis_jax.evaluation.report.markup import chip, escaped, html_table
 
 _MOST_ROWS = 40
 # Fields that follow from others, or say how a run is computed and kept and not what it is.
 _LEFT_OUT = ("model.preset", "mesh.", "run.log_interval", "run.telemetry_interval", "run.tensorboard", "run.keep_")
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
 
 
 def tokens_trained(run: MeasuredRun) -> int | None:
@@ -50,21 +45,12 @@ def what_differs(runs: Sequence[MeasuredRun]) -> str:
     }
     fields = differing(runs)
     rows = sizes | {name: [_short(value) for value in values] for name, values in list(fields.items())[:_MOST_ROWS]}
-    heads = "".join(
-        f'<th><span class="chip" style="background:{color(index)}"></span>&nbsp;{_text(run.label)}</th>'
-        for index, run in enumerate(runs)
-    )
-    body = "".join(
-        f"<tr><td>{_text(name)}</td>{''.join(f'<td>{_text(value)}</td>' for value in values)}</tr>"
-        for name, values in rows.items()
-    )
+    heads = ["", *(f"{chip(index)}&nbsp;{escaped(run.label)}" for index, run in enumerate(runs))]
+    table = html_table(heads, [[escaped(cell) for cell in (name, *values)] for name, values in rows.items()], left=1)
     more = f"; {len(fields) - _MOST_ROWS} more fields differ" if len(fields) > _MOST_ROWS else ""
     note = f"Fields of the configs and versions that are not the same{more}." if len(runs) > 1 else ""
     title = "What differs" if len(runs) > 1 else "What it is"
-    return (
-        f"<section><h2>{title}</h2><p class='note'>{note}</p><div class='scroll'><table><thead><tr><th></th>{heads}"
-        f"</tr></thead><tbody>{body}</tbody></table></div></section>\n"
-    )
+    return f"<section><h2>{title}</h2><p class='note'>{note}</p>{table}</section>\n"
 
 
 def _short(value: object) -> str:
@@ -75,13 +61,13 @@ def _short(value: object) -> str:
 def origins(runs: Sequence[MeasuredRun]) -> str:
     """Where each run comes from, what it read, and what it was made with."""
     entries = "".join(
-        f"<dt>{_text(run.label)}</dt><dd>{_text(run.workdir)}, "
-        f"{_text('; '.join(run.notes)) if run.notes else f'step {run.step}'}; preset "
-        f"{_text(method(run.config))}, {run.config.model.num_layers} layers, "
-        f"width {run.config.model.width}; corpus {_text(run.corpus['name'])}, sha256 "
-        f"{_text(run.corpus['sha256'][:12])}; "
+        f"<dt>{escaped(run.label)}</dt><dd>{escaped(run.workdir)}, "
+        f"{escaped('; '.join(run.notes)) if run.notes else f'step {run.step}'}; preset "
+        f"{escaped(method(run.config))}, {run.config.model.num_layers} layers, "
+        f"width {run.config.model.width}; corpus {escaped(run.corpus['name'])}, sha256 "
+        f"{escaped(run.corpus['sha256'][:12])}; "
         f"read {run.samples['sequences']} sequences, {run.samples['positions']} positions; "
-        f"{_text(', '.join(f'{name} {version}' for name, version in run.versions.items()))}.</dd>"
+        f"{escaped(', '.join(f'{name} {version}' for name, version in run.versions.items()))}.</dd>"
         for run in runs
     )
     return f"<section><details><summary>Where the runs come from</summary><dl>{entries}</dl></details></section>\n"

@@ -1,6 +1,5 @@
 """The report: one self-contained page, no request to anywhere."""
 
-import html
 import pathlib
 from collections.abc import Sequence
 
@@ -20,13 +19,12 @@ from oasis_jax.evaluation.report.comparison import (
     not_comparable,
     rows,
 )
-from oasis_jax.evaluation.report.figures import Picture, color, save, scale_css, svg
+from oasis_jax.evaluation.report.figures import Picture, save
+from oasis_jax.evaluation.report.markup import chip, document, escaped, figure
 from oasis_jax.evaluation.report.origins import origins, what_differs
 from oasis_jax.evaluation.report.pictures import pictures
 from oasis_jax.evaluation.report.sections import interventions, quantized, task_scores, token_views
 from oasis_jax.evaluation.report.words import findings, summary
-
-STYLE = pathlib.Path(__file__).with_name("style.css").read_text(encoding="utf-8").replace("SCALE", scale_css())
 
 
 def write_report(runs: Sequence[MeasuredRun], folder: pathlib.Path) -> list[str]:
@@ -59,17 +57,9 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
 def _name(run: MeasuredRun) -> str:
     """A label that may break after an underscore."""
-    return _text(run.label).replace("_", "_<wbr>")
-
-
-def _chip(index: int) -> str:
-    return f'<span class="chip" style="background:{color(index)}"></span>'
+    return escaped(run.label).replace("_", "_<wbr>")
 
 
 def _page(runs: Sequence[MeasuredRun], drawn: str, problems: Sequence[str]) -> str:
@@ -79,46 +69,42 @@ def _page(runs: Sequence[MeasuredRun], drawn: str, problems: Sequence[str]) -> s
     warning = not_comparable(runs)
     leads = "".join(_lead(group) for group in groups(runs))
     tables = "".join(_table(group, runs) for group in groups(runs))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width, initial-scale=1">'
-        '<link rel="icon" '
-        f'href="data:,"><title>{_text(names)}</title><style>{STYLE}</style></head>\n<body><main>\n'
-        f"<h1>{_text(names)}</h1>{leads}"
-        + (f'<p class="warn">{_text(warning)}</p>' if warning else "")
+    return document(
+        names,
+        f"<h1>{escaped(names)}</h1>{leads}"
+        + (f'<p class="warn">{escaped(warning)}</p>' if warning else "")
         + what_differs(runs)
         + tables
-        + "".join(f'<p class="warn">{_text(problem)}</p>' for problem in problems)
+        + "".join(f'<p class="warn">{escaped(problem)}</p>' for problem in problems)
         + drawn
         + token_views(runs)
         + quantized(runs)
         + task_scores(runs)
         + interventions(runs)
         + _definitions()
-        + origins(runs)
-        + "\n</main></body></html>\n"
+        + origins(runs),
     )
 
 
 def _lead(group: Sequence[MeasuredRun]) -> str:
-    points = "".join(f"<li><b>{_text(topic)}.</b> {_text(text)}</li>" for topic, text in findings(group).items())
-    return f'<p class="lead">{_text(summary(group))}</p>' + (f'<ul class="points">{points}</ul>' if points else "")
+    points = "".join(f"<li><b>{escaped(topic)}.</b> {escaped(text)}</li>" for topic, text in findings(group).items())
+    return f'<p class="lead">{escaped(summary(group))}</p>' + (f'<ul class="points">{points}</ul>' if points else "")
 
 
 def _table(group: Sequence[MeasuredRun], runs: Sequence[MeasuredRun]) -> str:
     heads = ""
     for run in group:
         how = method(run.config)
-        small = f"<small>{_text(how).replace('_', '_<wbr>')}</small>" if how != run.label else ""
-        heads += f"<th>{_chip(runs.index(run))}&nbsp;{_name(run)}{small}</th>"
+        small = f"<small>{escaped(how).replace('_', '_<wbr>')}</small>" if how != run.label else ""
+        heads += f"<th>{chip(runs.index(run))}&nbsp;{_name(run)}{small}</th>"
     body = []
     for row in rows(group):
         winners = best(row, group)
         cells = "".join(_cell(row, run, run.label in winners) for run in group)
         way = "↓" if row.direction == "lower" else ""
-        body.append(f'<tr><td title="{_text(row.name)}"><i>{way}</i>{_text(row.title)}</td>{cells}</tr>')
+        body.append(f'<tr><td title="{escaped(row.name)}"><i>{way}</i>{escaped(row.title)}</td>{cells}</tr>')
     return (
-        f'<section><h2>Measures</h2><p class="note">{_text(describe_data(group))}. ↓: lower is better, the best '
+        f'<section><h2>Measures</h2><p class="note">{escaped(describe_data(group))}. ↓: lower is better, the best '
         "value in bold; no arrow: neither "
         f"direction is better; {NOT_APPLICABLE}: does not apply to this model; {ABSENT}: not measured. Below a "
         f"value its {100 * LEVEL:.0f} % interval "
@@ -130,7 +116,7 @@ def _table(group: Sequence[MeasuredRun], runs: Sequence[MeasuredRun]) -> str:
 
 def _cell(row: Row, run: MeasuredRun, wins: bool) -> str:
     value = cell(row, run)
-    title = f' title="{_text(run.absent[row.name])}"' if row.name in run.absent else ""
+    title = f' title="{escaped(run.absent[row.name])}"' if row.name in run.absent else ""
     interval = interval_text(run.intervals.get(row.name))
     return (
         f"<td{title}>{f'<b>{value}</b>' if wins else value}"
@@ -140,26 +126,19 @@ def _cell(row: Row, run: MeasuredRun, wins: bool) -> str:
 
 
 def _picture(picture: Picture, runs: Sequence[MeasuredRun]) -> str:
-    key = "".join(f"<span>{_chip(index)} {_text(label)}</span>" for label, index in picture.legend.items())
+    key = "".join(f"<span>{chip(index)} {escaped(label)}</span>" for label, index in picture.legend.items())
     if picture.scale:
         lowest, highest, unit = picture.scale
-        key = f'<span>{100 * lowest:.0f}</span><span class="bar"></span><span>{100 * highest:.0f} {_text(unit)}</span>'
-    labels = {run.label: index for index, run in enumerate(runs)}
-    panels = "".join(
-        f'<div class="panel"><h3>{_chip(labels[panel.title]) if panel.title in labels else ""}{_text(panel.title)}</h3>'
-        f"{svg(panel)}</div>"
-        for panel in picture.panels
-    )
-    return (
-        f"<section><figure><h2>{_text(picture.title)}</h2><figcaption>{_text(picture.caption)}</figcaption>"
-        f'<div class="key">{key}</div><div class="panels">{panels}</div></figure></section>\n'
-    )
+        key = (
+            f'<span>{100 * lowest:.0f}</span><span class="bar"></span><span>{100 * highest:.0f} {escaped(unit)}</span>'
+        )
+    return figure(picture, key=key, chips={run.label: index for index, run in enumerate(runs)})
 
 
 def _definitions() -> str:
     entries = "".join(
-        f"<dt>{_text(name)}</dt><dd>Reads {_text(d['tensor'])}. Average: {_text(d['average'])}. {_text(d['source'])}."
-        + (f" Only for {_text(d['applies_to'])}." if "applies_to" in d else "")
+        f"<dt>{escaped(name)}</dt><dd>Reads {escaped(d['tensor'])}. Average: {escaped(d['average'])}. {escaped(d['source'])}."
+        + (f" Only for {escaped(d['applies_to'])}." if "applies_to" in d else "")
         + "</dd>"
         for name, d in DEFINITIONS.items()
     )

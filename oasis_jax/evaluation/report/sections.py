@@ -2,7 +2,6 @@
 interventions.
 """
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +10,8 @@ from matplotlib.colors import to_hex
 from oasis_jax.evaluation.interventions import INTERVENTIONS, Effect
 from oasis_jax.evaluation.quantization import ALWAYS_FLOAT
 from oasis_jax.evaluation.report.comparison import ABSENT, MeasuredRun, change_text, interval_text, nats_text, show
-from oasis_jax.evaluation.report.figures import HEAT, color
+from oasis_jax.evaluation.report.figures import HEAT
+from oasis_jax.evaluation.report.markup import chip, escaped, html_table
 from oasis_jax.evaluation.report.pictures import TOKEN_VIEWS, schemes, token_scale
 from oasis_jax.evaluation.report.task_scores import task_tables
 
@@ -20,20 +20,8 @@ _LEVELS = 64  # colours of the token view
 _DARK = 0.56  # share of the scale from which on text is white
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
 def _heading(runs: Runs, run: MeasuredRun) -> str:
-    return f'<h3><span class="chip" style="background:{color(runs.index(run))}"></span>{_text(run.label)}</h3>'
-
-
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], *, left: int) -> str:
-    """A table of cells that are HTML already; the first `left` columns are words."""
-    kind = [' class="left"' if i < left else "" for i in range(len(heads))]
-    head = "".join(f"<th{c}>{name}</th>" for c, name in zip(kind, heads))
-    body = "".join("<tr>" + "".join(f"<td{c}>{value}</td>" for c, value in zip(kind, line)) + "</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<h3>{chip(runs.index(run))}{escaped(run.label)}</h3>"
 
 
 def _with_interval(value: str, interval: str) -> str:
@@ -79,7 +67,7 @@ def _tokens(text: Sequence[str], values: Sequence[float], top: float) -> str:
         level = min(value / top, 1.0)
         shade = to_hex(HEAT(round(level * _LEVELS) / _LEVELS))
         dark = ' class="d"' if level > _DARK else ""
-        word = _text(token).replace("\n", "↵\n") if token else "▯"
+        word = escaped(token).replace("\n", "↵\n") if token else "▯"
         spans.append(f'<i{dark} style="background:{shade}" title="token {place}: {100 * value:.2f} %">{word}</i>')
     return "".join(spans)
 
@@ -99,7 +87,7 @@ def quantized(runs: Runs) -> str:
         sinks = any("d_sink" in q for q in run.quantization.values())
         lines = [
             (
-                _text(name),
+                escaped(name),
                 show(q["value"]),
                 _with_interval(change_text(q["relative_change"]), interval_text(q["interval"], change_text)),
                 _nats(q),
@@ -107,7 +95,7 @@ def quantized(runs: Runs) -> str:
             )
             for name, q in run.quantization.items()
         ]
-        tables += _heading(runs, run) + _table(
+        tables += _heading(runs, run) + html_table(
             (
                 "scheme",
                 f"{kind}, {show(next(iter(run.quantization.values()))['float'])} in float",
@@ -119,7 +107,7 @@ def quantized(runs: Runs) -> str:
             left=1,
         )
     lists = "".join(_rounded(name, having) for name in names)
-    floats = f"<p class='note'>Always in float: {_text('; '.join(ALWAYS_FLOAT))}.</p>"
+    floats = f"<p class='note'>Always in float: {escaped('; '.join(ALWAYS_FLOAT))}.</p>"
     return (
         "<section><h2>Quantization schemes</h2><p class='note'>The change is relative to float on the same "
         "held-out sequences; below it its 95 % interval, "
@@ -151,8 +139,8 @@ def _rounded(name: str, runs: Runs) -> str:
         for tensor, how in by_role(run.quantization[name]["tensors"]).items():
             names = found.setdefault(how, [])
             names += [tensor] if tensor not in names else []
-    parts = "".join(f"<dd>{_text(how)}: {_text(', '.join(tensors))}.</dd>" for how, tensors in found.items())
-    return f"<dt>{_text(name)}</dt>{parts}"
+    parts = "".join(f"<dd>{escaped(how)}: {escaped(', '.join(tensors))}.</dd>" for how, tensors in found.items())
+    return f"<dt>{escaped(name)}</dt>{parts}"
 
 
 def by_role(tensors: dict[str, str]) -> dict[str, str]:
@@ -172,18 +160,20 @@ def task_scores(runs: Runs) -> str:
     """What tasks say of every model, in float and quantized."""
     parts = ""
     for table in task_tables(runs):
-        heads = ("model", "numerics", "questions", *map(_text, table.extractions))
+        heads = ("model", "numerics", "questions", *map(escaped, table.extractions))
         lines = [
             (
-                _text(row.model),
-                _text(row.numerics),
+                escaped(row.model),
+                escaped(row.numerics),
                 str(row.questions),
-                *(_with_interval(*map(_text, row.scores[name])) for name in table.extractions),
+                *(_with_interval(*map(escaped, row.scores[name])) for name in table.extractions),
             )
             for row in table.rows
         ]
-        parts += f"<h2>{_text(table.title)}</h2><p class='note'>Below a score its interval: {_text(table.note)}.</p>"
-        parts += _table(heads, lines, left=2)
+        parts += (
+            f"<h2>{escaped(table.title)}</h2><p class='note'>Below a score its interval: {escaped(table.note)}.</p>"
+        )
+        parts += html_table(heads, lines, left=2)
     return f"<section>{parts}</section>\n" if parts else ""
 
 
@@ -197,11 +187,11 @@ def interventions(runs: Runs) -> str:
         return ""
     used = {effect.intervention for run in having for effect in run.interventions}
     meanings = "".join(
-        f"<dt>{_text(name)}</dt><dd>{_text(what)}.</dd>" for name, what in INTERVENTIONS.items() if name in used
+        f"<dt>{escaped(name)}</dt><dd>{escaped(what)}.</dd>" for name, what in INTERVENTIONS.items() if name in used
     )
     heads = ("taken away", "sublayers", "depth", "mean weight", "change in loss")
     tables = "".join(
-        f"{_heading(runs, run)}{_table(heads, [_effect(effect) for effect in run.interventions], left=3)}"
+        f"{_heading(runs, run)}{html_table(heads, [_effect(effect) for effect in run.interventions], left=3)}"
         for run in having
     )
     return (
@@ -219,6 +209,6 @@ def _effect(effect: Effect) -> tuple[str, ...]:
         if effect.family is None
         else f"{effect.family}{', renormalized' if effect.renormalized else ''}"
     )
-    change = _text(effect.reason) if effect.reason else ABSENT if effect.change is None else f"{effect.change:+.4f}"
+    change = escaped(effect.reason) if effect.reason else ABSENT if effect.change is None else f"{effect.change:+.4f}"
     change = _with_interval(change, interval_text(effect.interval, lambda x: f"{x:+.4f}"))
-    return _text(name), _text(effect.sublayers or ""), _text(effect.band or ""), show(effect.mean_weight), change
+    return escaped(name), escaped(effect.sublayers or ""), escaped(effect.band or ""), show(effect.mean_weight), change
