@@ -393,3 +393,55 @@ def test_the_example_of_the_documentation():
     exec(compile(example, "docs/quantization.md", "exec"), names)
     difference = np.abs(names["logits"] - model(names["tokens"])[0])
     assert 1e-4 < difference.max() < 0.5
+
+
+@pytest.mark.parametrize("site", ["mlp.down", "layer1", "residual_sum", "attention.probabilities", "head", "embedding"])
+def test_a_site_alone_is_rounded(site):
+    model = build(preset="oasis")
+    whole = rounded_tensors(model.parameters(), model.config, token_batches(1)[0], parse_scheme("w8a8_tensor"))
+    part = rounded_tensors(model.parameters(), model.config, token_batches(1)[0], parse_scheme(f"w8a8_tensor@{site}"))
+    there = [name for name, how in whole.items() if not how.startswith("float") and f".{site}." in f".{name}."]
+    assert there and [name for name, how in part.items() if not how.startswith("float")] == there
+    assert all(part[name] == whole[name] for name in there)
+
+
+def test_a_site_is_rounded_as_if_the_rest_of_the_scheme_were_not_there():
+    """By hand: the layers' down projections get what the scheme gives them, everything else is float."""
+    model, batches = build(preset="residual"), token_batches(2)
+    scheme = parse_scheme("w8a8@mlp.down")
+
+    class Down(Quantized):
+        def einsum(self, name, equation, x, weight, **options):
+            if name == "down":
+                return super().einsum(name, equation, x, weight, **options)
+            return Numerics.einsum(self, name, equation, x, weight, **options)
+
+    by_hand, _ = model(batches[0]["inputs"], Context(numerics=Down(parse_scheme("w8a8"))))
+    found, _ = model(batches[0]["inputs"], Context(numerics=Quantized(scheme)))
+    plain, _ = model(batches[0]["inputs"])
+    np.testing.assert_array_equal(found, by_hand)
+    assert np.abs(found - plain).max() > 1e-4
+    rows = losses(*placed(model), batches, scheme, calibration_for(scheme, *placed(model), batches))
+    layers = [losses(*placed(model), batches, parse_scheme(f"w8a8@layer{i}.mlp.down")) for i in range(2)]
+    assert len({float(part["loss"].sum()) for part in (rows, *layers)}) == 3  # in a loop, and layer by layer
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("w8a8@mlp.dwn", "site of w8a8@mlp.dwn.*mlp.down"),
+        ("w8a8@attention.scores", "nothing at attention.scores is rounded|site of"),
+        ("w8a8@layer7", "site of w8a8@layer7"),
+    ],
+)
+def test_a_site_that_is_not_there(scheme, words):
+    model, batches = build(preset="residual"), token_batches(1)
+    with pytest.raises(UserError, match=words):
+        quantization(*placed(model), batches, batches, {scheme: parse_scheme(scheme)})
+
+
+@pytest.mark.parametrize("text", ["w8a8@", "w8a8@mlp.", "w8a8@.down", "w8a8@@mlp"])
+def test_a_site_needs_a_name(text):
+    with pytest.raises(UserError, match="@|site"):
+        model = build(preset="residual")
+        quantization(*placed(model), token_batches(1), token_batches(1), {text: parse_scheme(text)})

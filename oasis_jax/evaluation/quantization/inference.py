@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from oasis_jax.config import ModelConfig
-from oasis_jax.errors import UserError
+from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.evaluation.bootstrap import Estimate, intervals
 from oasis_jax.evaluation.evaluator import Batch
 from oasis_jax.evaluation.measures.perplexity import PERPLEXITY
@@ -67,7 +67,9 @@ class Quantized(Named):
         self.materializes_attention = scheme.everywhere
         self.records: dict[str, str] = {}
 
-    loops = True
+    @property
+    def loops(self):
+        return not self.scheme.site.startswith("layer")  # a loop does not tell layers apart
 
     def layer_arrays(self, scopes):
         return Calibration(*(stack_layers(values, scopes) for values in self.calibration))
@@ -77,6 +79,9 @@ class Quantized(Named):
 
     def _record(self, name: str, text: str) -> None:
         self.records[self.scope + name] = text
+
+    def _left_out(self, name: str) -> bool:
+        return not self.scheme.rounds(self.scope + name)
 
     def _range(self, name: str, seen: Array) -> tuple[Array, Array]:
         """Of a whole tensor: from calibration, or that of what is seen of it."""
@@ -120,7 +125,7 @@ class Quantized(Named):
 
     def einsum(self, name, equation, x, weight, **options):
         scheme = self.scheme
-        if name == "head" and scheme.float_head:
+        if self._left_out(name) or (name == "head" and scheme.float_head):
             self._record(name, "float, by option")
             return super().einsum(name, equation, x, weight, **options)
         self._record(name, describe(scheme))
@@ -147,7 +152,7 @@ class Quantized(Named):
 
     def lookup(self, name, table, ids):
         scheme = self.scheme
-        if not scheme.everywhere:
+        if not scheme.everywhere or self._left_out(name):
             self._record(name, "float")
             return super().lookup(name, table, ids)
         self._record(name, f"{scheme.weights}, one scale a tensor")
@@ -155,7 +160,7 @@ class Quantized(Named):
         return codes._replace(codes=codes.codes[ids]).values().astype(table.dtype)
 
     def tap(self, name, x):
-        if not self.scheme.everywhere:
+        if not self.scheme.everywhere or self._left_out(name):
             self._record(name, "float")
             return x
         self._record(name, describe_activation(self.scheme))
@@ -198,9 +203,11 @@ def quantized(model: Pretrained, scheme: str, calibration_batches: Iterable[Batc
 
     Raises:
       UserError: no such scheme; one whose ranges are of a whole batch, under which what a text gets depends on what it
-        is computed with; +sink_float, which only whole texts have.
+        is computed with; +sink_float, which only whole texts have; a site that the model does not have.
     """
     parsed = check_texts(scheme)
+    if parsed.site:
+        check_site(scheme, parsed, rounded_tensors(model.params, model.config, {"inputs": np.zeros((1, 2), int)}, parsed))
     calibration = calibration_for(parsed, model.params, model.config, model.placement, calibration_batches)
     numerics = Quantized(parsed, calibration)
     return model.changed(model.config, model.params, f"quantized: {scheme}", numerics=numerics)
@@ -285,6 +292,21 @@ def rounded_tensors(params: Mapping[str, Any], config: ModelConfig, batch: Batch
     return records | kept
 
 
+def check_site(text: str, scheme: Scheme, tensors: Mapping[str, str]) -> None:
+    """Raises UserError where a scheme rounds nothing at its site, or there is none of this name.
+
+    Args:
+      text: what the scheme was called.
+      tensors: as `rounded_tensors` says.
+    """
+    if any(scheme.rounds(name) and not how.startswith("float") for name, how in tensors.items()):
+        return
+    places = {name.split(".", 1)[1] if name.startswith("layer") else name for name in tensors}
+    if any(map(scheme.rounds, tensors)):
+        raise UserError(f"--quantize: {text}: nothing at {scheme.site} is rounded by this scheme")
+    raise unknown_name(f"--quantize: site of {text}", scheme.site, sorted(places))
+
+
 def quantization(
     params: Mapping[str, Any],
     config: ModelConfig,
@@ -313,10 +335,12 @@ def quantization(
     model, batches = (params, config, placement), list(batches)
     base, rows, found = base or losses(*model, batches), {}, {}
     tokens = config.inputs == "tokens"
+    tensors = {name: rounded_tensors(params, config, batches[0], scheme) for name, scheme in schemes.items()}
+    for name, scheme in schemes.items():
+        check_site(name, scheme, tensors[name])
     for name, scheme in schemes.items():
         rows[name] = losses(*model, batches, scheme, calibration_for(scheme, *model, calibration_batches))
-        tensors = rounded_tensors(params, config, batches[0], scheme)
-        found[name] = beside_float(rows[name], base, perplexity=tokens) | {"tensors": tensors}
+        found[name] = beside_float(rows[name], base, perplexity=tokens) | {"tensors": tensors[name]}
     for name, scheme in schemes.items():
         if scheme.sink_float:
             continue

@@ -24,6 +24,7 @@ class Scheme:
       clip: per token: the share of the largest |x| that becomes the highest code.
       scales: of groups: "" float32, "e8m0" powers of two, "e4m3" below one of the whole tensor, which of activations
         comes from calibration.
+      site: the part of the model that is rounded, by names of tensors or their parts; "": all of it.
       mse, gptq, awq, smooth, rotate, float_head, integer, sink_float: the options of `OPTIONS`.
     """
 
@@ -35,6 +36,7 @@ class Scheme:
     everywhere: bool = False
     clip: float = 1.0
     scales: str = ""
+    site: str = ""
     mse: bool = False
     gptq: bool = False
     awq: bool = False
@@ -53,6 +55,10 @@ class Scheme:
     def calibrated(self) -> bool:
         """Whether it reads calibration batches."""
         return self.static or self.reads_inputs
+
+    def rounds(self, name: str) -> bool:
+        """Whether a tensor of this name lies in the part that is rounded: its name has the site's parts in a row."""
+        return not self.site or f".{self.site}." in f".{name}."
 
 
 SCHEMES = {
@@ -87,16 +93,22 @@ OPTIONS = {
 
 
 def parse_scheme(text: str) -> Scheme:
-    """'w8a8_tensor+mse+float_head' as a Scheme; raises UserError for a name there is not, and for an option
-    that has no meaning.
+    """'w8a8_tensor+mse+float_head' as a Scheme, 'w16a8_tensor@mlp.down' as one that rounds a part of the model alone.
+
+    Raises:
+      UserError: a name there is not, an option that has no meaning, a site without a name. Whether the model has such
+        a site is known only where it is measured.
     """
     name, *options = text.split("+")
+    name, at, site = name.partition("@")
+    if at and not all(site.split(".")):
+        raise UserError(f"--quantize: {text}: behind @ comes the name of tensors, such as @mlp.down or @layer3")
     if name not in SCHEMES:
         raise unknown_name("--quantize", name, SCHEMES)
     for option in options:
         if option not in OPTIONS:
             raise unknown_name(f"--quantize: option of {name}", option, OPTIONS)
-    scheme = dataclasses.replace(SCHEMES[name], **dict.fromkeys(options, True))
+    scheme = dataclasses.replace(SCHEMES[name], site=site, **dict.fromkeys(options, True))
     _check(text, scheme)
     return scheme
 
