@@ -137,6 +137,7 @@ TURNED_ELSEWHERE = {
     "mlp_rotation": "8-bit inference of a rotated model: oasis_jax.pretrained.rotate",
     "null_bias": "a sink transplant into some heads: oasis_jax.pretrained.transplant_sink",
     "null_weight": "a null that grows from softmax: optimizer.null_ramp_steps, benchmarks/retrofit.py",
+    "null_value_weight": "a transplanted null whose value fades: optimizer.null_value_fade_steps",
     "alpha_gate": "routers that join a trained model: benchmarks/retrofit.py",
     "sum_preserving": "routers that join a trained model: benchmarks/retrofit.py",
     "context_length": "longest text of a pretrained model: oasis_jax.pretrained.families",

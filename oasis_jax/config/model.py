@@ -147,6 +147,7 @@ class AttentionConfig:
     null_weight: float = field(
         1.0, "factor of the null's exponential, from 0, softmax, to 1; of normalizers with a null logit", low=0, high=1
     )
+    null_value_weight: float = field(1.0, "null_key_value: factor of the null values", low=0, high=1)
     clip_gamma: float = field(0.0, "clipped softmax: lower stretch gamma (<= 0); 0: -clip_alpha / number of keys")
     clip_zeta: float = field(1.0, "clipped softmax: upper stretch zeta (>= 1)")
     clip_alpha: float = field(4.0, "clipped softmax: alpha, used where clip_gamma is 0", low=0)
@@ -198,6 +199,8 @@ class AttentionConfig:
                 f"{section}.rope_scaling: longrope needs a factor for each of the {self.rotary_size // 2} frequencies, "
                 f"got {len(scaling.long_factors)}"
             )
+        if self.null_value_weight != 1.0 and self.normalizer != "null_key_value":
+            raise UserError(f"{section}.null_value_weight: goes with normalizer=null_key_value, got {self.normalizer}")
         if self.null_bias and self.normalizer not in ("null_key", "null_key_value"):
             raise UserError(
                 f"{section}.null_bias: goes with normalizer=null_key or null_key_value, got {self.normalizer}"

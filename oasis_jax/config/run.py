@@ -107,6 +107,9 @@ class OptimizerConfig:
         "steps over which model.null_weight grows from 0, softmax, to what it is; 0: it is there from the start",
         low=0,
     )
+    null_value_fade_steps: int = field(
+        0, "steps over which model.null_value_weight falls from what it is to 0; 0: it stays", low=0
+    )
     weight_decay: float = field(0.1, "decoupled weight decay, on matrices and embeddings only", low=0)
     beta1: float = field(0.9, "decay of the first moment, or of the momentum of sgd", low=0, below=1)
     beta2: float = field(0.95, "decay of the second moment", low=0, below=1)
@@ -226,6 +229,11 @@ class Config:
         if self.run.init_null == "transplant" and self.data.begin_token:
             raise UserError(
                 "data.begin_token: with run.init_null=transplant the null is the begin token; set it to false"
+            )
+        if self.optimizer.null_value_fade_steps and self.model.normalizer != "null_key_value":
+            raise UserError(
+                "optimizer.null_value_fade_steps: goes with model.normalizer=null_key_value, got "
+                f"{self.model.normalizer}"
             )
         if (self.data.corpus == "trigger") != (self.model.inputs == "vectors"):
             needed = "vectors" if self.data.corpus == "trigger" else "tokens"

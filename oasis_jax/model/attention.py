@@ -260,6 +260,9 @@ def null_option(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"]
         null = Null(jnp.einsum("BTD,DN->BTN", x, p["null_projection"], preferred_element_type=wide))
     else:
         null = Null(p["null_logit"] if made_of == "null_logit" else made_of)
+    if null.value is not None:
+        weight = config.null_value_weight if context.null_value_weight is None else context.null_value_weight
+        null = null._replace(value=null.value * weight)
     weight = config.null_weight if context.null_weight is None else context.null_weight
     if isinstance(weight, float) and weight == 1.0:
         return null

@@ -25,7 +25,7 @@ class Context:
       segment_ids: [B, T]; attention stays within equal ids. Documents lie in a row one after the other.
       cache: keys and values of earlier tokens: of one layer for `attention`, of all layers, in order, for a decoder.
         The pass adds its own: its statistics have the caches of the next pass.
-      null_weight: in place of the config's, where it changes while a model trains.
+      null_weight, null_value_weight: in place of the config's, where they change while a model trains.
       placement: how arrays and operators are split over devices. With a zigzag layout all arrays [B, T, ...] are in its
         order.
       numerics: how linear layers are computed and activations rounded. Other than FLOAT it is for inference.
@@ -35,6 +35,7 @@ class Context:
     segment_ids: Int[Array, "B T"] | None = None
     cache: KVCache | tuple[KVCache, ...] | None = None
     null_weight: Float[Array, ""] | None = None
+    null_value_weight: Float[Array, ""] | None = None
     placement: Placement = UNSHARDED
     numerics: Numerics = FLOAT
 
@@ -134,5 +135,7 @@ class Context:
 
 
 jax.tree_util.register_dataclass(
-    Context, data_fields=["positions", "segment_ids", "cache", "null_weight"], meta_fields=["placement", "numerics"]
+    Context,
+    data_fields=["positions", "segment_ids", "cache", "null_weight", "null_value_weight"],
+    meta_fields=["placement", "numerics"],
 )

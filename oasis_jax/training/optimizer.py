@@ -35,21 +35,25 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return lambda count: jnp.asarray(schedule(count + 1), jnp.float32)
 
 
-def null_weight(config: Config, step: Int[Array, ""] | int) -> Float[Array, ""] | None:
-    """What the null's exponential is multiplied by in the update after `step` others; None: what the model says.
+def null_weights(config: Config, step: Int[Array, ""] | int) -> dict[str, Float[Array, ""]]:
+    """What the null has in the update after `step` others in place of what the model says, by field of it.
 
-    It grows in a straight line from 0, where Softmax1 is softmax, over optimizer.null_ramp_steps.
+    The factor of its exponential grows in a straight line from 0, where Softmax1 is softmax, over
+    optimizer.null_ramp_steps; that of its values falls to 0 over optimizer.null_value_fade_steps.
     """
-    steps = config.optimizer.null_ramp_steps
-    return config.model.null_weight * jnp.minimum(step / steps, 1.0).astype(jnp.float32) if steps else None
+    found, model, options = {}, config.model, config.optimizer
+    done = lambda steps: jnp.minimum(step / steps, 1.0).astype(jnp.float32)
+    if options.null_ramp_steps:
+        found["null_weight"] = model.null_weight * done(options.null_ramp_steps)
+    if options.null_value_fade_steps:
+        found["null_value_weight"] = model.null_value_weight * (1.0 - done(options.null_value_fade_steps))
+    return found
 
 
 def at_step(config: Config, step: int) -> Config:
     """The config whose model is the one that a run has after so many updates."""
-    weight = null_weight(config, step)
-    if weight is None:
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, null_weight=float(weight)))
+    found = {name: float(weight) for name, weight in null_weights(config, step).items()}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **found)) if found else config
 
 
 def decayed(model: ModelConfig) -> dict:

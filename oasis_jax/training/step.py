@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from oasis_jax.model.unrolled import run_unrolled
 from oasis_jax.model.wiring import schedule
 from oasis_jax.placement import Placement, check_batch_size, place
 from oasis_jax.training.loss import mean_loss, total_weight
-from oasis_jax.training.optimizer import learning_rate, make_optimizer, null_weight
+from oasis_jax.training.optimizer import learning_rate, make_optimizer, null_weights
 from oasis_jax.training.state import TrainState, abstract_state, shardings_of
 
 Batch = Mapping[str, Array]
@@ -73,7 +74,7 @@ def make_telemetry(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], 
 def _step(
     state: TrainState, batch: Batch, *, config: Config, shardings: TrainState, placement: Placement
 ) -> tuple[TrainState, Metrics]:
-    loss, gradients = loss_and_gradients(state.params, batch, config, placement, null_weight(config, state.step))
+    loss, gradients = loss_and_gradients(state.params, batch, config, placement, null_weights(config, state.step))
     gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
     optimizer = make_optimizer(config.optimizer, config.run.steps, config.model)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -99,13 +100,13 @@ def _runs_as_loop(config: ModelConfig, placement: Placement) -> bool:
 
 
 def _start(
-    params: dict, batch: Batch, config: ModelConfig, placement: Placement, null_weight: Array | None
+    params: dict, batch: Batch, config: ModelConfig, placement: Placement, null: Mapping[str, Array]
 ) -> tuple[Array, Context]:
     """The embedding, and the context of the layers."""
     inputs = batch["inputs"]
     check_inputs(config, inputs)
     documents = dict(positions=batch.get("positions"), segment_ids=batch.get("segment_ids"))
-    context = Context(**documents, null_weight=null_weight, placement=placement)
+    context = Context(**documents, **null, placement=placement)
     context.check(*inputs.shape[:2])
     return embed(params, config, inputs, context), with_offset(config, context, inputs.shape[1])
 
@@ -116,7 +117,7 @@ def training_loss(
     config: ModelConfig,
     placement: Placement,
     total: Array | None = None,
-    null_weight: Array | None = None,
+    null: Mapping[str, Array] = MappingProxyType({}),
     *,
     loop: bool,
 ) -> Float[Array, ""]:
@@ -128,17 +129,21 @@ def training_loss(
       config: of the model.
       placement: see Placement.
       total: see `mean_loss`.
-      null_weight: see Context.
+      null: see `oasis_jax.training.optimizer.null_weights`.
       loop: which executor runs the layers.
     """
-    embedding, context = _start(params, batch, config, placement, null_weight)
+    embedding, context = _start(params, batch, config, placement, null)
     run = run_loop if loop else run_unrolled
     final = norm(params.get("final_norm", {}), config, run(params, config, embedding, context).stream)
     return mean_loss(params, config, final, batch, context, total)
 
 
 def loss_and_gradients(
-    params: dict, batch: Batch, config: Config, placement: Placement, null_weight: Array | None = None
+    params: dict,
+    batch: Batch,
+    config: Config,
+    placement: Placement,
+    null: Mapping[str, Array] = MappingProxyType({}),
 ) -> tuple[Array, dict]:
     """Those of the whole batch, one micro-batch after the other: each gives its part of the whole, and parts add up.
 
@@ -151,7 +156,7 @@ def loss_and_gradients(
     stacked = (lambda gradients: gradients) if loop else stack_layers
 
     def loss(params, micro_batch):
-        return training_loss(params, micro_batch, config.model, placement, total, null_weight, loop=loop)
+        return training_loss(params, micro_batch, config.model, placement, total, null, loop=loop)
 
     def add(sums, micro_batch):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, micro_batch)), None
@@ -168,7 +173,7 @@ def _telemetry(state: TrainState, batch: Batch, *, config: Config, placement: Pl
     params, batch = state.params, placement.ordered(batch)
 
     def look(micro_batch):
-        embedding, context = _start(params, micro_batch, config.model, placement, null_weight(config, state.step))
+        embedding, context = _start(params, micro_batch, config.model, placement, null_weights(config, state.step))
         if _runs_as_loop(config.model, placement):
             return run_loop(params, config.model, embedding, context, telemetry=True).layers
         seen = run_unrolled(

@@ -103,6 +103,32 @@ def test_a_run_knows_the_weight_of_its_null_at_every_step():
     config = Config(optimizer=OptimizerConfig(null_ramp_steps=4))
     assert [at_step(config, step).model.null_weight for step in (0, 1, 3, 4, 9)] == [0.0, 0.25, 0.75, 1.0, 1.0]
     assert at_step(Config(), 3) == Config()
+    model = ModelConfig(preset="residual", normalizer="null_key_value")
+    config = Config(model=model, optimizer=OptimizerConfig(null_value_fade_steps=4))
+    assert [at_step(config, step).model.null_value_weight for step in (0, 1, 3, 4, 9)] == [1.0, 0.75, 0.25, 0.0, 0.0]
+    assert at_step(config, 2).model.null_weight == 1.0
+
+
+def test_a_null_value_fades_from_what_it_is_to_nothing():
+    config = in_float64(ModelConfig(preset="residual", normalizer="null_key_value", num_layers=2, **SMALL))
+    weighted = lambda weight: in_float64(dataclasses.replace(config, dtype="float32", null_value_weight=weight))
+    with jax.enable_x64(True):
+        params = moved_parameters(config)
+
+        def with_values_times(factor):
+            attention = params["layers"]["attention"]
+            changed = attention | {"null_value": factor * attention["null_value"]}
+            return params | {"layers": params["layers"] | {"attention": changed}}
+
+        for weight in (0.0, 0.5, 1.0):
+            wanted = logits(config, with_values_times(weight))
+            np.testing.assert_allclose(logits(weighted(weight), params), wanted, rtol=1e-9)
+            np.testing.assert_allclose(logits(config, params, null_value_weight=jnp.asarray(weight)), wanted, rtol=1e-9)
+        null_key = in_float64(dataclasses.replace(config, dtype="float32", normalizer="null_key"))
+        attention = {k: v for k, v in params["layers"]["attention"].items() if k != "null_value"}
+        without = params | {"layers": params["layers"] | {"attention": attention}}
+        np.testing.assert_allclose(logits(null_key, without), logits(weighted(0.0), params), rtol=1e-9)
+        assert np.abs(logits(weighted(0.5), params) - logits(config, params)).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -110,6 +136,7 @@ def test_a_run_knows_the_weight_of_its_null_at_every_step():
     [
         (dict(preset="attnres", alpha_gate=True), "alpha_gate: goes with wiring=cumulative, got wiring=delta"),
         (dict(preset="oasis", sum_preserving=True), "sum_preserving: goes with wiring=delta, got wiring=cumulative"),
+        (dict(null_value_weight=0.5), "null_value_weight: goes with normalizer=null_key_value, got softmax1"),
         (dict(null_weight=1.5), "null_weight: must be at least 0 and at most 1, got 1.5"),
         (dict(null_bias=True), "null_bias: goes with normalizer=null_key or null_key_value, got softmax1"),
         (dict(router_init_std=-1.0), "router_init_std: must be at least 0"),

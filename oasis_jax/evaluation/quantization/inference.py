@@ -207,7 +207,9 @@ def quantized(model: Pretrained, scheme: str, calibration_batches: Iterable[Batc
     """
     parsed = check_texts(scheme)
     if parsed.site:
-        check_site(scheme, parsed, rounded_tensors(model.params, model.config, {"inputs": np.zeros((1, 2), int)}, parsed))
+        check_site(
+            scheme, parsed, rounded_tensors(model.params, model.config, {"inputs": np.zeros((1, 2), int)}, parsed)
+        )
     calibration = calibration_for(parsed, model.params, model.config, model.placement, calibration_batches)
     numerics = Quantized(parsed, calibration)
     return model.changed(model.config, model.params, f"quantized: {scheme}", numerics=numerics)
