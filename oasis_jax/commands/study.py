@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from oasis_jax.commands.options import folder
 from oasis_jax.commands.parser import Parser
-from oasis_jax.errors import Preempted, printable, unknown_name
+from oasis_jax.errors import Preempted, UserError, printable, unknown_name
 
 
 def make_parser(program: str) -> Parser:
@@ -96,6 +96,8 @@ def plan_study(study, hardware: str, methods: Sequence[str]) -> None:
     from oasis_jax.study.design import Cell
     from oasis_jax.training.plan import run_plan
 
+    if study.source:
+        raise UserError("--plan: this study measures a model and trains nothing")
     fit = []
     for method in methods:
         print(f"{method}:")

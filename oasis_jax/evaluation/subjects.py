@@ -148,6 +148,32 @@ def subjects_of_model(source: str, label: str, options: ModelOptions) -> Iterato
             yield text.subject(transplant_sink(turned, prefix), source, f"{label}, both")
 
 
+def subject_of_form(
+    source: str,
+    label: str,
+    options: ModelOptions,
+    make: Callable[[Pretrained, Int[np.ndarray, "C T"]], Pretrained],
+    part: tuple[int, int],
+) -> Subject:
+    """A pretrained model after something was done to it, on every n-th sequence of a text.
+
+    Args:
+      options: of how it is loaded and of all n parts of the text together.
+      make: (the model as it is, rows of calibration text) -> the model to be measured.
+      part: (the first sequence, n).
+
+    Raises:
+      UserError: see `load_pretrained`; a text too short.
+    """
+    model = load_pretrained(source, dtype=options.dtype, mesh=options.mesh)
+    if model.tokenizer is None:
+        raise UserError(f"{source}: has no tokenizer.json, which reading text needs")
+    text = _Text(model.tokenizer, options)
+    first, step = part
+    text.measured = text.measured[first::step]
+    return text.subject(make(model, text.calibration[:, :-1]), source, label)
+
+
 def begin_token(model: Pretrained, asked: str) -> int | None:
     """The token that texts begin with, as --begin-token says: auto, the model's own; none; or its number."""
     if asked in ("auto", "none"):

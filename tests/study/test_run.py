@@ -80,7 +80,7 @@ def test_unequal_starts_end_the_study(done, tmp_path):
 
 def test_another_study_does_not_go_on_in_this_folder(done, tmp_path):
     shutil.copy(done / "study.json", tmp_path)
-    with pytest.raises(UserError, match="holds another study: the config of cells/all/softmax/seed0"):
+    with pytest.raises(UserError, match="holds another study: the settings of cells/all/softmax/seed0 were others"):
         prepare(toy_study(arms={"all": ("data.batch_size=8",)}), tmp_path)
     prepare(toy_study(seeds=(0, 1, 2)), tmp_path)  # further seeds may follow
 
