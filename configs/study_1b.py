@@ -5,12 +5,15 @@ a slice of 16 TPU v5e.
         --set data.bpe_vocab_size=32768 --set data.holdout_fraction=0.005 --out data/bookcorpus_wiki40b
     python -m oasis_jax study configs/study_1b.py --out runs/study_1b --minutes 600
     python -m oasis_jax study configs/study_1b.py --plan h100:8
+    python -m oasis_jax study configs/study_1b.py --plan v5e:4x4
 
 Ten billion tokens a run, of which those corpora have about three: sinks ask for a billion distinct ones
 (arXiv 2410.10781). Softmax comes first (--methods residual); the others are worth their time where it has formed a
 sink.
 
-Hardware: PLANNED
+Hardware: 8 GPUs of 40 GB, or 16 chips of a TPU v5e. The plans say (2026-11-28, jax 0.12), on each device: h100:8
+residual 5.5 GiB, oasis 7.5, oasis_blocks 6.9, their evaluations at most 7.4; v5e:4x4 oasis 6.7 of 16, its evaluation
+5.2. The other methods were not planned.
 Not trained here: there are no metrics of it.
 """
 
