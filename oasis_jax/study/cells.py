@@ -93,10 +93,10 @@ def _measured_form(study: Study, cell: Cell) -> Record:
     options = ModelOptions(
         text=reads.text,
         length=reads.length,
-        num_batches=-(-reads.sequences // reads.batch_size) * len(study.seeds),
+        num_batches=-(-reads.sequences // reads.batch_size) * reads.parts,
         batch_size=reads.batch_size,
     )
-    subject = subject_of_form(reads.model, cell.method, options, form.make, (cell.seed, len(study.seeds)))
+    subject = subject_of_form(reads.model, cell.method, options, form.make, (cell.seed, reads.parts))
     settings = {"run": {"steps": 0}, "source": dataclasses.asdict(reads) | {"part": cell.seed}}
     return _record(_measure(study, subject), None, {"parameters": {}, "settings": settings})
 

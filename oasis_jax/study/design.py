@@ -74,13 +74,15 @@ class Source:
       model: see `oasis_jax.load_pretrained`.
       text: "stdlib", or a file or glob of .txt and .jsonl files.
       length: tokens of a sequence, a begin token not counted.
-      sequences: of each part of the text, spread over all of it; a study's seeds number the parts.
+      parts: of the text, which a study's seeds number; each is spread over all of it.
+      sequences: of each part.
       batch_size: sequences at a time.
     """
 
     model: str
     text: str = "stdlib"
     length: int = 128
+    parts: int = 8
     sequences: int = 16
     batch_size: int = 8
 
@@ -167,8 +169,12 @@ class Study:
         """Either all is trained, or nothing."""
         if (self.base is None) == (self.source is None):
             raise UserError("study: needs either base, the config of what is trained, or source, what is measured")
-        if self.source and (tuple(self.arms.values()) != ((),) or self.seeds != tuple(range(len(self.seeds)))):
-            raise UserError("study: with a source there is one arm without settings, and seeds count 0, 1, ...")
+        if self.source and tuple(self.arms.values()) != ((),):
+            raise UserError("study.arms: with a source there is one, without settings")
+        if self.source and not set(self.seeds) <= set(range(self.source.parts)):
+            raise UserError(
+                f"study.seeds: number the parts of the text, 0 to {self.source.parts - 1}, got {self.seeds}"
+            )
         for method, what in self.methods.items():
             if isinstance(what, Form) != (self.source is not None):
                 wanted = "a Form of the source's model" if self.source else "settings; a Form goes with a source"

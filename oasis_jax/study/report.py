@@ -89,7 +89,7 @@ def mean_text(value: Mean | None) -> str:
 def _what_was_done(study: Study) -> str:
     if source := study.source:
         return (
-            f"{len(study.methods)} forms of one model, nothing trained, each on the same {len(study.seeds)} parts of a "
+            f"{len(study.methods)} forms of one model, nothing trained, each on the same {len(study.seeds)} of {source.parts} parts of a "
             f"text, {source.sequences} sequences of {source.length} tokens a part."
         )
     return (

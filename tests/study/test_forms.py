@@ -24,7 +24,9 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     text = folder / "text.txt"
     text.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(2, WORDS, 900)))
-    return Source(model=with_tokenizer(write(folder / "tiny")), text=str(text), length=12, sequences=4, batch_size=2)
+    return Source(
+        model=with_tokenizer(write(folder / "tiny")), text=str(text), length=12, parts=3, sequences=4, batch_size=2
+    )
 
 
 def forms_of(source, **fields) -> Study:
@@ -63,6 +65,13 @@ def test_forms_that_change_nothing_in_float_have_equal_losses_part_by_part(sourc
     assert len({losses["as_it_is", part] for part in range(3)}) == 3
 
 
+def test_fewer_parts_are_the_same_parts(source, done, tmp_path):
+    few = lambda: forms_of(source, seeds=(0,))
+    run_study(few, tmp_path, methods=("begin",))
+    (record,) = kept_records(few(), tmp_path)
+    assert record in kept_records(forms_of(source), done)
+
+
 def test_parts_are_together_what_a_report_reads(source, done, tmp_path):
     """The mean of the parts' losses, which are of equally many tokens, is the loss of all sequences."""
     options = ModelOptions(text=source.text, length=12, num_batches=6, batch_size=2)
@@ -74,7 +83,7 @@ def test_parts_are_together_what_a_report_reads(source, done, tmp_path):
 
 def test_the_report_says_that_nothing_was_trained(done):
     text = (done / "results.md").read_text()
-    assert "3 forms of one model, nothing trained, each on the same 3 parts of a text, 4 sequences of 12" in text
+    assert "3 forms of one model, nothing trained, each on the same 3 of 3 parts of a text, 4 sequences of 12" in text
     assert "| begin | the begin token is the null |" in text and "steps a cell" not in text and "seeds" not in text
     assert json.loads((done / "results.json").read_text())["done"] == 9
 
@@ -89,8 +98,8 @@ def test_another_text_is_another_study(source, done):
     [
         (dict(source=None), "needs either base"),
         (dict(methods={"a": ()}), r"study.methods\['a'\]: must be a Form"),
-        (dict(seeds=(1, 2)), "seeds count 0, 1"),
-        (dict(arms={"a": ("data.begin_token=false",)}), "one arm without settings"),
+        (dict(seeds=(1, 3)), "number the parts of the text, 0 to 2"),
+        (dict(arms={"a": ("data.begin_token=false",)}), "there is one, without settings"),
     ],
 )
 def test_mistakes(source, fields, words):

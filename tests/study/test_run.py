@@ -1,5 +1,6 @@
 """Studies that run: equal starts, equal bits, kills, several processes."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -10,14 +11,19 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from study.study_toys import toy_study
 
+from oasis_jax.commands.study import load_study
+from oasis_jax.config import MeshConfig
 from oasis_jax.errors import Preempted, UserError
-from oasis_jax.study.cells import RESULT, START, run_cell
+from oasis_jax.placement import make_mesh
+from oasis_jax.study.cells import RESULT, START, check_all_alike, run_cell, start_of
 from oasis_jax.study.design import Cell
 from oasis_jax.study.report import KEPT, kept_records, write_study_report
 from oasis_jax.study.run import prepare, run_study
+from oasis_jax.training.state import new_state
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,24 @@ def test_unequal_starts_end_the_study(done, tmp_path):
     with pytest.raises(UserError, match=r"unequal start: .*mlp\.up begins with other values"):
         run_cell(toy_study(), Cell("all", "softmax1", 0), tmp_path)
     assert not (tmp_path / "cells/all/softmax1/seed0" / RESULT).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["study_trigger", "study_backcopy"])
+def test_methods_of_the_house_start_alike(name):
+    """With the shapes they have: what every cell would write of its start."""
+    study = load_study(name)
+    arm, seed, mesh = next(iter(study.arms)), study.seeds[0], make_mesh(MeshConfig(), jax.devices()[:1])
+    starts = []
+    for method in study.methods:
+        config = study.config(Cell(arm, method, seed))
+        sizes = {"vector_dim": 18} if config.model.inputs == "vectors" else {"vocab_size": 257}
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+        start = start_of(config, new_state(config, mesh).params)
+        starts.append(dict(arm=arm, method=method, seed=seed, start=start, corpus="same"))
+    check_all_alike(starts, study.factors)
+    shared = set.intersection(*({*record["start"]["parameters"]} for record in starts))
+    assert len(shared) > 5
 
 
 def test_another_study_does_not_go_on_in_this_folder(done, tmp_path):
