@@ -23,6 +23,8 @@ CASES = [
     ("H200", (1000, 4001, 16, 1, 256), "float16", dict(is_causal=False, logit_softcap=30.0, segments=True)),
     ("H200", (1001, 4001, 6, 3, 64), "bfloat16", dict(is_causal=False)),
     ("H100", (1, 8001, 16, 8, 128), "bfloat16", dict(window=4000, segments=True)),
+    ("H100", (1, 8001, 16, 2, 256), "bfloat16", dict(window=4000, logit_softcap=30.0, segments=True)),
+    ("H100", (128, 96, 16, 2, 192), "float16", dict(is_causal=False, logit_softcap=30.0)),
     ("H100", (70, 70, 6, 3, 64), "bfloat16", dict(vmap_and_remat=True)),
     ("H100", (4096, 4096, 16, 8, 80), "bfloat16", {}),
     ("H100", (4096, 4096, 16, 8, 96), "bfloat16", {}),
@@ -32,19 +34,11 @@ CASES = [
     ("H100", (4096, 4096, 16, 8, 192), "float16", dict(window=1000, logit_softcap=30.0, segments=True)),
 ]
 
-# Bytes that a thread has to put aside: with segments and a soft cap at the largest heads, and with segments, a window
-# and a single query. Everywhere else none.
-SPILLED = {
-    ("null_attention_backward_key", 256, True): 28,
-    ("null_attention_backward_query", 256, True): 8,
-    ("null_attention_backward_key_value", 128, True): 4,
-}
-
 
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda case: f"{case[0]}-{'x'.join(map(str, case[1]))}-{case[2]}-{'-'.join(case[3])}"
 )
-def test_compiles_to_our_kernels(case):
+def test_compiles_to_our_kernels_without_spilling_registers(case):
     printed = compile_apart(*case)
     found = set(re.findall(r'custom_call_target="mosaic_gpu.*?op_name="[^"]*/(null_attention_\w+)/', printed))
     keys = (
@@ -57,9 +51,7 @@ def test_compiles_to_our_kernels(case):
         r"'(\w+)_mosaic_gpu_kernel' for.*?(\d+) bytes spill stores, (\d+) bytes spill loads", printed, re.DOTALL
     )
     assert {name for name, _, _ in spills} == found
-    for name, stores, loads in spills:
-        allowed = SPILLED.get((name, case[1][4], "segments" in case[3]), 0)
-        assert int(stores) <= allowed and int(loads) <= 2 * allowed, (name, stores, loads)
+    assert all(stores == loads == "0" for _, stores, loads in spills), spills
 
 
 def compile_apart(*case):

@@ -113,7 +113,7 @@ def _query_body(problem: Problem, group: int, query, key, value, d_output, lse, 
         def step(masked, j, gradient):
             slot = lax.rem(j - sweep.first, jnp.int32(STAGES))
             k, v, shape = s["k"].at[slot], s["v"].at[slot], (ROWS, tile)
-            q, do = (s[name].at[tiles.own(warpgroup, j)] for name in ("q", "do"))
+            q, do = (s[name].at[tiles.own(warpgroup)] for name in ("q", "do"))
             plgpu.barrier_wait(s["k_arrived"].at[slot])
             scores, slope = tiles.base2_scores(problem.options, tiles.product(shape, q, k.T))
             if masked:
@@ -186,7 +186,7 @@ def _key_body(problem: Problem, group: int, wanted, query, key, value, d_output,
         def step(member, masked, i, carry):
             slot = lax.rem(member * count + i - sweep.first, jnp.int32(STAGES))
             q, do, shape = s["q"].at[slot], s["do"].at[slot], (ROWS, tile)
-            k, v = (s[name].at[tiles.own(warpgroup, i)] for name in ("k", "v"))
+            k, v = (s[name].at[tiles.own(warpgroup)] for name in ("k", "v"))
             plgpu.barrier_wait(s["q_arrived"].at[slot])
             scores, slope = tiles.base2_scores(problem.options, tiles.product(shape, k, q.T))
             if masked:

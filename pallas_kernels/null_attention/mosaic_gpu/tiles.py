@@ -222,12 +222,12 @@ def copy_ahead(steps, stages: int, groups: Sequence[tuple]):
                 plgpu.copy_gmem_to_smem(source, ring.at[slot], arrived.at[slot])
 
 
-def own(warpgroup, step):
-    """The place of a warpgroup's own tile, inside a loop of fewer than 2 ** 20 steps. It is the warpgroup's number, but
-    the compiler does not know; or else it would compute wgmma's descriptors of all parts of the tile before the loop,
-    and have no registers left for them.
+def own(warpgroup):
+    """The place of a warpgroup's own tile, its number, as a loop over tiles reads it: behind a barrier, or else the
+    compiler would compute wgmma's descriptors of all parts of the tile before the loop, and have no registers left for
+    them.
     """
-    return warpgroup + lax.div(step, _int(2**20))
+    return lax.optimization_barrier(warpgroup)
 
 
 def load_rows(copies: Sequence[tuple], barrier):
