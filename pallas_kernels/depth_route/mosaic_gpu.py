@@ -45,20 +45,24 @@ def check_mosaic_gpu(inputs: RouteInputs) -> None:
         raise Unavailable(f"takes sources of {', '.join(_DTYPES)}, got {inputs.dtype}")
     width = inputs.sources[0].shape[-1]
     if not tile_rows(width):
-        allowed = ", ".join(f"of {unit} up to {limit}" for unit, limit in _widths())
+        allowed = ", ".join(f"of {step} up to {limit}" for _, step, _, limit in _SHARES[1:])
         raise Unavailable(f"takes widths that are multiples {allowed}, got {width}")
 
 
-def _widths() -> list[tuple[int, int]]:
-    """(unit, the largest width) where 4, 2 or 1 tokens share a program."""
-    return [(WARPS // rows * LANES, WARPS // rows * LANES * _ELEMENTS_PER_THREAD) for rows in (4, 2, 1)]
+# (tokens that share a program, what their width must be a multiple of, how many columns their warps take at once, the
+# largest width). A copy moves a multiple of 128 bytes, so that one row of half-precision numbers is one of 64 columns.
+_SHARES = [
+    (rows, step, WARPS // rows * LANES, WARPS // rows * LANES * _ELEMENTS_PER_THREAD)
+    for rows, step in ((4, 32), (2, 32), (1, 64))
+]
 
 
 def tile_rows(width: int) -> list[int]:
     """How many tokens a program may own at this width, the best first: a warp each, or two or four of them, whose
-    threads share a row evenly. None at a width that the kernels do not take.
+    threads share a row evenly; where none does, as many as fit. None at a width that the kernels do not take.
     """
-    return [rows for rows, (unit, limit) in zip((4, 2, 1), _widths()) if width % unit == 0 and width <= limit]
+    fit = [(rows, width % unit == 0) for rows, step, unit, limit in _SHARES if width % step == 0 and width <= limit]
+    return [rows for rows, even in fit if even] or [rows for rows, _ in fit[:1]]
 
 
 @functools.cache

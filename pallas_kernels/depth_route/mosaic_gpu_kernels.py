@@ -5,7 +5,8 @@ A program is one warpgroup (four warps) and owns `rows` tokens: a warp a token u
 registers. The tokens' rows of a source lie together in memory; one bulk copy (cp.async.bulk) brings them into a ring of
 shared memory, several sources ahead of the one in use. A row is reduced inside its warp by shuffles, which is why a
 token gets a warp where its width allows. Where tokens do not come out even, the last program owns two blocks that
-overlap; with fewer tokens than a program's, zeros are added to them.
+overlap; with fewer tokens than a program's, zeros are added to them. Where a row does not come out even for its warps,
+as many columns as they take at once, the last ones, are held a second time: of those only the new ones count in sums.
 
 Forward, per source: u.v and |v|^2, the clamped score g, e = exp(g - max(b, 0)), then acc += e v and z += e. Scores lie
 in [-50, 50], so float32 needs no running maximum: exp(50) times any number of sources is far below its largest value
@@ -28,7 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE
-from pallas_kernels.depth_route.mosaic_gpu import LANES, WARPS, tile_rows
+from pallas_kernels.depth_route.mosaic_gpu import tile_rows
+from pallas_kernels.depth_route.mosaic_gpu_tile import Tile, by_part, store
 from pallas_kernels.dispatch import interpreting
 
 _RING_BYTES = (
@@ -38,62 +40,6 @@ _MAX_STAGES = 4
 _BLOCKS_PER_PARTIAL = 4  # blocks of tokens whose gradient of a static query is summed on chip
 
 
-class _Tile:
-    """How a block of `rows` tokens lies in registers: [rows, width], or [width] and scalars for one token."""
-
-    def __init__(self, tokens: int, width: int):
-        possible = [rows for rows in tile_rows(width) if rows <= tokens]
-        self.rows = next((rows for rows in possible if tokens % rows == 0), possible[0])
-        warps = WARPS // self.rows
-        # neighbouring elements of a thread: with 4, half precision and float32 alike are read from shared memory
-        # without bank conflicts
-        vector = next(n for n in (4, 2, 1) if width % (warps * LANES * n) == 0)
-        chunk = LANES * vector
-        self.whole, self.blocks = tokens // self.rows, pl.cdiv(tokens, self.rows)
-        self.ragged, self.last = self.whole < self.blocks, tokens - self.rows
-        self.shape = (width,) if self.rows == 1 else (self.rows, width)
-        outer = (warps * chunk,) if self.rows == 1 else (self.rows, warps * chunk)
-        tiling = [outer, *([(chunk,)] if warps > 1 else []), (vector,)]
-        across = {4: (-3,), 2: (-4, -3), 1: (-3,)}[self.rows]
-        self.layout = plgpu.Layout.TILED(plgpu.Tiling(tuple(tiling)), across, (-2,), -1)
-
-    def tokens(self, block):
-        """The index of a block's tokens in [tokens, width]. Where they do not come out even, the last block begins
-        among the tokens of the one before, and the same program writes both.
-        """
-        if self.rows == 1:
-            return block
-        first = block * self.rows
-        return pl.ds(jnp.minimum(first, self.last) if self.ragged else first, self.rows)
-
-    def load(self, ref):
-        """Rows as float32; a static query [width] is repeated for every token."""
-        if ref.shape == self.shape:
-            return plgpu.load(ref, layout=self.layout).astype(jnp.float32)
-        row = plgpu.load(ref, layout=self.layout.reduce(0)).astype(jnp.float32)
-        return plgpu.layout_cast(lax.broadcast_in_dim(row, self.shape, (1,)), self.layout)
-
-    def load_each(self, ref):
-        """One number a token."""
-        return ref[...] if self.rows == 1 else plgpu.load(ref, layout=self.layout.reduce(1), optimized=False)
-
-    def along(self, each):
-        """One number a token, for every element of its row."""
-        if self.rows == 1:
-            return each
-        return plgpu.layout_cast(lax.broadcast_in_dim(each, self.shape, (0,)), self.layout)
-
-    def zeros(self):
-        return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layout)
-
-    def zeros_each(self):
-        return (
-            jnp.float32(0.0)
-            if self.rows == 1
-            else plgpu.layout_cast(jnp.zeros((self.rows,), jnp.float32), self.layout.reduce(1))
-        )
-
-
 class _Route:
     """What both kernels know of a call: shapes, the ring of sources in flight, scores."""
 
@@ -101,7 +47,7 @@ class _Route:
         self.options, self.stacked, self.count = options, not isinstance(sources, tuple), len(sources)
         batch, length, self.width = sources[0].shape
         self.tokens, self.dtype = batch * length, sources[0].dtype
-        self.tile = _Tile(self.tokens, self.width)
+        self.tile = Tile(self.tokens, self.width)
         self.per_token = query.ndim == 3
         block_bytes = self.tile.rows * self.width * self.dtype.itemsize
         self.stages = min(max(_RING_BYTES // block_bytes, 2), _MAX_STAGES)
@@ -146,10 +92,21 @@ class _Route:
 
     def score(self, value, query, shift):
         """(the score before it is clamped, u.v, the reciprocal root mean square of a normalized key or 1)."""
-        dot, inverse_rms = (value * query).sum(-1), 1.0
+        dot, inverse_rms = self.tile.dot(value, query), 1.0
         if self.options.normalize:
-            inverse_rms = lax.rsqrt((value * value).sum(-1) * (1 / self.width) + KEY_NORM_EPSILON)
+            inverse_rms = lax.rsqrt(self.tile.dot(value, value) * (1 / self.width) + KEY_NORM_EPSILON)
         return dot * (inverse_rms * self.options.score_scale) + shift, dot, inverse_rms
+
+    def source_gradient(self, weight, d_output, along_query, query, along_value, value):
+        """weight * dO + along_query * u - along_value * v, by rows, in the sources' dtype."""
+        tile = self.tile
+        d_value = by_part(
+            lambda w, d_o, a, u: w * d_o + a * u,
+            tile.along(weight), tile.load(d_output), tile.along(along_query), tile.load(query),
+        )  # fmt: skip
+        if along_value is not None:
+            d_value = by_part(lambda d, a, v: d - a * v, d_value, tile.along(along_value), value)
+        return by_part(lambda x: x.astype(self.dtype), d_value)
 
     def call(self, body, name, out_type, programs, scratch):
         return plgpu.kernel(
@@ -162,16 +119,6 @@ class _Route:
             compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=plgpu.InterpretGPUParams(detect_races=True) if interpreting() else None,
         )
-
-
-def _store(ref, x):
-    """Stores rows or one number a token; the latter touch less than a memory sector, which has to be allowed by name
-    from jax 0.12 on.
-    """
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, x, optimized=False)
-    else:
-        ref[...] = x
 
 
 def _copy(source, target, arrived):
@@ -223,15 +170,19 @@ def forward(options, sources, query, shift, null_logit, num_sources):
                 value = route.next_row(sources, i, live, at, ring, arrived)
                 raw, _, _ = route.score(value, tile.load(query_here), shift_now)
                 e = jnp.exp(jnp.clip(raw, -MAX_SCORE, MAX_SCORE) - top[0])
-                _store(exponentials.at[i, at], e)
-                return accumulated + value * tile.along(e), z + e, shift_next
+                store(exponentials.at[i, at], e)
+                accumulated = by_part(lambda sums, v, e: sums + v * e, accumulated, value, tile.along(e))
+                return accumulated, z + e, shift_next
 
             start = tile.zeros(), tile.zeros_each(), tile.load_each(shift.at[0, at])
             accumulated, z, _ = lax.fori_loop(0, live, step, start)
             z = z + null[0]
-            _store(total.at[at], z)
+            store(total.at[at], z)
             inverse = 1.0 / jnp.where(z == 0.0, 1.0, z)  # neither a live source nor a null
-            _store(output.at[at], (accumulated * tile.along(inverse)).astype(route.dtype))
+            result = by_part(
+                lambda sums, inverse: (sums * inverse).astype(route.dtype), accumulated, tile.along(inverse)
+            )
+            tile.store(output, at, result)
 
         program = lax.axis_index("program")
         if tile.ragged:
@@ -311,28 +262,27 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
                 following = given(jnp.minimum(i + 1, count - 1))
                 value = route.next_row(sources, i, live, at, ring, arrived)
                 raw, dot, inverse_rms = route.score(value, tile.load(query_here), shift_i)
-                through_output = (value * tile.load(d_output_here)).sum(-1)
+                through_output = tile.dot(value, tile.load(d_output_here))
                 d_score = jnp.where(jnp.abs(raw) < MAX_SCORE, weight * (through_output + lift_i), 0.0)
-                _store(d_shift.at[i, at], d_score)
+                store(d_shift.at[i, at], d_score)
                 along_query = d_score * (inverse_rms * options.score_scale)
-                d_value = tile.along(weight) * tile.load(d_output_here) + tile.along(along_query) * tile.load(
-                    query_here
-                )
+                along_value = None
                 if options.normalize:
-                    d_value = d_value - tile.along(along_query * dot * inverse_rms * inverse_rms / route.width) * value
-                d_value = d_value.astype(route.dtype)
-                route.of_source(d_sources, i, lambda ref: _store(ref.at[at], d_value))
+                    along_value = along_query * dot * inverse_rms * inverse_rms / route.width
+                d_value = route.source_gradient(weight, d_output_here, along_query, query_here, along_value, value)
+                route.of_source(d_sources, i, lambda ref: tile.store(ref, at, d_value))
                 if new is not None:
                     along_query = along_query * new
-                return d_query_sum + tile.along(along_query) * value, following
+                return by_part(lambda sums, a, v: sums + a * v, d_query_sum, tile.along(along_query), value), following
 
             start = tile.zeros() if route.per_token else d_query_sum
             d_query_sum, _ = lax.fori_loop(0, live, step, (start, given(0)))
             if route.per_token:
-                _store(d_query.at[at], d_query_sum)
+                tile.store(d_query, at, d_query_sum)
 
             def dead(i, _):
-                route.of_source(d_sources, i, lambda ref: _store(ref.at[at], tile.zeros().astype(route.dtype)))
+                zeros = by_part(lambda x: x.astype(route.dtype), tile.zeros())
+                route.of_source(d_sources, i, lambda ref: tile.store(ref, at, zeros))
 
             lax.fori_loop(live, count, dead, None)
             return None if route.per_token else d_query_sum
@@ -341,7 +291,7 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
         stop = jnp.where(program == programs - 1, tile.blocks, first + blocks_each)
         d_query_sum = lax.fori_loop(first, stop, block, None if route.per_token else tile.zeros())
         if not route.per_token:
-            _store(d_query.at[program], d_query_sum if tile.rows == 1 else d_query_sum.sum(0))
+            tile.store(d_query, program, by_part(lambda x: x if tile.rows == 1 else x.sum(0), d_query_sum))
 
     one = jax.ShapeDtypeStruct((tokens, route.width), route.dtype)
     out_type = (

@@ -27,6 +27,10 @@ _spec.loader.exec_module(suite)
         dict(shape=(2, 5, 4, 576), norm=True, live=(1, True)),
         dict(shape=(3, 1, 3, 32), norm=True),  # fewer tokens than a program's
         dict(shape=(2, 1, 3, 2880), per_token=True),
+        # rows that do not come out even for the two or four warps that share them
+        dict(shape=(3, 1, 3, 2080), norm=True, evidence=True),
+        dict(shape=(3, 2, 1, 2976), per_token=True, live=(2, True)),
+        dict(shape=(2, 1, 2, 4160), norm=True, per_token=True, bias="token"),
     ],
     ids=lambda options: "x".join(map(str, options["shape"])),
 )
