@@ -47,10 +47,17 @@ def on_host(x: np.ndarray) -> int:
     words = np.ascontiguousarray(x).reshape(-1)
     words = words.view(np.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
     places, total = np.arange(min(_BLOCK, len(words)), dtype=np.uint32) * np.uint32(_STRIDE), 0
+    mixed, shifted = np.empty_like(places), np.empty_like(places)  # nothing is allocated for a block
     for start in range(0, len(words), _BLOCK):
-        block = words[start : start + _BLOCK].astype(np.uint32)
-        block += places[: len(block)] + np.uint32(start * _STRIDE % 2**32)
-        total += int(_mix(block).sum(dtype=np.uint32))
+        block = words[start : start + _BLOCK]
+        if len(block) < len(mixed):
+            places, mixed, shifted = places[: len(block)], mixed[: len(block)], shifted[: len(block)]
+        np.add(places, np.uint32(start * _STRIDE % 2**32), out=mixed)
+        mixed += block
+        mixed ^= np.right_shift(mixed, 15, out=shifted)
+        mixed *= np.uint32(_FACTOR)
+        mixed ^= np.right_shift(mixed, 13, out=shifted)
+        total += int(mixed.sum(dtype=np.uint32))
     return total % 2**32
 
 

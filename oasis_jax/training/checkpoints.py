@@ -2,6 +2,7 @@
 versions.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -237,16 +238,24 @@ class Checkpoints:
     def state(self, step: int, abstract: TrainState) -> TrainState:
         """The state of a checkpoint, laid out as `abstract` says."""
         rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
-        restored = self._arrays(step, params=abstract.params, rest=rest)
+        restored = self._arrays(step, rest=rest, params=abstract.params)  # the larger first: less is left to look at
         return TrainState(params=restored["params"], **restored["rest"])
 
     def _arrays(self, step: int, **abstract: dict) -> dict[str, dict]:
-        """Parts of a checkpoint; raises Damaged where an array is not the one that was saved."""
-        asked = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore(), **asked))
-        found = {name: restored[name] for name in abstract}
-        stored = (restored.metadata or {}).get("arrays")
-        changed = differing(checksums(found), stored) if stored else []
+        """Parts of a checkpoint, restored in the order given; raises Damaged where an array is not the one that was
+        saved. A part's arrays are looked at in threads while the next one is restored.
+        """
+        read = lambda **parts: self._manager.restore(step, args=ocp.args.Composite(**parts))
+        stored = (read(metadata=ocp.args.JsonRestore()).metadata or {}).get("arrays")
+        # Programs on devices of several processes have to start in one order, those of the storage library among them.
+        alone, found, sums = jax.process_count() == 1, {}, []
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            for name, tree in abstract.items():
+                found[name] = read(**{name: ocp.args.StandardRestore(tree)})[name]
+                if alone and stored:
+                    sums.append(thread.submit(checksums, {name: found[name]}))
+        found_sums = [one.result() for one in sums] if alone or not stored else [checksums(found)]
+        changed = [name for one in found_sums for name in differing(one, stored)]
         if changed:
             others = f" and {len(changed) - 1} more" if changed[1:] else ""
             raise manifest.Damaged(f"array {changed[0]}{others} is not the one that was saved")
