@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, and its preset table is the code's."""
+"""The Python examples of README and of pages whose examples stand alone run as they are, and its preset table is the code's."""
 
 import pathlib
 import re
@@ -10,7 +10,8 @@ from oasis_jax import PRESETS
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README + (ROOT / "docs" / "modules.md").read_text(), re.DOTALL)
+PAGES = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("modules", "quantization"))
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 
 
 def test_there_are_examples():

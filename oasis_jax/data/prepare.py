@@ -20,6 +20,7 @@ from oasis_jax.data.survey import Document, Job, Reader, Survey, look, survey
 from oasis_jax.data.tokenizers import TOKENIZERS, Tokenizer
 from oasis_jax.data.workers import Workers
 from oasis_jax.errors import UserError
+from oasis_jax.reading import read_json
 
 _PLAN, _LOCK = "plan.json", ".lock"
 LENGTHS = ".lengths.npy"  # how many tokens each document of a shard has, its separator not counted
@@ -135,7 +136,7 @@ def _begin(out: pathlib.Path, plan: dict) -> dict | None:
     plan = json.loads(json.dumps(plan))
     for name in (INDEX, _PLAN):
         if (out / name).exists():
-            stored = json.loads((out / name).read_bytes())
+            stored = read_json(out / name)
             begun = stored["plan"] if name == INDEX else stored
             other = [key for key in plan if key != "source" and begun.get(key) != plan[key]]  # which may move
             if other:
@@ -178,7 +179,7 @@ def _finished(path: pathlib.Path) -> dict | None:
     note = _note(path)
     if not note.exists():
         return None
-    entry = json.loads(note.read_bytes())
+    entry = read_json(note)
     check_files(path.parent, entry)
     return entry
 

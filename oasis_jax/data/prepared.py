@@ -23,6 +23,7 @@ from oasis_jax.data.packing import Stream, pack
 from oasis_jax.data.split import missed_share
 from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError
+from oasis_jax.reading import read_bytes
 
 INDEX = "index.json"
 FORMAT = 2
@@ -133,13 +134,15 @@ def read_index(folder: str | os.PathLike) -> dict:
     """What index.json says; raises UserError where there is none, or one of another format."""
     path = pathlib.Path(folder).expanduser() / INDEX
     try:
-        index = json.loads(path.read_bytes())
+        index = json.loads(read_bytes(path))
     except FileNotFoundError:
         raise UserError(
             f"data.pattern: {str(folder)!r} holds no prepared corpus (no {INDEX}); `oasis_jax prepare` writes one, and "
             "goes on where it was stopped"
         ) from None
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"{path}: is not of format {FORMAT}, which this version reads")

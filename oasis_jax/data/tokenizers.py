@@ -17,6 +17,7 @@ import tokenizers
 
 from oasis_jax.data.formats import optional
 from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.reading import read_bytes
 
 # What the library does anyway; said aloud, it does not warn about itself in every child process.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -312,7 +313,7 @@ class SentencePieceTokenizer(Tokenizer):
     @classmethod
     def from_file(cls, path: pathlib.Path) -> "SentencePieceTokenizer":
         """The tokenizer of a .model file."""
-        return cls(base64.b64encode(path.read_bytes()).decode())
+        return cls(base64.b64encode(read_bytes(path)).decode())
 
     @property
     def padding_id(self) -> int:

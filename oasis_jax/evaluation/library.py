@@ -55,7 +55,8 @@ def measure(
     Args:
       apply_fn: (params, inputs) -> outputs [B, T, V], or (outputs, statistics): the `oasis_jax.AttentionStatistics` of
         its attention layers as a list, or an `oasis_jax.Statistics` with routers by name and taps by kind, as far as
-        the model has them. It is called under `jax.jit`, with `segment_ids` too where the batches have them.
+        the model has them. It is called under `jax.jit`, with `segment_ids` too where the batches have them; a layer
+        that uses others, or none, is refused.
       params: its parameters, sharded or not.
       batches: dicts of arrays [B, T, ...]: "inputs"; "targets" and optionally "weights" for the loss; "bytes", the
         bytes that each target stands for, for bits per byte; all batches of one shape compile once.

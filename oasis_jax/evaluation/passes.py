@@ -32,7 +32,7 @@ from oasis_jax.model.head import map_logits
 from oasis_jax.model.layout import part
 from oasis_jax.model.normalizers import WITH_NULL
 from oasis_jax.model.numerics import FLOAT, Numerics
-from oasis_jax.model.statistics import RouterStatistics
+from oasis_jax.model.statistics import AttentionStatistics, RouterStatistics
 from oasis_jax.model.unrolled import LayerStatistics
 from oasis_jax.model.wiring import schedule
 from oasis_jax.placement import UNSHARDED, Placement
@@ -146,11 +146,28 @@ class FunctionPass:
         outputs, statistics = result if isinstance(result, tuple) else (result, ())
         layers, routers, final = self.parts(statistics)
         attention = [layer.attention for layer in layers if layer.attention is not None]
+        _check_segments(attention, batch)
         has_null = any(layer.static is not None and layer.static.config.normalizer in WITH_NULL for layer in attention)
         show = _Audience(evaluators, Tokens(batch, size, Context(**segments), has_null))
         reading = FinalReading(show.tokens, final, lambda function, arrays: function(outputs, arrays))
         of_routers = {name: show.router(router) for name, router in routers.items()}
         return show.rows([show.layer(layer) for layer in layers], of_routers, reading), NumLayers(len(attention))
+
+
+def _check_segments(layers: Sequence[AttentionStatistics], batch: Batch) -> None:
+    """Raises UserError where the documents that a layer kept apart are not those that measures will tell apart."""
+    for number, layer in enumerate(layers):
+        if layer.static is None or layer.static.segments == ("segment_ids" in batch):
+            continue
+        if layer.static.segments:
+            raise UserError(
+                f"measure: attention layer {number} used segment ids that the batches do not have; give them as "
+                '"segment_ids" of each batch, with which apply_fn is called'
+            )
+        raise UserError(
+            f"measure: the batches have segment_ids, and attention layer {number} did not use them; apply_fn is called "
+            "with segment_ids=: pass them on, or leave them out of the batches"
+        )
 
 
 Pass = DecoderPass | FunctionPass

@@ -26,6 +26,7 @@ from oasis_jax.evaluation.report.page import write_report
 from oasis_jax.evaluation.report.views import look
 from oasis_jax.evaluation.subjects import ModelOptions, Subject, subject_of_run, subjects_of_model
 from oasis_jax.evaluation.tasks.table import prepare, run_tasks
+from oasis_jax.overrides import parse_overrides
 from oasis_jax.training.distributed import is_first, wait_for_all
 from oasis_jax.training.limits import refuse_links
 from oasis_jax.training.load import load_run
@@ -72,7 +73,7 @@ def evaluate(
 
     Raises:
       UserError: a workdir twice or without a run, a model that cannot be read, a corpus that is not the run's, an
-        unknown measure, intervention, scheme or task, an override of what was trained, a report that cannot be written.
+        unknown measure, intervention, scheme or task, an override of what was trained, a report that cannot be written, a stored data.pattern that leads elsewhere.
     """
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches: must be at least 1, got {num_batches}")
@@ -80,11 +81,12 @@ def evaluate(
     schemes = parse_schemes(quantize)
     prepared = prepare(tasks, task_settings, quantize)
     labels, folder, overrides = unique_labels(workdirs, models), pathlib.Path(report), list(overrides)
+    pattern = parse_overrides(overrides).get("data", {}).get("pattern")
     if is_first():
         _check_writable(folder, tasks)
     loaded = [load_run(workdir, overrides=overrides) for workdir in workdirs]  # all, before the first is measured
     subjects = itertools.chain(
-        (subject_of_run(*of, num_batches) for of in zip(loaded, map(str, workdirs), labels)),
+        (subject_of_run(*of, num_batches, pattern) for of in zip(loaded, map(str, workdirs), labels)),
         *(subjects_of_model(model, label, options) for model, label in zip(models, labels[len(workdirs) :])),
     )
     runs = []

@@ -1,6 +1,7 @@
 """What a report measures: a model where it lies, and the sequences it reads."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from jaxtyping import Int
 from oasis_jax.config import Config, DataConfig, MeshConfig
 from oasis_jax.data import Tokenizer, eval_batches, files, load_corpus, stdlib
 from oasis_jax.data.text import TextFile, digest, token_stream
-from oasis_jax.errors import UserError
+from oasis_jax.errors import UserError, printable
+from oasis_jax.evaluation import stored_paths
 from oasis_jax.evaluation.evaluator import Batch
 from oasis_jax.model.decoder import check_model
 from oasis_jax.placement import Placement
@@ -19,6 +21,7 @@ from oasis_jax.pretrained import Pretrained, load_pretrained
 from oasis_jax.pretrained.rotation import check_rotation, rotate
 from oasis_jax.pretrained.transplant import check_transplant, find_prefix, transplant_sink
 from oasis_jax.training.description import check_corpus, versions
+from oasis_jax.training.distributed import is_first
 from oasis_jax.training.load import LoadedRun
 from oasis_jax.training.metrics import read_metrics
 
@@ -52,18 +55,31 @@ class Subject(NamedTuple):
     versions: dict[str, str]
 
 
-def subject_of_run(run: LoadedRun, workdir: str, label: str, num_batches: int | None) -> Subject:
+def subject_of_run(
+    run: LoadedRun, workdir: str, label: str, num_batches: int | None, pattern: str | None = None
+) -> Subject:
     """A trained run on its own held-out data; calibrated on as many batches of training data.
 
+    Args:
+      pattern: where its data lie; None: where its checkpoint says, see `oasis_jax.evaluation.stored_paths`.
+
     Raises:
-      UserError: the corpus is not there any more, or another.
+      UserError: the corpus is not there any more, or another, or its checkpoint says a path that is not opened unasked.
     """
+    data = run.config.data if pattern is None else dataclasses.replace(run.config.data, pattern=pattern)
     try:
-        corpus = load_corpus(run.config.data, seed=run.config.run.seed, tokenizer=run.tokenizer)
+        if pattern is None:
+            stored_paths.check_stored(data, workdir)
+            if data.pattern and is_first():
+                where = f"{label}: its text is read from {data.pattern!r}, as its checkpoint says"
+                print(printable(where), file=sys.stderr)
+        if data.corpus in ("files", "pairs"):
+            found = files.matching_files(data.pattern)
+            stored_paths.check_found(found, workdir, run.corpus_identity.get("bytes"))
+        corpus = load_corpus(data, seed=run.config.run.seed, tokenizer=run.tokenizer)
         check_corpus(corpus, run.corpus_identity)
     except UserError as error:
         raise UserError(f"{workdir}: {error}") from None
-    data = run.config.data
     batches = eval_batches(corpus.heldout, data, num_batches=num_batches or run.config.run.eval_batches)
     return Subject(
         source=str(workdir),
@@ -71,7 +87,7 @@ def subject_of_run(run: LoadedRun, workdir: str, label: str, num_batches: int | 
         notes=(),
         step=run.step,
         params=run.params,
-        config=run.config,
+        config=dataclasses.replace(run.config, data=data),
         placement=run.placement,
         tokenizer=run.tokenizer,
         begin_token=run.tokenizer is not None and data.begin_token,

@@ -343,7 +343,7 @@ def _first_keys(keys: Keys, config: AttentionConfig, context: Context, length: i
 
 def _static(keys: Keys, config: AttentionConfig) -> Static | None:
     """How the probabilities follow from query and key, which is written down for self-attention by place only."""
-    return Static(config) if keys.by_place else None
+    return Static(config, keys.segments is not None) if keys.by_place else None
 
 
 def output_projection(

@@ -26,9 +26,13 @@ from pallas_kernels.null_attention.base import AttentionInputs
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """A config among arrays: a pytree node without leaves, so that statistics can leave `jax.jit` with it."""
+    """A config among arrays: a pytree node without leaves, so that statistics can leave `jax.jit` with it.
+
+    segments: whether segment ids confined the layer.
+    """
 
     config: AttentionConfig
+    segments: bool = False
 
 
 class AttentionStatistics(NamedTuple):
@@ -83,7 +87,7 @@ class AttentionStatistics(NamedTuple):
         known = by_rule and not isinstance(given["segment_ids"], tuple | list)
         return cls(
             query, key, value, result.output, result.null_mass, jnp.exp(seen), result.lse,
-            Static(config) if known else None,
+            Static(config, given["segment_ids"] is not None) if known else None,
         )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from oasis_jax.errors import UserError
-from oasis_jax.pretrained.source import ChatTemplate, read_json
+from oasis_jax.pretrained.source import ChatTemplate
+from oasis_jax.reading import read_bytes, read_json
 
 
 def from_folder(folder: pathlib.Path) -> ChatTemplate | None:
@@ -18,8 +19,8 @@ def from_folder(folder: pathlib.Path) -> ChatTemplate | None:
     found = config.get("chat_template")
     if template.exists():
         try:
-            found = template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            found = read_bytes(template).decode("utf-8")
+        except UnicodeDecodeError as error:
             raise UserError(f"{template}: cannot be read: {error}") from None
     if isinstance(found, list):
         named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}

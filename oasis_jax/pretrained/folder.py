@@ -11,7 +11,8 @@ import safetensors
 from oasis_jax.errors import UserError
 from oasis_jax.pretrained import chat_template
 from oasis_jax.pretrained.keys import shortened
-from oasis_jax.pretrained.source import ChatTemplate, Source, pickle_refused, read_json
+from oasis_jax.pretrained.source import ChatTemplate, Source, pickle_refused
+from oasis_jax.reading import read_json, require_file
 
 _TYPES = {
     "F64": np.dtype("float64"),
@@ -69,6 +70,7 @@ class Folder(Source):
 
     @staticmethod
     def _opened(file: pathlib.Path):
+        require_file(file)
         try:
             return safetensors.safe_open(str(file), framework="numpy")
         except Exception as error:  # SafetensorError is not always exported; OSError of the system

@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -121,18 +120,3 @@ def _from_hub(name: str, wanted: Sequence[str]) -> pathlib.Path:
             f"({reason[0] if reason else type(error).__name__}); "
             f"{local}"
         ) from None
-
-
-def read_json(path: pathlib.Path, kind: type = dict) -> Any:
-    """The JSON in a file; raises UserError where it cannot be read or is something else than expected."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(found, kind):
-        raise UserError(
-            f"{path}: expected a JSON {'object' if kind is dict else kind.__name__}, got {type(found).__name__}"
-        )
-    return found

@@ -10,7 +10,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from oasis_jax.data.tokenizers import LibraryTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 from oasis_jax.errors import UserError, unknown_name
-from oasis_jax.pretrained.source import model_folder, open_source, read_json
+from oasis_jax.pretrained.source import model_folder, open_source
+from oasis_jax.reading import read_json
 
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 

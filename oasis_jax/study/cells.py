@@ -17,6 +17,7 @@ from oasis_jax.evaluation.quantization import parse_schemes
 from oasis_jax.evaluation.report.comparison import MeasuredRun
 from oasis_jax.evaluation.runs import measure_subject
 from oasis_jax.evaluation.subjects import ModelOptions, Subject, subject_of_form, subject_of_run
+from oasis_jax.reading import read_bytes
 from oasis_jax.study.design import Cell, Study
 from oasis_jax.training.array_checksums import checksums
 from oasis_jax.training.load import load_run
@@ -30,10 +31,13 @@ Record = dict[str, Any]
 def read_json(path: pathlib.Path) -> Record | None:
     """What a file of a study holds, None where there is none; raises UserError for one that is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_bytes(path))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected a JSON object, got {type(found).__name__}")
+        return found
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--out: cannot read {str(path)!r}: {error}; delete it and its cell is done again") from None
 
 
@@ -75,7 +79,8 @@ def _trained(study: Study, cell: Cell, folder: pathlib.Path) -> Record:
     config, failed, measured = study.config(cell), None, None
     try:
         fit(config, folder, on_start=lambda params: write_json(folder / START, start_of(config, params)))
-        subject = subject_of_run(load_run(folder), str(folder), folder.name, study.eval_batches)
+        pattern = config.data.pattern  # the study's own, not what the folder says
+        subject = subject_of_run(load_run(folder), str(folder), folder.name, study.eval_batches, pattern)
         measured = _measure(study, subject)
     except TrainingStopped as error:
         failed = str(error)

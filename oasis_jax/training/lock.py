@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from oasis_jax.errors import UserError
+from oasis_jax.reading import read_bytes
 from oasis_jax.training.distributed import agreed, is_first
 
 NAME = "training.lock"
 # The holder touches the file this often. One of another machine that has not done so for STALE_SECONDS is gone.
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
+_MOST = 2**16  # bytes of a lock
 
 
 class WorkdirLock:
@@ -168,12 +170,13 @@ def _created(source: pathlib.Path, path: pathlib.Path) -> bool:
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], float | None]:
     """Who holds a lock, {} where that is not readable, and when the file was touched; None: there is none."""
     try:
-        with open(path) as file:  # opening it asks a shared file system for its newest state
-            touched = os.fstat(file.fileno()).st_mtime
-            holder = json.load(file)
+        text = read_bytes(path, _MOST)  # opening it asks a shared file system for its newest state
+        touched = os.stat(path).st_mtime
     except FileNotFoundError:
         return {}, None
-    except ValueError:
+    try:
+        holder = json.loads(text)
+    except (ValueError, RecursionError):
         return {}, touched
     return holder if isinstance(holder, dict) else {}, touched
 

@@ -3,11 +3,16 @@ written.
 """
 
 import concurrent.futures
+import fnmatch
 import json
 import os
 import pathlib
+import stat
 import zlib
 from typing import Any
+
+from oasis_jax.errors import UserError
+from oasis_jax.reading import MOST, other_kind, read_bytes
 
 NAME = "files.json"
 # Orbax completes these two after it has called back for the list, when it gives the checkpoint its final name. They are
@@ -15,6 +20,7 @@ NAME = "files.json"
 _LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _SMALL = 2**20  # bytes; smaller files are looked at before anything is read from a checkpoint
 _BLOCK = 2**20
+_ARRAYS = ("d", "ocdbt.process_*")  # folders of arrays; what lies elsewhere is read whole, as JSON
 _THREADS = 4
 
 
@@ -67,13 +73,14 @@ class Inspection:
         listed = _read(folder)
         self.verified = "files" in listed
         if not self.verified:  # by a version that listed sizes only
-            _check_sizes(folder, listed)
+            _check_sizes(folder, _found(folder), listed)
             return
         files = listed["files"]
         if listed["step"] != int(folder.name):
             raise Damaged(f"{NAME} is that of step {listed['step']}")
-        _check_sizes(folder, {name: size for name, (size, _) in files.items()})
-        if added := [name for name in _found(folder) if name not in files and (listed["sealed"] or name not in _LATE)]:
+        found = _found(folder)
+        _check_sizes(folder, found, {name: size for name, (size, _) in files.items()})
+        if added := [name for name in found if name not in files and (listed["sealed"] or name not in _LATE)]:
             raise Damaged(f"{added[0]} was not there when it was written")
         for name, (size, checksum) in files.items():
             if size < _SMALL:
@@ -96,18 +103,31 @@ class Inspection:
 
 
 def _found(folder: pathlib.Path) -> list[str]:
-    """Names of all files below the folder, with / between folders, but for the list itself."""
+    """Names of all files below the folder, with / between folders, but for the list itself.
+
+    Raises:
+      Damaged: something there is neither a file nor a folder. Nothing that writes checkpoints makes links or devices,
+        and behind those anything could be opened.
+    """
     names = []
-    for where, _, files in os.walk(folder):
-        names += [pathlib.Path(where, file).relative_to(folder).as_posix() for file in files]
+    for where, folders, files in os.walk(folder):
+        inside = lambda name, where=where: pathlib.Path(where, name).relative_to(folder).as_posix()
+        for name in [*folders, *files]:
+            mode = os.lstat(pathlib.Path(where, name)).st_mode
+            if not stat.S_ISDIR(mode) and (kind := other_kind(mode)):
+                raise Damaged(f"{inside(name)} is no file but a {kind}")
+        names += map(inside, files)
     return sorted(name for name in names if name != NAME and name != f"{NAME}.partial")
 
 
-def _check_sizes(folder: pathlib.Path, sizes: dict[str, int]) -> None:
+def _check_sizes(folder: pathlib.Path, found: list[str], sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found != size:
-            raise Damaged(f"{name} {'is missing' if found is None else f'has {found} bytes instead of {size}'}")
+        there = (folder / name).stat().st_size if name in found else None
+        if there != size:
+            raise Damaged(f"{name} {'is missing' if there is None else f'has {there} bytes instead of {size}'}")
+        holds_arrays = any(fnmatch.fnmatch(part, kind) for part in name.split("/")[1:] for kind in _ARRAYS)
+        if size > MOST and not holds_arrays:
+            raise Damaged(f"{name} has {size} bytes; no more than {MOST} are read")
 
 
 def _compare(folder: pathlib.Path, name: str, checksum: int) -> None:
@@ -146,13 +166,13 @@ def _replace(folder: pathlib.Path, listed: dict[str, Any]) -> None:
 def _read(folder: pathlib.Path) -> dict[str, Any]:
     """The list as `write` makes it, or {name: bytes} as earlier versions did."""
     try:
-        text = (folder / NAME).read_text(encoding="utf-8")
+        text = read_bytes(folder / NAME).decode("utf-8")
         listed = json.loads(text)
     except FileNotFoundError:
         raise Damaged(f"{NAME} is missing") from None
-    except OSError as error:
-        raise Damaged(f"{NAME} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except UserError as error:
+        raise Damaged(str(error).removeprefix(f"{folder}/")) from None
+    except (ValueError, RecursionError):
         listed = None
     if isinstance(listed, dict) and listed and all(type(size) is int for size in listed.values()):
         return listed

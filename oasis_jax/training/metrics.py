@@ -14,8 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from oasis_jax.config.schema import LARGEST
 from oasis_jax.errors import UserError, printable
+from oasis_jax.reading import read_bytes
 
 FILE_NAME = "metrics.jsonl"
+_MOST = 2**30  # bytes: some millions of logged steps
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 _SPENT_ON = ("data", "transfer", "device")
 
@@ -25,15 +27,13 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     what another hand wrote that is no such line or number, is skipped.
 
     Raises:
-      UserError: there is something of that name that cannot be read.
+      UserError: there is something of that name that cannot be read, or more than 1 GiB of it.
     """
     path = pathlib.Path(workdir, FILE_NAME)
-    if not path.exists():
-        return []
     try:
-        text = path.read_text(errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        text = read_bytes(path, _MOST).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
     lines = []
     for entry in text.splitlines():
         try:

@@ -8,6 +8,7 @@ from evaluation.toys import ROUNDING
 from flax import nnx
 
 from oasis_jax import Attention, AttentionConfig, AttentionStatistics, Context
+from oasis_jax.errors import UserError
 from oasis_jax.evaluation import measure
 from pallas_kernels import null_attention
 
@@ -58,6 +59,27 @@ def test_a_foreign_model_is_measured(segments):
     assert found["sink_rate"] == pytest.approx((mass.mean(-1) > 0.3).mean())
     assert found["max_probability"] == pytest.approx(p.max(-1).mean(), abs=ROUNDING)
     assert found["value_drain"] is not None
+
+
+@pytest.mark.parametrize("batch, says", [
+    ({}, "attention layer 0 used segment ids that the batches do not have"),
+    ({"segment_ids": SEGMENTS}, "the batches have segment_ids, and attention layer 0 did not use them"),
+], ids=["captured", "ignored"])  # fmt: skip
+@pytest.mark.parametrize("own", [False, True], ids=["operator", "layer"])
+def test_segment_ids_that_only_one_side_knows_are_refused(batch, says, own):
+    """Captured inside of apply_fn, or given in batches and not passed on: measures would mix up documents."""
+    ids = None if batch else SEGMENTS
+    layer = Attention(AttentionConfig(width=D, num_heads=N, num_kv_heads=K, head_dim=H), rngs=nnx.Rngs(0))
+    foreign = Foreign(nnx.Rngs(0))
+
+    def apply(params, tokens, segment_ids=None):
+        del params, segment_ids
+        if own:
+            return jnp.zeros((B, T, 2)), [layer(jnp.ones((B, T, D)), Context(segment_ids=ids))[1]]
+        return foreign(tokens, segment_ids=ids)
+
+    with pytest.raises(UserError, match=says):
+        measure(apply, {}, [{"inputs": np.zeros((B, T), int), **batch}], measures=["sinks"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The measures against numpy in float64, on statistics computed apart from them."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluation.toys import (
@@ -20,7 +21,7 @@ from sampling import sampled
 from oasis_jax.config import PRESETS, ModelConfig
 from oasis_jax.evaluation import DEFINITIONS, EVALUATORS, evaluate_model
 from oasis_jax.evaluation.measures.depth import depth_sinks, source_columns
-from oasis_jax.evaluation.measures.outliers import kurtosis
+from oasis_jax.evaluation.measures.outliers import kurtosis, token_kurtosis
 from oasis_jax.evaluation.measures.probabilities import conditional_mass
 from oasis_jax.evaluation.measures.sinks import sink_rate
 from oasis_jax.model import decoder
@@ -98,6 +99,25 @@ def test_kurtosis_of_known_distributions():
 def test_kurtosis_of_a_small_and_shifted_tensor():
     x = 7 + 0.01 * np.random.default_rng(4).standard_normal((2, 5, 3)).astype(np.float32)
     np.testing.assert_allclose(kurtosis(x), [numpy_kurtosis(row) for row in x], rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-2, 1.0, 1e10, 1e15])
+def test_kurtosis_of_any_size_is_that_of_float64(size):
+    """1e-12: far below the 1e-6 of the definition; 1e10: the fourth power is beyond float32."""
+    x = size * np.random.default_rng(4).laplace(size=(2, 5, 3)).astype(np.float32)
+    for measure, axis in ((kurtosis, None), (token_kurtosis, -1)):
+        expected = [
+            np.mean([numpy_kurtosis(part) for part in ([row] if axis is None else row)]) for row in x.astype(float)
+        ]
+        np.testing.assert_allclose(measure(x), expected, rtol=1e-5, atol=1e-30)
+
+
+def test_kurtosis_says_its_constant_and_nan_stays_nan():
+    for name in ("avg_kurtosis", "kurtosis_by_tap", "max_token_kurtosis"):
+        assert "(std^4 + 1e-6)" in DEFINITIONS[name]["average"]
+    assert kurtosis(np.zeros((1, 2, 3), np.float32))[0] == 0
+    for odd in (np.nan, np.inf):
+        assert np.isnan(kurtosis(jnp.array([[[1.0, odd, 2.0]]]))[0])
 
 
 def test_outliers_equal_numpy_at_every_tap():

@@ -59,6 +59,12 @@ def trained(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def where_the_texts_lie(trained, monkeypatch):
+    """From elsewhere a run's stored paths are asked for."""
+    monkeypatch.chdir(trained)
+
+
 class Page(html.parser.HTMLParser):
     """What a page would fetch, and its visible text."""
 

@@ -34,6 +34,12 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     return root / "run"
 
 
+@pytest.fixture(autouse=True)
+def where_the_texts_lie(workdir, monkeypatch):
+    """From elsewhere a run's stored paths are asked for."""
+    monkeypatch.chdir(workdir.parent)
+
+
 def evaluate_in(processes: int, devices: int, workdir: pathlib.Path, report: pathlib.Path, *flags: str) -> dict:
     """What metrics.json says of the run after eval.py in so many processes."""
     with socket.socket() as listener:

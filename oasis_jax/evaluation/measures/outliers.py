@@ -23,7 +23,8 @@ _TAPS = (
     "final norm output"
 )
 _NORM = "max |x| of each sequence, mean over sequences, largest over the tensors named"
-_KURTOSIS = "kurtosis (not excess, ddof 1) of each sequence flattened to [T*D], mean over sequences"
+_FORM = "mean((x - mean)^4) / (std^4 + 1e-6) (not excess, std with ddof 1)"
+_KURTOSIS = f"kurtosis {_FORM} of each sequence flattened to [T*D], mean over sequences"
 DEFINITIONS = {
     "max_inf_norm": {"tensor": _TAPS, "average": _NORM, "source": _SOURCE},
     "max_ffn_inf_norm": {"tensor": "MLP outputs of all layers", "average": _NORM, "source": _SOURCE},
@@ -37,7 +38,7 @@ DEFINITIONS = {
     },
     "kurtosis_by_tap": {"tensor": _TAPS, "average": f"{_KURTOSIS}; kind of tap -> layers", "source": _SOURCE},
 }
-_TOKEN_KURTOSIS = "kurtosis (not excess, ddof 1) of each token's D channels, mean over tokens and sequences"
+_TOKEN_KURTOSIS = f"kurtosis {_FORM} of each token's D channels, mean over tokens and sequences"
 TOKEN_DEFINITIONS = {
     "avg_token_kurtosis": {"tensor": _TAPS, "average": f"{_TOKEN_KURTOSIS}, mean over taps", "source": _SOURCE},
     "max_token_kurtosis": {"tensor": _TAPS, "average": f"{_TOKEN_KURTOSIS}, largest over taps", "source": _SOURCE},
@@ -58,8 +59,10 @@ def _kurtosis(x: Float[Array, "B T D"], axes: tuple[int, ...]) -> Float[Array, "
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares = jnp.square(wide - wide.mean(axes, keepdims=True))
     count = math.prod(x.shape[axis] for axis in axes)
-    variance = squares.sum(axes) / (count - 1)
-    return jnp.square(squares).mean(axes) / (variance**2 + 1e-6)
+    variance = squares.sum(axes, keepdims=True) / (count - 1)
+    # In units of std^2: the fourth power of 1e10 is beyond float32.
+    units = squares / jnp.where(variance == 0, 1.0, variance)
+    return (jnp.square(units) / (1 + 1e-6 / jnp.square(variance))).mean(axes)
 
 
 def kurtosis(x: Float[Array, "B T D"]) -> Float[Array, " B"]:
