@@ -1,7 +1,6 @@
 """`oasis_jax eval`, also eval.py: measures trained runs and pretrained models and writes a report."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from oasis_jax.commands.options import add_processes, add_set, folder, join_processes, read_processes
@@ -134,9 +133,9 @@ def main(argv: Sequence[str], program: str = "oasis_jax eval") -> None:
         overrides=args.set,
         tasks=_names(args.tasks),
         task_settings=settings,
+        unwritten=print_comparison,
     )
     if is_first():
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack an arrow, or the letters of a name
         print_comparison(runs)
         print(printable(f"report: {args.report}/index.html"))
 

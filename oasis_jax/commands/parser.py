@@ -47,6 +47,8 @@ def run_main(
       program: how messages call it; None: the script that was started.
     """
     program = program or pathlib.Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack an arrow, or the letters of a name or a text
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:] if argv is None else argv, program)
     except UserError as error:

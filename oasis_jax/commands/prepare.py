@@ -1,10 +1,11 @@
 """`oasis_jax prepare`: turns text into shards of tokens, to train on with data.corpus=prepared."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
-from oasis_jax.commands.options import add_set, read_set
+from oasis_jax.commands.options import add_set, folder, read_set
 from oasis_jax.commands.parser import Parser
 from oasis_jax.errors import printable
 from oasis_jax.overrides import apply_overrides
@@ -32,7 +33,7 @@ def make_parser(program: str) -> Parser:
         help="bytes, bpe (learned from the training part), a tokenizer.json, a .model file of sentencepiece, "
         "tiktoken:NAME, or a model with one: a folder, a .gguf file, owner/name",
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the shards lie")
+    parser.add_argument("--out", required=True, type=folder, metavar="FOLDER", help="where the shards lie")
     parser.add_argument("--licence", default="", metavar="TEXT", help="of the text, as index.json is to say it")
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that read and tokenize; by default one a core"
@@ -52,7 +53,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax prepare") -> None:
             parser.error("--verify: goes with --out alone")
         from oasis_jax.data.prepared import verify
 
-        print(f"{args.out}: {verify(args.out)} shards, all as they were written")
+        print(printable(f"{args.out}: {verify(args.out)} shards, all as they were written"))
         return
     if not (args.source and args.tokenizer):
         parser.error("the following arguments are required: --source and --tokenizer, or --verify")
@@ -75,8 +76,9 @@ def main(argv: Sequence[str], program: str = "oasis_jax prepare") -> None:
         data, tokenizer, args.out, sources=args.source, licence=args.licence, workers=args.workers or cores, say=say
     )
     train, heldout = (index["parts"][part] for part in ("train", "heldout"))
-    print(
+    said = (
         f"{args.out}: {train['tokens']} tokens to train on in {len(train['shards'])} shards, {heldout['tokens']} held "
-        f"out in {len(heldout['shards'])}; train with data.corpus=prepared data.pattern={args.out} "
-        f"data.tokenizer={kind}"
+        f"out in {len(heldout['shards'])}; train with data.corpus=prepared "
+        f"{shlex.quote(f'data.pattern={args.out}')} data.tokenizer={kind}"
     )
+    print(printable(said))

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from oasis_jax.commands.options import folder
@@ -81,11 +80,10 @@ def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
     if notice and not any((args.out / "cells").glob("*/*/*/result.json")):
         raise notice  # there is nothing to report yet
     found = write_study_report(study, args.out)
-    sys.stdout.reconfigure(errors="backslashreplace")
     for verdict in found.verdicts:
         where = f" ({verdict.arm})" if verdict.arm and len(study.arms) > 1 else ""
         print(printable(f"{verdict.word}: {verdict.claim.text}{where}: {verdict.reason}"))
-    print(f"{found.done} of {found.total} cells; report: {args.out}/index.html")
+    print(printable(f"{found.done} of {found.total} cells; report: {args.out}/index.html"))
     if notice:
         raise notice
 

@@ -20,6 +20,7 @@ from oasis_jax.data.survey import Document, Job, Reader, Survey, look, survey
 from oasis_jax.data.tokenizers import TOKENIZERS, Tokenizer
 from oasis_jax.data.workers import Workers
 from oasis_jax.errors import UserError
+from oasis_jax.plain_names import plain
 from oasis_jax.reading import read_json
 
 _PLAN, _LOCK = "plan.json", ".lock"
@@ -212,7 +213,7 @@ def write_shard(job: Job, path: pathlib.Path, documents: list[Document], joined:
     with _written(lengths) as unfinished, unfinished.open("wb") as file:
         np.save(file, np.array([len(ids) for ids in pieces[2::2]], np.uint32))
     with _written(path) as unfinished:
-        writer = ArrayRecordWriter(str(unfinished), WRITING)
+        writer = ArrayRecordWriter(str(plain(unfinished.parent) / unfinished.name), WRITING)
         for start in range(0, len(tokens), RECORD_TOKENS):
             writer.write(tokens[start : start + RECORD_TOKENS].tobytes())
         writer.close()

@@ -23,6 +23,7 @@ from oasis_jax.data.packing import Stream, pack
 from oasis_jax.data.split import missed_share
 from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError
+from oasis_jax.plain_names import plain
 from oasis_jax.reading import read_bytes
 
 INDEX = "index.json"
@@ -99,7 +100,7 @@ class ShardedTokens:
 def _reader(path: pathlib.Path):
     from array_record.python.array_record_module import ArrayRecordReader  # here: it comes with grain
 
-    return ArrayRecordReader(str(path))
+    return ArrayRecordReader(str(plain(path)))
 
 
 def corrupt(path: pathlib.Path, why: object) -> UserError:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -50,6 +50,7 @@ def evaluate(
     overrides: Iterable[str] = (),
     tasks: Sequence[str] = (),
     task_settings: Mapping[str, Any] = MappingProxyType({}),
+    unwritten: Callable[[Sequence[MeasuredRun]], None] | None = None,
 ) -> list[MeasuredRun]:
     """Measures runs and pretrained models and writes report/metrics.json, report/index.html and report/figures/*.png.
 
@@ -70,6 +71,7 @@ def evaluate(
         under each scheme. Their texts are kept in report/<task>/; what an interrupted evaluation has left is not made
         again.
       task_settings: fields of the tasks' settings, such as {"gsm8k_file": "test.jsonl"}.
+      unwritten: shows what was measured where metrics.json cannot be written.
 
     Raises:
       UserError: a workdir twice or without a run, a model that cannot be read, a corpus that is not the run's, an
@@ -93,11 +95,19 @@ def evaluate(
     for subject in subjects:
         runs.append(measure_subject(subject, evaluators, interventions, schemes))
         if is_first():  # what is measured is written before anything else can go wrong
-            _write_metrics(runs, folder, complete=False)
+            try:
+                _write_metrics(runs, folder, complete=False)
+            except UserError as error:  # by the end there may be room again
+                print(printable(str(error)), file=sys.stderr)
     if prepared:
         runs = _with_tasks(runs, [*map(str, workdirs)], prepared, folder, quantize, options)
     if is_first():
-        _write_metrics(runs, folder, complete=True)
+        try:
+            _write_metrics(runs, folder, complete=True)
+        except UserError:
+            if unwritten:
+                unwritten(runs)
+            raise
         for problem in write_report(runs, folder):
             print(printable(f"{problem}; all numbers are in {folder / 'metrics.json'}"), file=sys.stderr)
     wait_for_all("the report is written")

@@ -9,6 +9,7 @@ import numpy as np
 import safetensors
 
 from oasis_jax.errors import UserError
+from oasis_jax.plain_names import plain
 from oasis_jax.pretrained import chat_template
 from oasis_jax.pretrained.keys import shortened
 from oasis_jax.pretrained.source import ChatTemplate, Source, pickle_refused
@@ -72,7 +73,7 @@ class Folder(Source):
     def _opened(file: pathlib.Path):
         require_file(file)
         try:
-            return safetensors.safe_open(str(file), framework="numpy")
+            return safetensors.safe_open(str(plain(file)), framework="numpy")
         except Exception as error:  # SafetensorError is not always exported; OSError of the system
             raise UserError(f"{file}: cannot be read as safetensors: {str(error).splitlines()[0]}") from None
 

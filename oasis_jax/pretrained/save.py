@@ -16,12 +16,14 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from oasis_jax.config import ModelConfig
 from oasis_jax.data.tokenizers import LibraryTokenizer, Tokenizer
-from oasis_jax.errors import UserError
+from oasis_jax.errors import UserError, printable
 from oasis_jax.model.decoder import parameter_specs
+from oasis_jax.plain_names import plain
 from oasis_jax.pretrained.families import FAMILIES, read_model_config
 from oasis_jax.pretrained.load import Pretrained
 from oasis_jax.pretrained.mapping import file_specs, fit_vocabulary, join
@@ -63,9 +65,10 @@ def save_pretrained(model: Pretrained, folder: str | os.PathLike, *, dtype: str 
         if model.chat is not None:
             names = dict(chat_template=model.chat.text, bos_token=model.chat.begin, eos_token=model.chat.end)
             _write_json(path / "tokenizer_config.json", {name: text for name, text in names.items() if text})
-        (path / "README.md").write_text(_card(model, kind), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {str(path)!r}: {error.strerror}") from None
+        (path / "README.md").write_text(printable(_card(model, kind)), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        raise UserError(f"--out: cannot write to {str(path)!r}: {why}") from None
     return kind or MODEL_TYPE
 
 
@@ -147,7 +150,7 @@ def _write_shards(path: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]])
 
     def flush() -> None:
         files.append({name: x.nbytes for name, x in shard.items()})
-        save_file(shard, path / f"part{len(files)}", metadata={"format": "pt"})
+        save_file(shard, plain(path) / f"part{len(files)}", metadata={"format": "pt"})
         shard.clear()
 
     for name, x in tensors:

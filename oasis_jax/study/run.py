@@ -16,7 +16,8 @@ from typing import NoReturn
 
 import jax
 
-from oasis_jax.errors import Preempted, UserError
+from oasis_jax.errors import Preempted, UserError, printable
+from oasis_jax.plain_names import plain
 from oasis_jax.study.cells import RESULT, read_json, run_cell, write_json
 from oasis_jax.study.design import Cell, Study
 from oasis_jax.training.lock import WorkdirLock
@@ -121,7 +122,7 @@ def _work_through(
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _progress(done: int, total: int, new: int, seconds: float, cell: Cell | None = None, failed: str | None = None):
@@ -153,7 +154,7 @@ def _keep_compiled(out: pathlib.Path) -> None:
     programs for a CPU are for that CPU.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(out / "compiled" / os.uname().nodename))
+        jax.config.update("jax_compilation_cache_dir", str(plain(out) / "compiled" / os.uname().nodename))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
@@ -227,7 +228,7 @@ def _worker(
             os._exit(143)
         raise SystemExit(143) from None
     except UserError as error:
-        problem.write_text(str(error))
+        problem.write_text(str(error), encoding="utf-8", errors="backslashreplace")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -247,7 +248,7 @@ def _report_ends(out: pathlib.Path, codes: Sequence[int | None], done: str) -> N
     for index, code in enumerate(codes):
         problem = out / f"worker{index}.problem"
         if code == 2 and problem.exists():
-            raise UserError(problem.read_text())
+            raise UserError(problem.read_text(encoding="utf-8"))
     if 143 in codes or -signal.SIGTERM in codes:
         raise Preempted(f"{done} are done; told to end; the same command goes on")
     if bad := [code for code in codes if code]:

@@ -6,9 +6,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import logging
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 from oasis_jax.config import Config
 from oasis_jax.data import Tokenizer
 from oasis_jax.errors import UserError
+from oasis_jax.plain_names import plain
 from oasis_jax.training import manifest
 from oasis_jax.training.array_checksums import checksums, differing
 from oasis_jax.training.description import (
@@ -53,23 +54,13 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-class _Alias:
-    """A folder under a name that the storage library can take: it reads [ ] * ? as patterns, a backslash as something
-    else than itself, and cannot pass on bytes that are no UTF-8.
+class _Quiet(logging.Filter):
+    """Leaves out what the storage library's threads say of an error; it comes back to whoever waits for them, and is
+    said once, in a line.
     """
 
-    def __init__(self, folder: pathlib.Path, *, create: bool):
-        self.path, self._scratch = folder, None
-        if any(character in "[]*?\\" or "\ud800" <= character <= "\udfff" for character in str(folder)):
-            if create:
-                folder.mkdir(parents=True, exist_ok=True)
-            self._scratch = tempfile.TemporaryDirectory(prefix="oasis_jax-")
-            self.path = pathlib.Path(self._scratch.name, "checkpoints")
-            self.path.symlink_to(folder, target_is_directory=True)
-
-    def remove(self) -> None:
-        if self._scratch:
-            self._scratch.cleanup()
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in pathlib.Path(record.pathname).parts)
 
 
 class Checkpoints:
@@ -98,8 +89,12 @@ class Checkpoints:
         wait_for_all("unfinished checkpoints are removed")
         self._saving: int | None = None
         self._skipped: set[int] = set()  # checkpoints whose step was
-        self._alias = _Alias(self.folder.absolute(), create=keep is not None)
-        self._manager = ocp.CheckpointManager(self._alias.path, options=options)
+        if keep is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        # The library takes [ ] * ? for patterns, and a backslash for something else than itself.
+        self._manager = ocp.CheckpointManager(plain(self.folder.absolute(), odd="[]*?\\"), options=options)
+        self._quiet = _Quiet()
+        logging.getLogger("absl").addFilter(self._quiet)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -113,7 +108,7 @@ class Checkpoints:
             if kind is None:  # else what ended the run is said already
                 raise
         finally:
-            self._alias.remove()
+            logging.getLogger("absl").removeFilter(self._quiet)
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:

@@ -265,6 +265,9 @@ def writable(workdir: str | os.PathLike) -> pathlib.Path:
     """The folder, made where it is missing; raises UserError where it cannot be written."""
     workdir = pathlib.Path(workdir)
     refuse_links(workdir, _WRITES)
+    for name in ("checkpoints", "checkpoints_broken"):
+        if (workdir / name).exists() and not (workdir / name).is_dir():
+            raise UserError(f"--workdir: {str(workdir / name)!r} is no folder; remove it, or take another workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):

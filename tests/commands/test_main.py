@@ -2,6 +2,7 @@
 
 import configparser
 import importlib
+import io
 import os
 import pathlib
 import subprocess
@@ -107,6 +108,15 @@ def test_a_backend_that_cannot_serve_here_is_one_line(operator, field, capsys):
     with pytest.raises(SystemExit) as exit:
         run_main(command, [], "train.py")
     assert (exit.value.code, capsys.readouterr().err) == (2, f"train.py: error: model.{field}: {text}\n")
+
+
+def test_what_a_terminal_lacks_letters_for_is_written_out(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda argv, program: print("\u2192 caf\xe9 \udcff"), [])
+    out.flush()
+    assert ended.value.code == 0 and out.buffer.getvalue() == b"\\u2192 caf\xe9 \\udcff\n"
 
 
 def test_eval_py_is_a_face_of_eval():

@@ -7,7 +7,10 @@ import json
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,13 +33,15 @@ from oasis_jax.training.metrics import MetricsWriter
 from oasis_jax.training.state import new_state
 
 
-def write_run(workdir, config: Config) -> None:
-    """A workdir as training leaves it, with the parameters of the start."""
+def write_run(workdir, config: Config, change: Callable = lambda x: x) -> None:
+    """A workdir as training leaves it, with the parameters of the start, or what becomes of them."""
     workdir.mkdir()
     corpus, mesh = load_corpus(config.data, seed=config.run.seed), make_mesh(config.mesh)
     config = with_sizes(config, corpus)
     with Checkpoints(workdir, keep=Keep(1), say=print) as checkpoints:
-        checkpoints.save(new_state(config, mesh), step=1, data_state={}, description=describe(config, corpus))
+        state = new_state(config, mesh)
+        state = state._replace(params=jax.tree.map(change, state.params))
+        checkpoints.save(state, step=1, data_state={}, description=describe(config, corpus))
     with MetricsWriter(workdir, step=0, tensorboard=False) as writer:
         for step in range(1, 401):
             writer.write(step, {"loss": 5 / step, "null_mass": 0.2, "first_token_mass": 0.3, "beta": 0.01})
@@ -218,6 +223,37 @@ def test_interventions_are_written_and_printed(trained, tmp_path, script, capsys
     assert [row["reason"] is None for row in sink] == [False, False, False]
     assert found[str(trained / "oasis")]["metrics"]["massive_activations"]["value"] == 0.0
     assert found[str(trained / "oasis")]["metrics"]["loss"]["reason"].startswith("not measured")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+def test_a_diverged_model_is_measured_and_shown(trained, tmp_path, capsys, bad):
+    """Nothing of it is a number; the other run's numbers, the page and the pictures of both are there."""
+    config = load_run(trained / "twin").config
+    write_run(tmp_path / "lost", config, lambda x: jnp.full_like(x, bad))
+    runs = evaluate(
+        [trained / "twin", tmp_path / "lost"], tmp_path / "out", num_batches=1,
+        measures=["all"], interventions=["softmax", "sources"], quantize=["w8a8_tensor"],
+    )  # fmt: skip
+    print_comparison(runs)
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    twin, lost = (found["runs"][str(workdir)]["metrics"] for workdir in (trained / "twin", tmp_path / "lost"))
+    assert found["complete"] and twin["loss"]["value"] > 1
+    assert lost["loss"]["value"] is None and lost["loss"]["reason"] == "not finite: nan"
+    check_self_contained((tmp_path / "out" / "index.html").read_text())
+    assert len(list((tmp_path / "out" / "figures").glob("*.png"))) > 5
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_written(trained, tmp_path, monkeypatch, script, capsys):
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    arguments = [f"--workdir={trained / 'twin'}", f"--report={tmp_path}", "--batches=1", "--measures=perplexity"]
+    with pytest.raises(UserError, match=r"--report: cannot write '.*metrics\.json': No space left on device"):
+        script.main(arguments)
+    shown = capsys.readouterr()
+    assert "perplexity" in shown.out and "No space left on device" in shown.err
 
 
 def test_checkpoint_without_a_config(trained, tmp_path):

@@ -18,6 +18,7 @@ from oasis_jax.evaluation import DEFINITIONS
 from oasis_jax.evaluation.interventions import Effect
 from oasis_jax.evaluation.report import page as page_module
 from oasis_jax.evaluation.report.comparison import TABLE, MeasuredRun, cell, change_text, interval_text
+from oasis_jax.evaluation.report.markup import POLICY, document
 from oasis_jax.evaluation.report.page import write_report
 from oasis_jax.evaluation.report.sections import by_role
 from oasis_jax.evaluation.report.views import EDGES, histogram, look
@@ -192,14 +193,17 @@ def browse(page: pathlib.Path, folder: pathlib.Path, width: int, script: str) ->
     """
     copy = folder / "copy.html"
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-    allowed = f'<head><meta http-equiv="Content-Security-Policy" content="{policy}">'
-    inside = html.escape(
-        page.read_text().replace("<head>", allowed).replace("</body>", f"<script>{script}</script></body>")
-    )
+    text = page.read_text().replace(POLICY, policy)  # for the script of ours
+    inside = html.escape(text.replace("</body>", f"<script>{script}</script></body>"))
     copy.write_text(
         f'<!DOCTYPE html><meta charset="utf-8"><iframe style="width:{width}px;height:800px;border:0" '
         f'srcdoc="{inside}"></iframe>'
     )
+    return dom(copy, folder)
+
+
+def dom(page: pathlib.Path, folder: pathlib.Path) -> tuple[str, str]:
+    """The title of a page once it is loaded, and the browser's log."""
     quiet = (
         "background-networking",
         "component-update",
@@ -221,7 +225,7 @@ def browse(page: pathlib.Path, folder: pathlib.Path, width: int, script: str) ->
         "--host-resolver-rules=MAP * ~NOTFOUND",
         "--disable-features=NetworkTimeServiceQuerying,OptimizationHints,MediaRouter,Translate",
         "--dump-dom",
-        f"file://{copy}",
+        f"file://{page}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return html.unescape(re.search(r"<title>(.*?)</title>|$", done.stdout)[1] or ""), done.stderr
@@ -245,10 +249,63 @@ def test_page_in_a_browser(page, tmp_path, width):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")
 def test_the_browser_check_sees_errors_and_requests(tmp_path):
-    (tmp_path / "bad.html").write_text("<html><head></head><body><img src='http://127.0.0.1:9/x.png'></body></html>")
+    (tmp_path / "bad.html").write_text(document("bad", "<img src='http://127.0.0.1:9/x.png'>"))
     _, log = browse(tmp_path / "bad.html", tmp_path, 390, "console.error('oh no')")
     assert "oh no" in log and "CONSOLE" in log
     assert "http://127.0.0.1:9/x.png" in log and "Content Security Policy" in log
+
+
+EVIL = (
+    "</style></title></svg></td><script>parent.evil=1</script><img src=x onerror=parent.evil=2><a href=http://a.b>'\""
+)
+FOUND = (
+    "parent.document.title=JSON.stringify([parent.evil||0,document.scripts.length,"
+    "document.querySelectorAll('img[onerror],a[href^=http],iframe,object,embed,form,base').length,"
+    "document.body.innerText.includes('parent.evil=1')])"
+)
+
+
+def hostile_runs() -> list[MeasuredRun]:
+    """With markup in every text that a run's folder, its model or its corpus can bring."""
+    run = made_up("oasis", "oasis")
+    return [
+        run._replace(
+            label=EVIL + number,
+            workdir=EVIL,
+            corpus={"name": EVIL, "sha256": EVIL, "split": EVIL},
+            tokenizer={"kind": EVIL, "vocab_size": 258, "sha256": EVIL},
+            versions={"jax": EVIL, EVIL: "1"},
+            notes=(EVIL,),
+            absent={"null_mass": EVIL, "beta": EVIL},
+            view=run.view | {"tokens": run.view["tokens"] | {"text": [EVIL] * len(run.view["tokens"]["text"])}},
+            quantization={"w8a8": run.quantization["w8a8"] | {"tensors": {EVIL: EVIL}}},
+            interventions=[Effect("beta", reason=EVIL)],
+        )
+        for number in ("", "2")
+    ]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")
+def test_a_report_of_hostile_runs_is_inert_in_a_browser(tmp_path):
+    """Every text is shown as text, also where the page's own policy, which forbids scripts, is taken away."""
+    write_report(hostile_runs(), tmp_path)
+    title, log = browse(tmp_path / "index.html", tmp_path, 1280, FOUND)
+    assert json.loads(title) == [0, 1, 0, True]  # one script: the one that looks
+    assert "CONSOLE" not in log, log
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")
+def test_the_browser_check_sees_markup_that_got_through_and_the_policy_stops_it(tmp_path):
+    (tmp_path / "bad.html").write_text(document("bad", EVIL))
+    title, _ = browse(tmp_path / "bad.html", tmp_path, 390, FOUND)
+    evil, scripts, others, _ = json.loads(title)
+    assert evil > 0 and scripts == 2 and others == 2
+    own = html.escape((tmp_path / "bad.html").read_text())
+    (tmp_path / "kept.html").write_text(
+        f'<title>-</title><iframe srcdoc="{own}" onload="document.title=String(window.evil||0)"></iframe>'
+    )
+    title, log = dom(tmp_path / "kept.html", tmp_path)
+    assert title == "0" and "Content Security Policy" in log
 
 
 def test_a_picture_that_fails_is_named_and_the_rest_is_there(tmp_path, monkeypatch):

@@ -210,6 +210,55 @@ def test_a_full_disk(start, undisturbed, tmp_path, record):
     record("full disk: 2 errors of one line; with room again, 60 losses bitwise equal")
 
 
+def test_a_disk_without_room_for_another_file(start, tmp_path, record):
+    """There is room for bytes, so that the storage library begins and its threads fail."""
+    with tmpfs(tmp_path / "few", "size=60m,nr_inodes=70") as disk:
+        errors = finish(start(disk / "run", "--set=run.steps=60", "--set=run.keep_checkpoints=9"), 2)
+        error = one_line(errors)
+        assert "the disk is full" in error and "ERROR" not in errors
+        assert "the last good checkpoint is step 7" in error or "there is no checkpoint yet" in error
+        subprocess.run(["mount", "-o", "remount,nr_inodes=9000", disk], check=True)
+        finish(start(disk / "run", "--set=run.steps=60", "--set=run.keep_checkpoints=9"))
+        assert len(logged(disk / "run")) == 60
+    record("no room for another file: 1 error of one line; with room again the run ended")
+
+
+def test_a_full_disk_under_a_report(start, tmp_path, record):
+    """Too small for pictures, which are left out by name; too small for any number, which are shown on the terminal."""
+    finish(start(tmp_path / "run", "--set=run.steps=7"))
+    flags = ["--batches=1", "--measures=default", f"--workdir={tmp_path / 'run'}"]
+
+    def measured(report: pathlib.Path) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / "eval.py", f"--report={report}", *flags]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
+
+    with tmpfs(tmp_path / "small", "size=320k") as disk:
+        done = measured(disk)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        left_out = [line for line in done.stderr.splitlines() if "No space left on device" in line]
+        assert left_out and all("all numbers are in" in line for line in left_out)
+        assert json.loads((disk / "metrics.json").read_text())["complete"]
+    with tmpfs(tmp_path / "tiny", "size=8k") as disk:
+        done = measured(disk)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "--report: cannot write" in one_line(done.stderr) and "squared error" in done.stdout
+    record(
+        f"full disk under a report: {len(left_out)} pictures and pages left out by name; numbers shown where none fit"
+    )
+
+
+def test_eight_devices_that_are_seldom_waited_for(start, tmp_path, record):
+    """Steps that nobody waits for would fill the threads of a host with several devices, which then wait for each
+    other.
+    """
+    rare = [f"--set=run.{name}_interval=600" for name in ("log", "checkpoint", "telemetry")]
+    finish(start(tmp_path / "run", "--set=run.steps=600", *rare, devices=8), seconds=900)
+    (line,) = logged(tmp_path / "run")
+    assert line["step"] == 600
+    record("8 devices, logged once in 600 steps: ended")
+
+
 def test_a_read_only_workdir(start, tmp_path, record):
     with tmpfs(tmp_path / "locked", "size=1m,ro") as disk:
         error = one_line(finish(start(disk / "run"), 2))

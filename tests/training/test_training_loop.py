@@ -189,6 +189,41 @@ def test_a_learning_rate_that_is_too_high(config, tmp_path):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_few_steps_are_on_their_way_at_a_time(config, tmp_path, monkeypatch):
+    """Where nothing is logged nothing else waits for a device; see tests/faults for what happens without a bound."""
+    dispatched, awaited, ahead = [], [], []
+    compiled, wait = loop.Preemption.compiled, jax.block_until_ready
+
+    def counted(self, lower):
+        program = compiled(self, lower)
+
+        def step(*arguments):
+            dispatched.append(True)
+            ahead.append(len(dispatched) - len(awaited))
+            return program(*arguments)
+
+        return step if len(lower.args) == 2 else program  # the training step's state and batch, not what makes a state
+
+    def waited(x):
+        awaited.extend([True] if isinstance(x, dict) else [])
+        return wait(x)
+
+    monkeypatch.setattr(loop.Preemption, "compiled", counted)
+    monkeypatch.setattr(jax, "block_until_ready", waited)
+    rare = dict(log_interval=100, telemetry_interval=0, eval_interval=0, checkpoint_interval=100)
+    fit(set_fields(config, "run", steps=9, **rare), tmp_path)
+    assert len(dispatched) == 9 and max(ahead) == 3
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints_broken"])
+@pytest.mark.parametrize("make", [pathlib.Path.touch, os.mkfifo], ids=["file", "FIFO"])
+def test_what_should_be_a_folder_and_is_none_is_named(config, tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=rf"--workdir: '.*/{name}' is no folder; remove it") as error:
+        fit(config, tmp_path)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_another_corpus_in_the_same_place(config, stopped_at_5, pattern, tmp_path):
     moved = shutil.copytree(pathlib.Path(pattern).parent, tmp_path / "moved")
     (moved / "4.txt").write_text("other " * 60)

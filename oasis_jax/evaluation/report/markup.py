@@ -8,6 +8,9 @@ from oasis_jax.evaluation.report.figures import Picture, color, scale_css, svg
 
 _STYLE = pathlib.Path(__file__).with_name("style.css").read_text(encoding="utf-8").replace("SCALE", scale_css())
 
+# A page runs no script and asks for nothing, whatever is in it: what a browser holds to, should a name ever get through.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
 
 def escaped(value: object) -> str:
     """A value as text that is no markup."""
@@ -50,7 +53,8 @@ def figure(picture: Picture, *, key: str = "", chips: dict[str, int] | None = No
 def document(title: str, body: str) -> str:
     """A whole page in one file, which asks for nothing else."""
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" '
+        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" '
         'content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escaped(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n'
         f"{body}\n</main></body></html>\n"

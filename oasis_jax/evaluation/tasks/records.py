@@ -1,5 +1,6 @@
 """Generations on disk as they are made: a .jsonl file that is gone on with; its first line says what they are of."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oasis_jax.errors import UserError
+from oasis_jax.reading import require_file
 
 
 class Records:
@@ -20,11 +22,13 @@ class Records:
         """Opens or makes the file. A last line that a kill has torn is cut off.
 
         Raises:
-          UserError: the file is of something else, which is named; it is damaged, or cannot be written.
+          UserError: the file is of something else, which is named; it is damaged, is no file, or cannot be written.
         """
         header = json.loads(json.dumps(header))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                require_file(path)
             self._file = open(path, "a+b")  # noqa: SIM115 (`__exit__` closes it)
             self._file.seek(0)
             content = self._file.read()
@@ -46,15 +50,22 @@ class Records:
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Writes records behind the others and waits until they are on disk."""
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self._file.write(text.encode("utf-8", "backslashreplace"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(text.encode("utf-8", "backslashreplace"))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"--report: cannot write {self._file.name!r}: {error.strerror}; what is in it stays, and the same "
+                "command goes on"
+            ) from None
 
     def __enter__(self) -> "Records":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # said by `add` already
+            self._file.close()
 
 
 def _read(line: bytes, where: str) -> dict:
