@@ -1,13 +1,16 @@
 """Fields of a config that are set otherwise, written as "section.field=value": what --set means, for every command."""
 
 import dataclasses
+import difflib
 import functools
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from oasis_jax.config import METHOD_FIELDS, Config, field_type, sections
-from oasis_jax.errors import UserError, nearest
+from oasis_jax.errors import UserError
+
+_CLOSE = 0.6  # share of letters that two names have in common, above which one may be meant for the other
 
 
 def apply_overrides(config: Config, assignments: Iterable[str]) -> Config:
@@ -69,23 +72,30 @@ def _parse(assignment: str) -> tuple[str, str, object]:
     where, equals, text = assignment.partition("=")
     section, dot, name = where.partition(".")
     if not equals or not dot:
-        close = nearest(_full_name(where), _settable()) if where else ""
-        raise UserError(f"--set: expected section.field=value, got {assignment!r}{close}; --help lists every field")
+        raise UserError(
+            f"--set: expected section.field=value, got {assignment!r}{_nearest(where)}; --help lists every field"
+        )
     if where not in _types():
         fields = [full for full in _settable() if full.startswith(f"{section}.")] or list(sections())
-        raise UserError(
-            f"--set: unknown name {where!r}{nearest(_full_name(where), _types())}; allowed: {', '.join(fields)}"
-        )
+        raise UserError(f"--set: unknown name {where!r}{_nearest(where)}; allowed: {', '.join(fields)}")
     if is_table(_types()[where]):
         raise UserError(f"--set: {where} is a table and cannot be set on the command line; write it in a config file")
     return section, name, _parse_value(where, text, _types()[where])
 
 
-def _full_name(where: str) -> str:
-    """The field's full name where its last part alone says which one is meant, else `where`."""
-    last = where.rpartition(".")[2]
-    found = [full for full in _settable() if full.partition(".")[2] == last]
-    return found[0] if len(found) == 1 else where
+def _nearest(where: str) -> str:
+    """' (did you mean 'section.field'?)' for the field whose own name is closest, in whatever section; the section
+    decides between fields that are equally close. '' where none is close.
+    """
+    section, _, name = where.rpartition(".")
+
+    def likeness(full: str) -> float:
+        its_section, _, its_name = full.partition(".")
+        ratio = difflib.SequenceMatcher(None, name, its_name).ratio()
+        return ratio + 0.1 * difflib.SequenceMatcher(None, section, its_section).ratio() if ratio > _CLOSE else 0.0
+
+    best = max(_types(), key=likeness)
+    return f" (did you mean {best!r}?)" if likeness(best) else ""
 
 
 def _parse_value(where: str, text: str, hint: object) -> object:

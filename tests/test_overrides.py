@@ -68,6 +68,13 @@ WRONG = {
     "modle.width=3": "--set: unknown name 'modle.width' (did you mean 'model.width'?); allowed: model, data, "
     "optimizer, mesh, run",
     "model.learning_rate=3": "--set: unknown name 'model.learning_rate' (did you mean 'optimizer.learning_rate'?)",
+    "model.learning_rat=3": "--set: unknown name 'model.learning_rat' (did you mean 'optimizer.learning_rate'?)",
+    "run.batchsize=3": "--set: unknown name 'run.batchsize' (did you mean 'data.batch_size'?)",
+    "optimiser.warmup=3": "--set: unknown name 'optimiser.warmup' (did you mean 'optimizer.warmup_steps'?)",
+    "data.widht=3": "--set: unknown name 'data.widht' (did you mean 'model.width'?)",
+    "mesh.xyzzy=3": "--set: unknown name 'mesh.xyzzy'; allowed: mesh.data",
+    "checkpoint_intervall=3": "--set: expected section.field=value, got 'checkpoint_intervall=3' (did you mean "
+    "'run.checkpoint_interval'?)",
     "num_layers=3": "--set: expected section.field=value, got 'num_layers=3' (did you mean 'model.num_layers'?)",
     "model.num_layers": "--set: expected section.field=value, got 'model.num_layers' (did you mean "
     "'model.num_layers'?)",
@@ -96,6 +103,16 @@ def test_a_wrong_assignment_is_told_in_one_line(assignment):
     with pytest.raises(UserError) as caught:
         apply_overrides(Config(), [assignment])
     assert one_line(caught).startswith(WRONG[assignment])
+
+
+@pytest.mark.parametrize("name", [f"{section}.{field.name}" for section, _, field in all_fields()])
+def test_a_field_is_found_from_any_section_and_with_a_letter_missing(name):
+    section, _, field = name.partition(".")
+    for given in (f"elsewhere.{field}", f"{section}.{field[1:]}" if len(field) > 4 else f"{section}.{field}x"):
+        with pytest.raises(UserError) as caught:
+            parse_overrides([f"{given}=1"])
+        meant = one_line(caught).partition("did you mean '")[2].partition("'")[0]
+        assert meant.partition(".")[2] == field and (given.startswith("elsewhere") or meant == name)
 
 
 def test_a_batch_of_the_config_file_can_be_overridden_together_with_its_parts():

@@ -14,5 +14,5 @@ COMMANDS = {
     "lm-eval": "runs tasks of the language model evaluation harness",
     "export": "writes a model as safetensors, for this library and, where its family is known, for others",
     "study": "trains and measures a matrix of methods and seeds and tests claims on it",
-    "show": "prints a model's parameters and what each of its sublayers reads",
+    "show": "prints a config and what its model is made of, or what differs between two configs",
 }

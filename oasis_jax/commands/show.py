@@ -1,5 +1,5 @@
-"""`oasis_jax show`: what a model is made of, from its config alone: parameters, and what each sublayer reads and
-writes.
+"""`oasis_jax show`: a config, and what its model is made of: parameters, and what each sublayer reads and writes; of
+two configs, what differs.
 """
 
 import os
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from oasis_jax.commands.config_file import load_config
+from oasis_jax.commands.config_tables import differences, set_otherwise
 from oasis_jax.commands.options import add_set
 from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.table import terminal_width
@@ -19,14 +20,17 @@ from oasis_jax.overrides import apply_overrides, parse_overrides
 def make_parser(program: str) -> Parser:
     """The flags of the command."""
     parser = Parser(
-        prog=program, description="Prints a model's parameters and, step by step, what its sublayers read and write."
+        prog=program,
+        description="Prints a config, the parameters of its model and, step by step, what its sublayers read and write; "
+        "of two configs the fields in which they differ.",
     )
     parser.add_argument(
         "source",
         metavar="CONFIG",
         help="a Python file with get_config(), or the workdir of a run, whose newest checkpoint holds its config",
     )
-    add_set(parser, "another value for a field of the config")
+    parser.add_argument("other", nargs="?", metavar="CONFIG", help="another one: prints the fields that differ")
+    add_set(parser, "another value for a field of the config, of both where there are two")
     return parser
 
 
@@ -34,16 +38,24 @@ def main(argv: Sequence[str], program: str = "oasis_jax show") -> None:
     """Prints the tables."""
     args = make_parser(program).parse_args(argv)
     parse_overrides(args.set)  # before anything is loaded
-    config = stored_config(args.source) if pathlib.Path(args.source).is_dir() else load_config(args.source, "CONFIG")
-    config = apply_overrides(config, args.set)
+    config, width = read_config(args.source, args.set), terminal_width()
+    if args.other is not None:
+        text = differences(config, read_config(args.other, args.set), (args.source, args.other), width)
+    else:
+        # Imported here, so that --help and mistakes in flags do not wait for JAX.
+        from oasis_jax.commands.model_tables import describe
 
-    # Imported here, so that --help and mistakes in flags do not wait for JAX.
-    from oasis_jax.commands.model_tables import describe
-
+        text = f"{describe(config, width)}\n\n{set_otherwise(config, width)}"
     try:
-        print(printable(describe(config, terminal_width())), flush=True)
+        print(printable(text), flush=True)
     except BrokenPipeError:  # whoever reads has seen enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def read_config(source: str, assignments: Sequence[str]) -> Config:
+    """The config of a file, of a name or of a run, with fields set otherwise; raises UserError where there is none."""
+    config = stored_config(source) if pathlib.Path(source).is_dir() else load_config(source, "CONFIG")
+    return apply_overrides(config, assignments)
 
 
 def stored_config(workdir: str | pathlib.Path) -> Config:

@@ -187,6 +187,9 @@ class RunConfig:
         low=0,
     )
     tensorboard: bool = field(False, "also write TensorBoard files (needs the tensorboard extra)")
+    wandb: bool = field(
+        False, "also log to Weights & Biases (needs the wandb extra), which reads WANDB_PROJECT, WANDB_MODE=offline ..."
+    )
 
     def __post_init__(self):
         check_fields(self, "run")

@@ -21,7 +21,14 @@ MAY_DIFFER = {
     *("data.pattern", "optimizer.accumulation_steps"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.rules"),
     *("run.log_interval", "run.telemetry_interval", "run.eval_interval", "run.eval_batches"),
-    *("run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard"),
+    *(
+        "run.checkpoint_interval",
+        "run.keep_checkpoints",
+        "run.keep_every",
+        "run.keep_best",
+        "run.tensorboard",
+        "run.wandb",
+    ),
     *("optimizer.nonfinite", "optimizer.nonfinite_limit", "run.steps"),
 }
 # Filled in from the data: 0 in a config means what the checkpoint has.

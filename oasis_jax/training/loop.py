@@ -66,7 +66,7 @@ def fit(
 
     Args:
       config: the run.
-      workdir: gets metrics.jsonl, checkpoints/ and, where asked for, tensorboard/.
+      workdir: gets metrics.jsonl, checkpoints/ and, where asked for, tensorboard/ and wandb/.
       evaluators: each run(params, model config, placement, held-out batches) -> {name: value}, called every
         run.eval_interval steps on the parameters where they lie; finite numbers among the values are logged as
         "eval/<name>".
@@ -144,8 +144,8 @@ def _log_and_train(
     stack.enter_context(contextlib.closing(batches))
     if resumed:
         batches.set_state(resumed.data_state)
-    tensorboard = config.run.tensorboard
-    writer = MetricsWriter(workdir, step=first, tensorboard=tensorboard) if is_first() else NoWriter()
+    trackers = dict(tensorboard=config.run.tensorboard, wandb=config if config.run.wandb else None)
+    writer = MetricsWriter(workdir, step=first, **trackers) if is_first() else NoWriter()
     writer = stack.enter_context(writer)
     tracer = stack.enter_context(Profile(workdir, profile if is_first() else None))
     stack.enter_context(run.progress)
@@ -256,7 +256,7 @@ def _due(step: int, run: RunConfig, evaluators: Mapping[str, Evaluator], leave: 
 
 # What a run writes in its workdir, and what is inside of some of it.
 _WRITES = (
-    *("metrics.jsonl", "metrics.partial", "training.lock", "tensorboard", "profile"),
+    *("metrics.jsonl", "metrics.partial", "training.lock", "tensorboard", "wandb", "wandb_run_id", "profile"),
     *("checkpoints", "checkpoints/*", "checkpoints_broken", "checkpoints_broken/*"),
 )
 

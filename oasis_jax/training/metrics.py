@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, TensorBoard files, a progress bar."""
+"""What a run tells while it trains: metrics.jsonl, trackers, a progress bar."""
 
 import contextlib
 import datetime
@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from oasis_jax.config import Config
 from oasis_jax.config.schema import LARGEST
 from oasis_jax.errors import UserError, printable
 from oasis_jax.reading import read_bytes
+from oasis_jax.training.trackers import TensorBoard, Tracker, Wandb
 
 FILE_NAME = "metrics.jsonl"
 _MOST = 2**30  # bytes: some millions of logged steps
@@ -50,15 +52,23 @@ def _is_number(value: object) -> bool:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one flushed line a step, and to TensorBoard files where asked to; a context manager."""
+    """Appends to metrics.jsonl, one flushed line a step, and to trackers where asked to; a context manager."""
 
-    def __init__(self, workdir: pathlib.Path, *, step: int, tensorboard: bool):
+    def __init__(self, workdir: pathlib.Path, *, step: int, tensorboard: bool = False, wandb: Config | None = None):
         """Continues after `step`: lines of later steps, which will come again, are dropped.
 
+        Args:
+          workdir: of the run.
+          step: the last one that is done.
+          tensorboard: write its files, too.
+          wandb: the run's config, where Weights & Biases is to have it and the numbers.
+
         Raises:
-          UserError: TensorBoard files are asked for and tensorboardX is not installed.
+          UserError: a tracker that is asked for is not installed or does not start, or the file cannot be written.
         """
-        self._tensorboard = _summary_writer(workdir / "tensorboard", step) if tensorboard else None
+        self._trackers: list[Tracker] = [TensorBoard(workdir, step)] if tensorboard else []
+        if wandb:
+            self._trackers.append(Wandb(workdir, wandb))
         kept = "".join(json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= step)
         path = workdir / FILE_NAME
         partial = path.with_suffix(".partial")
@@ -69,16 +79,20 @@ class MetricsWriter:
             partial.replace(path)
             self._file = path.open("a")
         except OSError as error:
+            self._close_trackers(error)
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         with contextlib.suppress(OSError):  # every line was flushed, and what could not be was said
             self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        self._close_trackers(error)
+
+    def _close_trackers(self, error: BaseException | None) -> None:
+        for tracker in self._trackers:
+            tracker.close(error)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes {"step": step, **values, "time": seconds since 1970}.
@@ -91,20 +105,8 @@ class MetricsWriter:
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._file.name}: cannot be written at step {step}: {error.strerror}") from None
-        if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-
-
-def _summary_writer(folder: pathlib.Path, step: int):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "run.tensorboard: tensorboardX is not installed; python -m pip install 'oasis_jax[tensorboard]', or "
-            "set it to false"
-        ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+        for tracker in self._trackers:
+            tracker.write(step, values)
 
 
 class NoWriter(contextlib.nullcontext):

@@ -7,6 +7,8 @@ import re
 import jax
 import pytest
 
+from oasis_jax.commands.config_file import load_config
+from oasis_jax.commands.config_tables import fields as config_fields
 from oasis_jax.commands.model_tables import describe, shortened
 from oasis_jax.commands.show import main
 from oasis_jax.config import PRESETS, Config, DataConfig, LayerPattern, ModelConfig, RopeScaling
@@ -86,7 +88,10 @@ def test_a_config_file_with_fields_set_otherwise(capsys):
 def test_a_workdir_shows_what_its_checkpoint_holds(workdir, capsys):
     path, config = workdir
     text = shown(str(path), capsys=capsys)
-    assert text == describe(config, 100) + "\n" and "as the bytes" not in text
+    assert text.startswith(describe(config, 100) + "\n\nconfig, other than by default\n") and "as the bytes" not in text
+    fields = dict(line.split(maxsplit=1) for line in text.partition("by default\n  model.preset")[2].splitlines()[1:])
+    assert fields["data.pattern"] == config.data.pattern and fields["model.num_layers"] == "3"
+    assert "run.steps" not in fields and "model.normalizer" not in fields
     assert "delta wiring" in shown(str(path), "--set=model.preset=attnres", capsys=capsys)
 
 
@@ -111,12 +116,29 @@ def workdir(tmp_path):
     return path, config
 
 
+def test_two_configs_show_what_differs(workdir, capsys):
+    path, config = workdir
+    demo, again = f"{ROOT}/configs/demo.py", str(path)
+    assert shown(demo, demo, capsys=capsys) == f"{demo} and {demo} are the same config, field by field\n"
+    lines = [line.split() for line in shown(demo, again, "--set=run.seed=3", capsys=capsys).splitlines()]
+    assert lines[:3] == [["A:", demo], ["B:", again], ["field", "A", "B"]]
+    rows = {name: values for name, *values in lines[3:]}
+    assert rows["model.num_layers"] == ["4", "3"] and rows["data.corpus"] == ["stdlib", "files"]
+    expected = config_fields(load_config(demo)), config_fields(config)
+    differing = {name for name in expected[0] if expected[0][name] != expected[1][name]}
+    assert rows.keys() >= differing and not rows.keys() & {"run.seed", "model.normalizer"}
+
+
 def test_mistakes_are_one_line(tmp_path, capsys):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for argv, message in (
         ((f"{ROOT}/configs/demoo.py",), f"CONFIG: no such file '{ROOT}/configs/demoo.py' (did you mean "),
         ((str(tmp_path),), f"CONFIG: there is no run in '{tmp_path}' (it has no folder 'checkpoints'); give a config"),
         ((str(tmp_path / "empty"),), f"CONFIG: the run in '{tmp_path}/empty' has no checkpoint yet"),
+        (
+            ("demo", "demoo"),
+            "CONFIG: no file 'demoo', and no config of the library has this name (did you mean 'demo'?)",
+        ),
         ((f"{ROOT}/configs/demo.py", "--set=model.widht=3"), "--set: unknown name 'model.widht' (did you mean"),
         ((f"{ROOT}/configs/demo.py", "--set=model.blocks=2"), "model.blocks: only wiring=delta has blocks"),
     ):

@@ -65,7 +65,17 @@ def test_what_fits_is_not_refused():
 
 @pytest.mark.parametrize(
     "name",
-    ["checkpoints", "checkpoints/5", "metrics.jsonl", "metrics.partial", "training.lock", "tensorboard", "profile"],
+    [
+        "checkpoints",
+        "checkpoints/5",
+        "metrics.jsonl",
+        "metrics.partial",
+        "training.lock",
+        "tensorboard",
+        "wandb",
+        "wandb_run_id",
+        "profile",
+    ],
 )
 def test_nothing_is_written_through_a_link(name, tmp_path):
     precious, workdir = tmp_path / "precious", tmp_path / "run"

@@ -107,7 +107,7 @@ def test_what_may_differ(run, workdir, said):
         run[0], model__remat="layer", model__stack="scan", model__attention_implementation="reference",
         optimizer__accumulation_steps=2, mesh__data=1, mesh__rules=(("batch", ("data",)),), run__log_interval=7,
         run__telemetry_interval=0, run__eval_interval=3, run__eval_batches=1, run__checkpoint_interval=2,
-        run__keep_checkpoints=5, run__tensorboard=True,
+        run__keep_checkpoints=5, run__tensorboard=True, run__wandb=True,
     )  # fmt: skip
     assert resume(asked, workdir, said).step == 9
 
@@ -123,7 +123,8 @@ def test_every_other_field_is_compared():
         "optimizer.accumulation_steps", "optimizer.nonfinite", "optimizer.nonfinite_limit", "run.steps",
         "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.rules",
         "run.log_interval", "run.telemetry_interval", "run.eval_interval", "run.eval_batches",
-        "run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best", "run.tensorboard",
+        "run.checkpoint_interval", "run.keep_checkpoints", "run.keep_every", "run.keep_best",
+        "run.tensorboard", "run.wandb",
     }  # fmt: skip
 
 
