@@ -42,8 +42,8 @@ class Norm(nn.Module):
     config: NormConfig
     width: int
 
-    def setup(self):
-        self.parameters = _declare(self, norm_parameters(self.config, self.width))
+    def setup(self) -> None:
+        self.parameters: dict[str, Array] = _declare(self, norm_parameters(self.config, self.width))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return norm(self.parameters, self.config, x)
@@ -54,13 +54,15 @@ class Attention(nn.Module):
 
     config: AttentionConfig
     kv_width: int | None = None
-    kernel_init: Callable | None = None
-    bias_init: Callable | None = None
+    kernel_init: Callable[..., Array] | None = None
+    bias_init: Callable[..., Array] | None = None
     param_dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         specs = attention_parameters(self.config, self.kv_width)
-        self.parameters = _declare(self, with_initializers(specs, self.kernel_init, self.bias_init), self.param_dtype)
+        self.parameters: dict[str, Array] = _declare(
+            self, with_initializers(specs, self.kernel_init, self.bias_init), self.param_dtype
+        )
 
     def __call__(
         self,
@@ -79,8 +81,8 @@ class Router(nn.Module):
 
     config: RouterConfig
 
-    def setup(self):
-        self.parameters = _declare(self, router_parameters(self.config))
+    def setup(self) -> None:
+        self.parameters: dict[str, Array] = _declare(self, router_parameters(self.config))
 
     def __call__(
         self, sources: Sources, evidence: Evidence, context: Context = _NO_CONTEXT
@@ -93,8 +95,8 @@ class MLP(nn.Module):
 
     config: MLPConfig
 
-    def setup(self):
-        self.parameters = _declare(self, mlp_parameters(self.config))
+    def setup(self) -> None:
+        self.parameters: dict[str, Array] = _declare(self, mlp_parameters(self.config))
 
     def __call__(self, x: Float[Array, "B T D"], context: Context = _NO_CONTEXT) -> Float[Array, "B T D"]:
         return mlp(self.parameters, self.config, x, context)
@@ -105,12 +107,12 @@ class Layer(nn.Module):
 
     config: ModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
-        self.attention_norm = Norm(config, config.width)
-        self.attention = Attention(config)
-        self.mlp_norm = Norm(config, config.width)
-        self.mlp = MLP(config)
+        self.attention_norm: Norm = Norm(config, config.width)
+        self.attention: Attention = Attention(config)
+        self.mlp_norm: Norm = Norm(config, config.width)
+        self.mlp: MLP = MLP(config)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -125,8 +127,8 @@ class _Table(nn.Module):
     config: ModelConfig
     specs: Any
 
-    def setup(self):
-        self.parameters = _declare(self, self.specs(self.config))
+    def setup(self) -> None:
+        self.parameters: dict[str, Array] = _declare(self, self.specs(self.config))
 
 
 class Decoder(nn.Module):
@@ -134,14 +136,14 @@ class Decoder(nn.Module):
 
     config: ModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         check_model(config)
-        self.embedding = _Table(config, embedding_parameters)
-        self.head = _Table(config, head_parameters)
-        self.layers = [Layer(config) for _ in range(config.num_layers)]
-        self.routers = [Router(config) for _ in schedule(config).routers]
-        self.final_norm = Norm(config, config.width)
+        self.embedding: nn.Module = _Table(config, embedding_parameters)
+        self.head: nn.Module = _Table(config, head_parameters)
+        self.layers: list[Layer] = [Layer(config) for _ in range(config.num_layers)]
+        self.routers: list[Router] = [Router(config) for _ in schedule(config).routers]
+        self.final_norm: Norm = Norm(config, config.width)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -156,7 +158,7 @@ class Decoder(nn.Module):
         return forward(self.parameters, self.config, inputs, context)
 
 
-def params_from_nnx(parameters: Mapping) -> dict:
+def params_from_nnx(parameters: Mapping[Any, Any]) -> dict[str, Any]:
     """The Linen `params` of NNX parameters (`Decoder.parameters()`): entries of lists become `layers_0` and so on."""
     renamed = {}
     for name, value in parameters.items():
@@ -169,9 +171,9 @@ def params_from_nnx(parameters: Mapping) -> dict:
     return renamed
 
 
-def params_to_nnx(parameters: Mapping) -> dict:
+def params_to_nnx(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `params_from_nnx`, for the parameters of a `Decoder`, with or without their logical axes."""
-    nested: dict = {}
+    nested: dict[str, Any] = {}
     for name, value in nn.unbox(parameters).items():
         stem, _, index = name.rpartition("_")
         if stem in STACKS and index.isdigit():

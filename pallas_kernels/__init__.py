@@ -11,6 +11,8 @@ backend that can serve the call; `implementations(operator)` lists the names the
 which one a call runs and why the others do not.
 """
 
+from typing import Any
+
 from pallas_kernels.depth_route import IMPLEMENTATIONS as _DEPTH_ROUTE
 from pallas_kernels.depth_route import (
     DepthRoute,
@@ -58,14 +60,14 @@ def implementations(operator: str) -> tuple[str, ...]:
     return tuple(_operator(operator)[1])
 
 
-def explain(operator: str, *args, **kwargs) -> Explanation:
+def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend a call of an operator runs, and why the others do not; nothing is computed.
 
         print(pallas_kernels.explain("null_attention", query, key, value, window=512))
 
     Args:
       operator: "null_attention" or "depth_route".
-      *args, **kwargs: those of the call, without `implementation`; arrays may be `jax.ShapeDtypeStruct`s.
+      args, kwargs: those of the call, without `implementation`; arrays may be of type `jax.ShapeDtypeStruct`.
 
     Returns:
       An Explanation; printed, one line a backend.

@@ -8,6 +8,7 @@ and no gradient is taken through a shard_map.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ class OperatorSharding:
     sequence: str | tuple[str, ...] | None = None
     layout: str = "contiguous"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("batch", "heads"):
             axes = getattr(self, name)
             object.__setattr__(self, name, (axes,) if isinstance(axes, str) else tuple(axes or ()))
@@ -98,7 +99,7 @@ class OperatorSharding:
                     f"{size} in shape {shape}"
                 )
 
-    def mapped(self, function: Callable, in_specs, out_specs) -> Callable:
+    def mapped(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function` of every device's parts. Not differentiable as it stands: derivatives belong outside."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

@@ -18,12 +18,12 @@ from oasis_jax.overrides import all_fields
 T = TypeVar("T")
 
 
-def load_config(path: str | os.PathLike, flag: str = "--config") -> Config:
+def load_config(path: str | os.PathLike[str], flag: str = "--config") -> Config:
     """What `get_config()` of the Python file at `path` gives; see `load_file`."""
     return load_file(path, "get_config", Config, flag)
 
 
-def load_file(path: str | os.PathLike, function: str, expected: type[T], flag: str) -> T:
+def load_file(path: str | os.PathLike[str], function: str, expected: type[T], flag: str) -> T:
     """Runs the Python file at `path` and returns what its function gives.
 
     Args:

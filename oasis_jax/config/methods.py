@@ -13,7 +13,7 @@ _CUMULATIVE = dict(
     blocks=0,
     output_norm=False,
 )
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict[str, str | bool | int]] = {
     "residual": _CUMULATIVE | dict(normalizer="softmax", wiring="residual", router="none"),
     "attnres": _CUMULATIVE | dict(normalizer="softmax", wiring="delta", router="static"),
     "attnres_rms": _CUMULATIVE

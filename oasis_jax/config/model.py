@@ -6,13 +6,24 @@ router can be built alone with only what it reads, and a `ModelConfig` can be pa
 
 import copy
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from oasis_jax.config.methods import METHOD_FIELDS, PRESETS
 from oasis_jax.config.schema import check_fields, check_minimum, field
 from oasis_jax.errors import UserError, unknown_name
 
 _SMALLEST = 2.0**-126  # of the numbers that float32 holds in full; devices take smaller ones for 0
+
+Normalizer = Literal[
+    "softmax", "softmax1", "learned_sink", "null_key", "null_key_value", "token_null", "clipped", "entmax15",
+    "sparsemax", "softpick",
+]  # fmt: skip
+Gate = Literal["none", "elementwise", "per_head"]
+DepthNormalizer = Literal["softmax", "softmax1", "sigmoid", "uniform"]
+if TYPE_CHECKING:
+    Preset = str  # a type checker cannot read the table
+else:
+    Preset = Literal[tuple(PRESETS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +53,7 @@ class MLPConfig:
         0, "hidden activations pass a Hadamard transform of blocks of this size before the down projection; 0: none"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "mlp")
         self.check_mlp("mlp")
 
@@ -89,7 +100,7 @@ class RopeScaling:
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("short_factors", "long_factors"):
             object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
         section = "model.rope_scaling"
@@ -121,7 +132,7 @@ class LayerPattern:
     window: int = 0  # keep keys with 0 <= i - j < window; 0: all
     rope_theta: float = 10_000.0  # base of rotary positions; 0: none
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "model.layer_pattern")
         check_minimum(self, "model.layer_pattern", window=0, rope_theta=0.0)
 
@@ -134,10 +145,7 @@ class AttentionConfig:
     num_heads: int = field(4, "query heads N")
     num_kv_heads: int = field(0, "key and value heads K, a divisor of num_heads; 0: as many as num_heads")
     head_dim: int = field(0, "head size H; 0: width // num_heads")
-    normalizer: Literal[
-        "softmax", "softmax1", "learned_sink", "null_key", "null_key_value", "token_null", "clipped", "entmax15",
-        "sparsemax", "softpick",
-    ] = field("softmax1", "what turns attention scores into probabilities")  # fmt: skip
+    normalizer: Normalizer = field("softmax1", "what turns attention scores into probabilities")
     null_keys: int = field(
         1, "null_key, null_key_value: how many null keys (and values) P, the length of a constant prefix"
     )
@@ -151,9 +159,7 @@ class AttentionConfig:
     clip_gamma: float = field(0.0, "clipped softmax: lower stretch gamma (<= 0); 0: -clip_alpha / number of keys")
     clip_zeta: float = field(1.0, "clipped softmax: upper stretch zeta (>= 1)")
     clip_alpha: float = field(4.0, "clipped softmax: alpha, used where clip_gamma is 0", low=0)
-    gate: Literal["none", "elementwise", "per_head"] = field(
-        "none", "sigmoid gate on each head's output before the output projection"
-    )
+    gate: Gate = field("none", "sigmoid gate on each head's output before the output projection")
     qkv_bias: bool = field(False, "biases on queries, keys and values")
     output_bias: bool = field(False, "bias on the output projection")
     qk_norm: bool = field(False, "RMSNorm with gain on queries and keys, per head, before rotary positions")
@@ -168,7 +174,7 @@ class AttentionConfig:
         "auto", "backend of pallas_kernels.null_attention; auto: the fastest that can serve"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "attention")
         self.check()
 
@@ -236,7 +242,7 @@ class RouterConfig:
         "how the query over depth is made; qkv: as static, over sources that are normalized without a gain, and the "
         "inputs of an attention's queries, keys and values are routed apart",
     )
-    depth_normalizer: Literal["softmax", "softmax1", "sigmoid", "uniform"] = field(
+    depth_normalizer: DepthNormalizer = field(
         "softmax1",
         "normalizer over depth sources; sigmoid: of each source's score alone, in plain JAX; uniform: equal weights, "
         "nothing learned",
@@ -257,7 +263,7 @@ class RouterConfig:
     )
     depth_implementation: str = field("auto", "backend of pallas_kernels.depth_route; auto: the fastest that can serve")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "router")
         self.check_router("router")
 
@@ -279,18 +285,14 @@ class RouterConfig:
 class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
     """A decoder. The method's fields default to their preset's: `ModelConfig(preset="oasis", num_layers=4)`."""
 
-    preset: Literal[tuple(PRESETS)] = field("oasis", "the method that fills the fields marked 'of the preset'")
-    normalizer: AttentionConfig.__annotations__["normalizer"] = field(
-        None, "what turns attention scores into probabilities"
-    )
-    gate: AttentionConfig.__annotations__["gate"] = field(
-        None, "sigmoid gate on each head's output before the output projection"
-    )
+    preset: Preset = field("oasis", "the method that fills the fields marked 'of the preset'")
+    normalizer: Normalizer = field(None, "what turns attention scores into probabilities")
+    gate: Gate = field(None, "sigmoid gate on each head's output before the output projection")
     wiring: Literal["residual", "cumulative", "delta"] = field(None, "how sublayers are connected over depth")
     router: Literal["projected", "static", "qkv", "none"] = field(
         None, RouterConfig.__dataclass_fields__["router"].metadata["help"]
     )
-    depth_normalizer: RouterConfig.__annotations__["depth_normalizer"] = field(
+    depth_normalizer: DepthNormalizer = field(
         None, RouterConfig.__dataclass_fields__["depth_normalizer"].metadata["help"]
     )
     coupling: bool = field(None, "weigh sources by the null mass of their attention (inter-layer null signal)")
@@ -327,7 +329,7 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
         "auto", "training runs the layers as a loop or one by one; auto: a loop, except on CPUs"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise unknown_name("model.preset", self.preset, PRESETS)
         for name in METHOD_FIELDS:

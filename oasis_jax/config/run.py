@@ -63,7 +63,7 @@ class DataConfig:
         3, "corpus=backcopy: so many of the text's most frequent bytes are triggers", low=1, below=256
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "data")
         needs = {
             "files": "a glob of .txt or .jsonl files",
@@ -121,7 +121,7 @@ class OptimizerConfig:
     )
     nonfinite_limit: int = field(10, "nonfinite=skip: so many skipped steps in a row end the run", low=1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "optimizer")
 
 
@@ -150,9 +150,11 @@ class MeshConfig:
     sequence: int = field(
         1, "devices that split the positions of an example; attention passes its keys around them", low=1
     )
-    rules: tuple = field(DEFAULT_RULES, "logical axis name -> mesh axes, the one table of what is split over what")
+    rules: tuple[tuple[str, tuple[str, ...]], ...] = field(
+        DEFAULT_RULES, "logical axis name -> mesh axes, the one table of what is split over what"
+    )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "mesh")
         if self.data == 0 or self.data < -1:
             raise UserError(f"mesh.data: must be -1 or at least 1, got {self.data}")
@@ -191,7 +193,7 @@ class RunConfig:
         False, "also log to Weights & Biases (needs the wandb extra), which reads WANDB_PROJECT, WANDB_MODE=offline ..."
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "run")
         if self.keep_every and self.keep_every % self.checkpoint_interval:
             raise UserError(
@@ -214,7 +216,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.data.batch_size % self.optimizer.accumulation_steps:
             raise UserError(
                 f"optimizer.accumulation_steps: {self.optimizer.accumulation_steps} does not divide "
@@ -243,12 +245,12 @@ class Config:
             raise UserError(f"model.inputs: corpus={self.data.corpus} needs inputs={needed}, got {self.model.inputs}")
 
 
-def to_dict(config: Config) -> dict:
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The config as plain nested dicts, as it is written into checkpoints."""
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict, written_by: str = "") -> Config:
+def from_dict(values: Mapping[str, Mapping[str, Any]], written_by: str = "") -> Config:
     """The inverse of `to_dict`, which may have been through JSON.
 
     Args:

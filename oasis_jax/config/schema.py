@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from oasis_jax.errors import UserError, unknown_name
 
@@ -35,7 +35,7 @@ def range_in_words(ends: Mapping[str, float]) -> str:
     return " and ".join(words.format(ends[name]) for name, (_, words) in _ENDS.items() if name in ends)
 
 
-def field_type(cls: type, name: str):
+def field_type(cls: type, name: str) -> Any:
     """The resolved annotation of a config field."""
     return typing.get_type_hints(cls)[name]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class Corpus:
       vector_dim: size of input and target vectors, None where examples are tokens.
     """
 
-    identity: dict
+    identity: dict[str, Any]
     tokenizer: Tokenizer | None
     train: Source
     heldout: Source

@@ -33,7 +33,7 @@ SHARD_BYTES = 64 * 2**20
 def prepare(
     config: DataConfig,
     tokenizer: Tokenizer | None,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     sources: Sequence[str] = (),
     licence: str = "",

@@ -131,7 +131,7 @@ def file_sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_index(folder: str | os.PathLike) -> dict:
+def read_index(folder: str | os.PathLike[str]) -> dict:
     """What index.json says; raises UserError where there is none, or one of another format."""
     path = pathlib.Path(folder).expanduser() / INDEX
     try:
@@ -152,7 +152,7 @@ def read_index(folder: str | os.PathLike) -> dict:
     return index
 
 
-def verify(folder: str | os.PathLike) -> int:
+def verify(folder: str | os.PathLike[str]) -> int:
     """How many shards there are, all of which have their checksums; raises UserError for the first that has not."""
     index, folder = read_index(folder), pathlib.Path(folder).expanduser()
     shards = [shard for part in PARTS for shard in index["parts"][part]["shards"]]

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -49,6 +50,9 @@ class Tokenizer:
 
     kind: str
     comes_with: str
+    vocab_size: int
+    begin_id: int | None
+    separator_id: int | None
 
     def __init__(self, vocab_size: int, begin_id: int | None, separator_id: int | None):
         self.begin_id, self.separator_id, self.vocab_size = begin_id, separator_id, vocab_size
@@ -103,7 +107,7 @@ class Tokenizer:
                 yield np.concatenate([np.zeros(0, np.int32), *itertools.islice(ids, len(pieces))])
 
     @functools.cached_property
-    def identity(self) -> dict:
+    def identity(self) -> dict[str, Any]:
         """kind, vocab_size and the sha256 of `to_json`."""
         return {
             "kind": self.kind,

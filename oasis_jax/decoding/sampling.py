@@ -22,7 +22,7 @@ class Sampling:
     top_p: float = field(1.0, "only the most likely tokens that together have this probability are drawn from")
     min_p: float = field(0.0, "only tokens with this share of the most likely one's probability are drawn from")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "sampling")
         ranges = {
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),

@@ -4,7 +4,7 @@ The tokens of a sequence are not independent, so a sequence is drawn whole or no
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -97,7 +97,9 @@ def intervals(estimates: Mapping[str, Estimate]) -> dict[str, Interval | None]:
 
 
 def paired_differences(
-    first: Mapping[str, Estimate], second: Mapping[str, Estimate], identities: tuple[Mapping, Mapping]
+    first: Mapping[str, Estimate],
+    second: Mapping[str, Estimate],
+    identities: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> dict[str, dict[str, object]]:
     """first - second of every measure both have, with the interval of the difference over the same draws of the same
     sequences.

@@ -13,8 +13,8 @@ from oasis_jax.model.numerics import Numerics
 class Named(Numerics):
     """Numerics with `scope`, the start of the full name of everything that they are shown: "layer0.attention."."""
 
-    def __init__(self):
-        self.scope = ""
+    def __init__(self) -> None:
+        self.scope: str = ""
 
     def within(self, scope: str) -> "Named":
         part = copy.copy(self)

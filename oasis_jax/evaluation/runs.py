@@ -39,7 +39,7 @@ _WRITES = ("index.html", "metrics.json", "metrics.json.partial", "figures", "fig
 
 def evaluate(
     workdirs: Sequence[str | os.PathLike],
-    report: str | os.PathLike,
+    report: str | os.PathLike[str],
     *,
     models: Sequence[str] = (),
     options: ModelOptions = _DEFAULT_OPTIONS,

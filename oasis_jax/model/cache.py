@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.errors import UserError
@@ -28,7 +29,7 @@ class Int8(NamedTuple):
         values = jnp.round(wide / jnp.where(scale == 0, 1, scale)[..., None])
         return cls(jnp.where(jnp.isnan(values), 0, values).astype(jnp.int8), scale)
 
-    def read(self, dtype) -> Float[Array, "B S K H"]:
+    def read(self, dtype: DTypeLike) -> Float[Array, "B S K H"]:
         """The numbers that it stands for."""
         return (self.values.astype(jnp.float32) * self.scale[..., None]).astype(dtype)
 
@@ -110,7 +111,7 @@ class KVCache(NamedTuple):
         """How many places hold tokens: the first ones."""
         return self.length
 
-    def read(self, dtype) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    def read(self, dtype: DTypeLike) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Key and value as arrays."""
         return tuple(x.read(dtype) if isinstance(x, Int8) else x for x in (self.key, self.value))
 
@@ -196,7 +197,12 @@ class RingCache(KVCache):
     def live(self) -> Int[Array, ""] | Int[Array, " B"]:
         return jnp.minimum(self.length, self.size)
 
-    def extended(self, key, value, segment_ids) -> "RingCache":
+    def extended(
+        self,
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K H"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> "RingCache":
         if key.shape[1] != 1:
             raise UserError(
                 f"context.cache: a ring takes one token a pass, got {key.shape[1]}; "

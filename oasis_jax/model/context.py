@@ -1,6 +1,7 @@
 """What a forward pass needs beside activations and parameters, as one value that every function passes on."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,7 @@ class Context:
         """What rotary and learned positions see."""
         return self.order(length) if self.positions is None else self.positions
 
-    def replace(self, **changes) -> "Context":
+    def replace(self, **changes: Any) -> "Context":
         """This context with other values for some of its fields."""
         return dataclasses.replace(self, **changes)
 

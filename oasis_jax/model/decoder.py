@@ -112,13 +112,13 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         check_model(config)
-        self.config = config
-        self.embedding = ParameterModule(embedding_parameters(config), rngs=rngs)
-        self.head = ParameterModule(head_parameters(config), rngs=rngs)
-        self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.final_norm = Norm(config, config.width, rngs=rngs)
+        self.config: ModelConfig = config
+        self.embedding: ParameterModule = ParameterModule(embedding_parameters(config), rngs=rngs)
+        self.head: ParameterModule = ParameterModule(head_parameters(config), rngs=rngs)
+        self.layers: nnx.List[Layer] = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.final_norm: Norm = Norm(config, config.width, rngs=rngs)
         # Last, so that every wiring starts from the same values elsewhere.
-        self.routers = nnx.List([Router(config, rngs=rngs) for _ in schedule(config).routers])
+        self.routers: nnx.List[Router] = nnx.List([Router(config, rngs=rngs) for _ in schedule(config).routers])
 
     def parameters(self) -> dict[str, Any]:
         """The parameters as nested dicts, layer by layer; see `oasis_jax.model.layout`."""

@@ -90,9 +90,9 @@ class _LearnedAttentionFn(_AttentionFn, nnx.Module):
 
 def attention_fn(
     *,
-    null_logit: float | Float[Array, " N"] | Float[Array, "*batch T N"] | nnx.Variable = 0.0,
-    null_key: Float[Array, "K H"] | Float[Array, "P K H"] | nnx.Variable | None = None,
-    null_value: Float[Array, "K H"] | Float[Array, "P K H"] | nnx.Variable | None = None,
+    null_logit: float | Float[Array, " N"] | Float[Array, "*batch T N"] | nnx.Variable[Any] = 0.0,
+    null_key: Float[Array, "K H"] | Float[Array, "P K H"] | nnx.Variable[Any] | None = None,
+    null_value: Float[Array, "K H"] | Float[Array, "P K H"] | nnx.Variable[Any] | None = None,
     window: int | None = None,
     logit_softcap: float | None = None,
     scale: float | None = None,

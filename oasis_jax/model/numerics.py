@@ -18,16 +18,16 @@ class Numerics:
     """Float arithmetic. A subclass overrides what it changes; names are relative to the scopes of `within`."""
 
     # Whether the scores and probabilities of attention have to exist as arrays, for `tap` to see them.
-    materializes_attention = False
+    materializes_attention: bool = False
     # Whether it can be shown layers in a loop, by the last four methods.
-    loops = False
+    loops: bool = False
 
     def within(self, scope: str) -> "Numerics":
         """The numerics of a part of the model, whose names start with `scope`."""
         del scope
         return self
 
-    def einsum(self, name: str, equation: str, x: Array, weight: Array, **options) -> Array:
+    def einsum(self, name: str, equation: str, x: Array, weight: Array, **options: Any) -> Array:
         """A linear layer: `jnp.einsum` of an activation and a parameter."""
         del name
         return jnp.einsum(equation, x, weight, **options)

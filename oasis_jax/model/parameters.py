@@ -97,7 +97,7 @@ class ParameterModule(nnx.Module):
     """
 
     def __init__(self, specs: Mapping[str, ParameterSpec], *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.names = tuple(specs)
+        self.names: tuple[str, ...] = tuple(specs)
         key = rngs.params()
         for name, spec in specs.items():
             own = jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -54,18 +54,18 @@ class Pretrained:
         """An NNX Decoder of the same parameters: decoder()(ids) -> logits [B, T, V], statistics."""
         return with_parameters(self.config, unstack_layers(self.params))
 
-    def replace(self, **changes) -> "Pretrained":
+    def replace(self, **changes: Any) -> "Pretrained":
         """This model with other values for some of its fields."""
         return dataclasses.replace(self, **changes)
 
-    def changed(self, config: ModelConfig, params: Mapping[str, Any], change: str, **changes) -> "Pretrained":
+    def changed(self, config: ModelConfig, params: Mapping[str, Any], change: str, **changes: Any) -> "Pretrained":
         """What a transformation makes of this model; its card says so."""
         card = {**self.card, "changes": [*self.card.get("changes", ()), change]}
         return self.replace(config=config, params=dict(params), card=card, **changes)
 
 
 def load_pretrained(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
     dtype: str | None = None,
     mesh: MeshConfig | None = None,
@@ -126,7 +126,7 @@ def source_model(files: Source, normalizers: Mapping[str, Any] | None = None) ->
     return model_from_dict(own["model"], str(own.get("version", "")))
 
 
-def _from_workdir(workdir: str | os.PathLike, dtype: str | None, mesh: MeshConfig | None) -> Pretrained:
+def _from_workdir(workdir: str | os.PathLike[str], dtype: str | None, mesh: MeshConfig | None) -> Pretrained:
     from oasis_jax.training.load import load_run
 
     axes = ("data", "fsdp", "tensor", "sequence")

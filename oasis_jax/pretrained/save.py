@@ -33,7 +33,7 @@ SHARD = 5 * 2**30  # bytes of a file
 _TYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16")}
 
 
-def save_pretrained(model: Pretrained, folder: str | os.PathLike, *, dtype: str | None = None) -> str:
+def save_pretrained(model: Pretrained, folder: str | os.PathLike[str], *, dtype: str | None = None) -> str:
     """Writes model.safetensors (in shards where it is large), config.json, tokenizer.json, chat template, README.md.
 
     Args:

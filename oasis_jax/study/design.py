@@ -148,7 +148,7 @@ class Study:
     outcomes: tuple[Outcome, ...]
     claims: tuple[Claim, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.methods and self.arms and self.seeds and self.outcomes):
             raise UserError("study: needs at least one method, arm, seed and outcome")
         for kind, names in (("methods", self.methods), ("arms", self.arms)):

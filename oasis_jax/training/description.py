@@ -91,7 +91,7 @@ def differing_fields(asked: Config, stored: Config) -> list[str]:
     return found
 
 
-def check_length(asked: Config, stored: Config, step: int, workdir: str | os.PathLike) -> str:
+def check_length(asked: Config, stored: Config, step: int, workdir: str | os.PathLike[str]) -> str:
     """In words, what becomes of a run whose checkpoint after `step` is resumed with another run.steps; "" with the
     same. What is left of it follows the schedule of the new length.
 

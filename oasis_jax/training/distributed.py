@@ -26,7 +26,7 @@ class Processes:
     count: int = 0
     index: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.coordinator and not self.count:
             return
         host, _, port = self.coordinator.rpartition(":")

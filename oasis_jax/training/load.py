@@ -64,7 +64,7 @@ def measured_otherwise(config: Config, overrides: Iterable[str]) -> Config:
     return apply_overrides(dataclasses.replace(config, mesh=MeshConfig(rules=config.mesh.rules)), overrides)
 
 
-def load_run(workdir: str | os.PathLike, step: int | None = None, *, overrides: Iterable[str] = ()) -> LoadedRun:
+def load_run(workdir: str | os.PathLike[str], step: int | None = None, *, overrides: Iterable[str] = ()) -> LoadedRun:
     """A run's parameters, from its checkpoint alone, read straight into their shards.
 
     Args:

@@ -8,7 +8,7 @@ import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ from oasis_jax.training.step import make_step, make_telemetry
 from oasis_jax.training.warm_start import starting_parameters, starting_point, with_source
 
 # (parameters, model config, placement, held-out batches) -> {name: value}
-Evaluator = Callable[[dict, ModelConfig, Placement, Sequence[Mapping]], Mapping[str, object]]
+Evaluator = Callable[[dict[str, Any], ModelConfig, Placement, Sequence[Mapping[str, Any]]], Mapping[str, object]]
 
 
 __all__ = ["TrainingStopped", "fit"]
@@ -55,7 +55,7 @@ class _Run(NamedTuple):
 
 def fit(
     config: Config,
-    workdir: str | os.PathLike,
+    workdir: str | os.PathLike[str],
     *,
     evaluators: Mapping[str, Evaluator] | None = None,
     profile: tuple[int, int] | None = None,
@@ -261,7 +261,7 @@ _WRITES = (
 )
 
 
-def writable(workdir: str | os.PathLike) -> pathlib.Path:
+def writable(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """The folder, made where it is missing; raises UserError where it cannot be written."""
     workdir = pathlib.Path(workdir)
     refuse_links(workdir, _WRITES)

@@ -24,7 +24,7 @@ _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 _SPENT_ON = ("data", "transfer", "device")
 
 
-def read_metrics(workdir: str | os.PathLike) -> list[dict]:
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict]:
     """The lines of a workdir's metrics.jsonl, in order: a step and numbers. What a killed run left half-written, and
     what another hand wrote that is no such line or number, is skipped.
 

@@ -60,7 +60,7 @@ def is_pretrained(source: str) -> bool:
     )
 
 
-def with_source(config: Config, workdir: str | os.PathLike | None = None) -> Config:
+def with_source(config: Config, workdir: str | os.PathLike[str] | None = None) -> Config:
     """The config of a run with the sizes of the pretrained model that it starts from, where it does.
 
     Fields of the model that were left at their defaults are the source's; the method and how it is computed are the
@@ -106,7 +106,7 @@ def started(model: ModelConfig, config: Config) -> ModelConfig:
     return transplanted(model, 1)
 
 
-def _model_in(workdir: str | os.PathLike, config: Config) -> ModelConfig | None:
+def _model_in(workdir: str | os.PathLike[str], config: Config) -> ModelConfig | None:
     """The model of the run in a workdir, where it began with what this one asks for."""
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         return None

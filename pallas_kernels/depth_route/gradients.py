@@ -7,7 +7,7 @@ to be added to the others.
 
 import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def add_route_gradients(
     query: Float[Array, " D"] | Float[Array, "B T D"],
     *,
     implementation: str | None = None,
-    **options,
+    **options: Any,
 ) -> RouteGradients:
     """What `jax.vjp(depth_route)` gives for a cotangent of its output alone, with the sources' gradients added to an
     array in place.

@@ -4,7 +4,7 @@ calibration batches.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,28 +64,32 @@ class Recorder(Named):
     taken.
     """
 
-    materializes_attention, loops = True, True
+    materializes_attention: bool = True
+    loops: bool = True
 
     def __init__(self, recording: Recording = Recording(), factors: Mapping[str, Array] | None = None):
         super().__init__()
-        self.recording, self.factors = recording, factors or {}
-        self.ranges, self.channels, self.products = {}, {}, {}
+        self.recording: Recording = recording
+        self.factors: Mapping[str, Array] = factors or {}
+        self.ranges: dict[str, tuple[Array, Array]] = {}
+        self.channels: dict[str, Array] = {}
+        self.products: dict[str, Array] = {}
 
-    def layer_arrays(self, scopes):
+    def layer_arrays(self, scopes: Sequence[str]) -> Any:
         return stack_layers(self.factors, scopes)
 
-    def in_layer(self, arrays):
+    def in_layer(self, arrays: Any) -> "Recorder":
         return Recorder(self.recording, arrays)
 
     @property
-    def seen(self):
+    def seen(self) -> Recorded:
         return Recorded(self.ranges, self.channels, self.products)
 
-    def keep(self, scopes, seen):
+    def keep(self, scopes: Sequence[str], seen: Any) -> None:
         for own, found in zip(self.seen, seen):
             own |= unstack_layers(found, scopes)
 
-    def einsum(self, name, equation, x, weight, **options):
+    def einsum(self, name: str, equation: str, x: Array, weight: Array, **options: Any) -> Array:
         full = self.scope + name
         rows, _, _ = as_matrices(equation, x.astype(jnp.float32), weight)
         rows = turned(rows) if self.recording.rotate else rows
@@ -96,7 +100,7 @@ class Recorder(Named):
         self.tap(name, rows.reshape(-1, x.shape[1], rows.shape[-1]))
         return super().einsum(name, equation, x, weight, **options)
 
-    def tap(self, name, x):
+    def tap(self, name: str, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         if self.recording.skip_first and name != "head":
             wide = behind_first(name, wide)
@@ -183,21 +187,21 @@ class Rounder(Named):
         self.scheme, self.recorded = scheme, recorded
         self.factors, self.weights = {}, {}
 
-    def layer_arrays(self, scopes):
+    def layer_arrays(self, scopes: Sequence[str]) -> Any:
         return Recorded(*(stack_layers(values, scopes) for values in self.recorded))
 
-    def in_layer(self, arrays):
+    def in_layer(self, arrays: Any) -> "Recorder":
         return Rounder(self.scheme, arrays)
 
     @property
-    def seen(self):
+    def seen(self) -> Recorded:
         return Calibration({}, self.factors, self.weights)
 
-    def keep(self, scopes, seen):
+    def keep(self, scopes: Sequence[str], seen: Any) -> None:
         self.factors |= unstack_layers(seen.factors, scopes)
         self.weights |= unstack_layers(seen.weights, scopes)
 
-    def einsum(self, name, equation, x, weight, **options):
+    def einsum(self, name: str, equation: str, x: Array, weight: Array, **options: Any) -> Array:
         full, scheme, recorded = self.scope + name, self.scheme, self.recorded
         if not (name == "head" and scheme.float_head):
             _, columns, _ = as_matrices(equation, x, weight.astype(jnp.float32))
@@ -206,7 +210,7 @@ class Rounder(Named):
             self.weights |= {} if found.codes is None else {full: found.codes}
         return super().einsum(name, equation, x, weight, **options)
 
-    def lookup(self, name, table, ids):
+    def lookup(self, name: str, table: Array, ids: Array) -> Array:
         if self.scheme.everywhere:
             self.weights[f"{self.scope}{name}"] = round_table(self.scheme, table)
         return super().lookup(name, table, ids)

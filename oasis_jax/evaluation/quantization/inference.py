@@ -63,18 +63,16 @@ class Quantized(Named):
         super().__init__()
         if not isinstance(scheme, Scheme):
             raise UserError(f"scheme: expected a Scheme, as parse_scheme('w8a8') makes it, got {scheme!r}")
-        self.scheme, self.calibration = scheme, calibration or Calibration()
-        self.materializes_attention = scheme.everywhere
+        self.scheme: Scheme = scheme
+        self.calibration: Calibration = calibration or Calibration()
+        self.materializes_attention: bool = scheme.everywhere
+        self.loops: bool = not scheme.site.startswith("layer")  # a loop does not tell layers apart
         self.records: dict[str, str] = {}
 
-    @property
-    def loops(self):
-        return not self.scheme.site.startswith("layer")  # a loop does not tell layers apart
-
-    def layer_arrays(self, scopes):
+    def layer_arrays(self, scopes: Sequence[str]) -> Any:
         return Calibration(*(stack_layers(values, scopes) for values in self.calibration))
 
-    def in_layer(self, arrays):
+    def in_layer(self, arrays: Any) -> "Quantized":
         return Quantized(self.scheme, arrays)
 
     def _record(self, name: str, text: str) -> None:
@@ -123,7 +121,7 @@ class Quantized(Named):
             )
         return round_weight(scheme, columns.astype(jnp.float32))
 
-    def einsum(self, name, equation, x, weight, **options):
+    def einsum(self, name: str, equation: str, x: Array, weight: Array, **options: Any) -> Array:
         scheme = self.scheme
         if self._left_out(name) or (name == "head" and scheme.float_head):
             self._record(name, "float, by option")
@@ -150,7 +148,7 @@ class Quantized(Named):
         columns = columns.astype(jnp.float32)
         return grouped(columns if factors is None else columns * factors[:, None], 0, self.scheme.group)
 
-    def lookup(self, name, table, ids):
+    def lookup(self, name: str, table: Array, ids: Array) -> Array:
         scheme = self.scheme
         if not scheme.everywhere or self._left_out(name):
             self._record(name, "float")
@@ -159,7 +157,7 @@ class Quantized(Named):
         codes = self.calibration.weights.get(self.scope + name) or round_table(scheme, table)
         return codes._replace(codes=codes.codes[ids]).values().astype(table.dtype)
 
-    def tap(self, name, x):
+    def tap(self, name: str, x: Array) -> Array:
         if not self.scheme.everywhere or self._left_out(name):
             self._record(name, "float")
             return x
@@ -317,7 +315,7 @@ def quantization(
     calibration_batches: Iterable[Batch],
     schemes: Mapping[str, Scheme],
     base: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Every scheme beside float on the same batches.
 
     Args:

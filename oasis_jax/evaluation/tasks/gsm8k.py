@@ -44,7 +44,7 @@ class Settings:
     rows: int = field(8, "texts made at once")
     seed: int = field(0, "of what is drawn")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             check_fields(self, "")
             least = dict(shots=0, samples=1, pass_at=1, max_new_tokens=1, limit=0, rows=1, seed=0)
