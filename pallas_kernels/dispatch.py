@@ -121,13 +121,6 @@ def dispatch(operator: str, table: Mapping[str, Callable], implementation: str |
                 return table[name](*args, **kwargs)
             except Unavailable as reason:
                 reasons[name] = str(reason)
-            except TypeError as error:
-                if "forward-mode" not in str(error):
-                    raise
-                raise TypeError(
-                    f"implementation: {operator} by {name} has derivatives for reverse mode (jax.grad, jax.vjp) only; "
-                    'forward mode (jax.jvp, jax.jacfwd) needs implementation="reference"'
-                ) from error
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise CannotServe(
             f"implementation: {operator} cannot be served by {why}; there are: {', '.join(table)}", reasons
@@ -155,21 +148,34 @@ def differentiated_once(operator: str, name: str, function: Callable) -> Callabl
     return once
 
 
+_REMARKS = contextvars.ContextVar("remarks", default=None)
+
+
+def remark(text: str) -> None:
+    """What `explain` adds about the backend that says it, and serves: what its user pays without asking for it."""
+    remarks = _REMARKS.get()
+    if remarks is not None:
+        remarks.append(text)
+
+
 class Explanation(NamedTuple):
     """Which backend serves a call.
 
     implementation: the backend that `implementation=None` runs.
     reasons: backend -> why it cannot serve this call, fastest first; "" for those that can.
     device: what the call is compiled for.
+    remarks: backend -> what it does beside what it was asked for, as padding heads, for those that can serve and do.
     """
 
     implementation: str
     reasons: dict[str, str]
     device: Device
+    remarks: dict[str, str]
 
     def __str__(self) -> str:
         def line(name: str, reason: str) -> str:
-            return f"  {name}: " + (reason or ("runs" if name == self.implementation else "could serve"))
+            serves = "runs" if name == self.implementation else "could serve"
+            return f"  {name}: " + (reason or ", ".join([serves, *filter(None, [self.remarks.get(name)])]))
 
         return "\n".join(
             [f"on {self.device.kind} ({self.device.platform}):", *(line(*item) for item in self.reasons.items())]
@@ -184,21 +190,27 @@ def explain_call(function: Callable, table: Mapping[str, Callable], args: tuple,
     """
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
     shapes = {name: x for name, x in kwargs.items() if any(map(is_shape, jax.tree.leaves(x)))}
-    known, reasons = {name: x for name, x in kwargs.items() if name not in shapes}, {}
+    known, reasons, remarks = {name: x for name, x in kwargs.items() if name not in shapes}, {}, {}
 
     def call(implementation, args, shapes):
         return function(*args, **known, **shapes, implementation=implementation)
 
     for name in table:
+        said = []
+        token = _REMARKS.set(said)
         try:
             jax.eval_shape(functools.partial(call, name), args, shapes)
             reasons[name] = ""
+            if said:
+                remarks[name] = "; ".join(said)
         except CannotServe as error:
             reasons[name] = error.reasons[name]
+        finally:
+            _REMARKS.reset(token)
     chosen = next((name for name, reason in reasons.items() if not reason), None)
     if chosen is None:
         raise CannotServe("; ".join(f"{name}: {reason}" for name, reason in reasons.items()), reasons)
     sharding = kwargs.get("sharding")
     mesh = mesh_of(args, shapes) if sharding is None else sharding.mesh
     with contextlib.nullcontext() if mesh is None else target_mesh(mesh):
-        return Explanation(chosen, reasons, target_device())
+        return Explanation(chosen, reasons, target_device(), remarks)

@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, lifted, score_shift
 from pallas_kernels.dispatch import differentiated_once
+from pallas_kernels.reverse_mode import reverse_mode_only
 from pallas_kernels.sharding import OperatorSharding, varying_alike
 
 
@@ -87,7 +88,7 @@ def differentiable(forward: Callable, backward: Callable, kernels: str | None = 
             inputs = inputs.trimmed()
         query, shift = query_and_shift(inputs)
         arrays = inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), live_number(inputs)
-        return route(RouteOptions.of(inputs), *varying_alike(arrays, arrays))
+        return route(RouteOptions.of(inputs), *reverse_mode_only("depth_route", varying_alike(arrays, arrays)))
 
     return serve
 

@@ -23,6 +23,7 @@ from pallas_kernels.depth_route.base import KEY_NORM_EPSILON, MAX_SCORE, DepthRo
 from pallas_kernels.depth_route.buffer import route_buffer
 from pallas_kernels.dispatch import check_axes
 from pallas_kernels.fusion import written_once
+from pallas_kernels.reverse_mode import reverse_mode_only
 from pallas_kernels.sharding import varying_alike
 
 
@@ -41,7 +42,7 @@ def depth_route_xla(inputs: RouteInputs) -> DepthRoute:
         query = query.astype(inputs.wide) * lifted(inputs.key_norm_scale.astype(inputs.wide), query)
     shift = jnp.broadcast_to(score_shift(inputs), (len(inputs.sources), *inputs.sources[0].shape[:2]))
     arrays = inputs.sources, query, shift, inputs.null_logit.astype(inputs.wide), inputs.live
-    return _route(normalize, inputs.score_scale, *varying_alike(arrays, arrays))
+    return _route(normalize, inputs.score_scale, *reverse_mode_only("depth_route", varying_alike(arrays, arrays)))
 
 
 def _wide(sources, live) -> list[Float[Array, "B T D"]]:

@@ -17,6 +17,7 @@ from pallas_kernels.dispatch import differentiated_once
 from pallas_kernels.null_attention.base import AttentionInputs, Masks, NullAttention, wide_dtype
 from pallas_kernels.null_attention.outside import add_null
 from pallas_kernels.null_attention.sharded import sharded_backward, sharded_forward
+from pallas_kernels.reverse_mode import reverse_mode_only
 from pallas_kernels.sharding import varying_alike
 
 
@@ -64,7 +65,7 @@ def differentiable(forward: Callable, backward: Callable, kernels: str | None = 
 
     def serve(inputs: AttentionInputs) -> NullAttention:
         arrays = inputs[:-1]
-        return attention(inputs.options, *varying_alike(arrays, arrays))
+        return attention(inputs.options, *reverse_mode_only("null_attention", varying_alike(arrays, arrays)))
 
     return serve
 

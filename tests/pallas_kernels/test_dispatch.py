@@ -70,6 +70,21 @@ def test_explain_gives_the_reasons_of_those_that_cannot():
     assert "fast: needs another device" in str(explanation) and "slow: runs" in str(explanation)
 
 
+@pytest.mark.parametrize("size, padded", [(80, {"mosaic_gpu": 96, "mosaic_tpu": 128}), (128, {})])
+def test_explain_says_that_heads_are_padded(size, padded):
+    shape, remarks = jax.ShapeDtypeStruct((1, 16, 2, size), jnp.bfloat16), {}
+    for kind, platform in (("NVIDIA H100 80GB HBM3", "gpu"), ("TPU v5", "tpu")):
+        device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+            explanation = pallas_kernels.explain("null_attention", shape, shape, shape, logit_softcap=3.0)
+        remarks |= explanation.remarks
+        for name, remark in explanation.remarks.items():
+            assert f"{name}: runs, {remark}" in str(explanation)
+    if jax.__version_info__ < (0, 11, 2):
+        padded.pop("mosaic_gpu", None)
+    assert remarks == {name: f"heads of 80 are padded to {to}, and cost as much" for name, to in padded.items()}
+
+
 def test_the_target_is_the_device_of_the_mesh_in_whose_context_a_call_is_traced():
     assert target_device().platform == jax.default_backend()
     hopper = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import OperatorSharding, depth_route, explain, implementations, merge_partials, null_attention
@@ -137,6 +138,20 @@ def test_jaxs_stricter_modes(operator, mode, implementation):
         operator(implementation)
 
 
+FORWARD = {
+    "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: jax.jacfwd(f)(x),
+    "linearize": lambda f, x: jax.linearize(f, x)[1](x),
+    "linearize of jit": lambda f, x: jax.linearize(jax.jit(f), x)[1](x),
+    "jvp of jit": lambda f, x: jax.jvp(jax.jit(f), (x,), (x,)),
+    "jit of jvp": lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x),
+    "jvp of vmap": lambda f, x: jax.jvp(jax.vmap(f), (x[None],), (x[None],)),
+    "jvp of checkpoint": lambda f, x: jax.jvp(jax.checkpoint(f), (x,), (x,)),
+    "jvp of scan": lambda f, x: jax.jvp(lambda x: lax.scan(lambda c, _: (c, f(c)), x, None, length=2)[1], (x,), (x,)),
+    "grad of jvp": lambda f, x: jax.grad(lambda x: jax.jvp(f, (x,), (x,))[1])(x),
+}
+
+
 @pytest.mark.parametrize("operator", ["null_attention", "depth_route"])
 def test_forward_mode_names_the_implementation_that_has_it(operator):
     x = jnp.linspace(-1.0, 1.0, 24).reshape(1, 4, 2, 3)
@@ -145,9 +160,12 @@ def test_forward_mode_names_the_implementation_that_has_it(operator):
         depth_route=lambda x, **how: depth_route(x, jnp.ones(3), **how).output.sum(),
     )
     call = calls[operator]
-    for forward in (lambda f: jax.jvp(f, (x,), (x,)), lambda f: jax.jacfwd(f)(x)):
-        with pytest.raises(TypeError, match='implementation="reference"'):
-            forward(lambda x: call(x, implementation="xla"))
+    message = f'implementation: {operator} has derivatives for reverse mode .* needs implementation="reference"'
+    for form in FORWARD.values():
+        with pytest.raises(TypeError, match=message):
+            form(lambda x: call(x, implementation="xla"), x)
+    with interpret_kernels(), pytest.raises(TypeError, match=message):
+        FORWARD["jvp of jit"](lambda x: call(x, implementation="mosaic_tpu"), x)
     tangent = jax.jit(lambda x: jax.jvp(lambda x: call(x, implementation="reference"), (x,), (x,))[1])(x)
     gradient = jax.jit(jax.grad(lambda x: call(x, implementation="xla")))(x)
     np.testing.assert_allclose(tangent, jnp.vdot(gradient, x), rtol=1e-4)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Unavailable, interpreting, target_device
+from pallas_kernels.dispatch import Unavailable, interpreting, remark, target_device
 from pallas_kernels.null_attention.base import AttentionInputs, Masks, NullAttention, Options, check_kernel
 from pallas_kernels.null_attention.merge import merge_partials
 from pallas_kernels.null_attention.unseen import without_unseen
@@ -167,6 +167,7 @@ def null_attention_mosaic_gpu(inputs: AttentionInputs) -> NullAttention:
     missing = next(whole for whole in HEAD_SIZES if whole >= size) - size
     if not missing:
         return _serve(inputs)
+    remark(f"heads of {size} are padded to {size + missing}, and cost as much")
     query, key, value = (jnp.pad(x, [(0, 0)] * 3 + [(0, missing)]) for x in inputs[:3])
     result = _serve(inputs._replace(query=query, key=key, value=value))
     return result._replace(output=result.output[..., :size])

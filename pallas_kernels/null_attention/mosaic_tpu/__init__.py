@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dispatch import Unavailable, interpreting, target_device
+from pallas_kernels.dispatch import Unavailable, interpreting, remark, target_device
 from pallas_kernels.null_attention.base import AttentionInputs, Masks, NullAttention, Options, check_kernel
 from pallas_kernels.null_attention.mosaic_tpu.kernels import forward_kernel, key_kernel, query_kernel
 from pallas_kernels.null_attention.mosaic_tpu.layout import (
@@ -204,4 +204,7 @@ _serve = differentiable(_forward, _backward, kernels="mosaic_tpu")
 def null_attention_mosaic_tpu(inputs: AttentionInputs) -> NullAttention:
     """The contract of `null_attention` on TPUs."""
     check_available(inputs)
+    size = inputs.query.shape[3]
+    if padded_size(size) > size:
+        remark(f"heads of {size} are padded to {padded_size(size)}, and cost as much")
     return _serve(without_unseen(inputs))
