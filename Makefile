@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-parity | test-aot | test-faults | bench | lint | clean. Each makes .venv first and installs what it needs; only make and a Python 3.11 to 3.13 are assumed.
+# make demo | test | test-slow | test-parity | test-aot | test-faults | bench | docs | lint | clean. Each makes .venv first and installs what it needs; only make and a Python 3.11 to 3.13 are assumed.
 # Another interpreter: make PYTHON=python3.13 test
 
 VENV := .venv
@@ -11,7 +11,7 @@ ifeq ($(origin PYTHON), undefined)
 PYTHON := $(shell for p in $(RUN) python3 python3.13 python3.12 python3.11; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 endif
 
-.PHONY: demo test test-slow test-parity test-aot test-faults bench lint clean venv
+.PHONY: demo test test-slow test-parity test-aot test-faults bench docs lint clean venv
 .DELETE_ON_ERROR:
 
 # The same commands work by hand; a run that is already there is resumed, so a second `make demo` only evaluates.
@@ -74,6 +74,19 @@ bench: venv
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	JAX_PLATFORMS=cpu $(RUN) tests/check_types.py
+
+# The pages as a site in build/docs: a link, an anchor or a reference that leads nowhere is an error, and so is one in a cell of the notebook, which runs.
+DOCS := $(VENV)/.installed-docs
+docs: venv
+	@$(MAKE) --silent --no-print-directory $(DOCS)
+	JAX_PLATFORMS=cpu $(RUN) -m sphinx -W --keep-going --quiet -c docs/_site -d build/doctrees . build/docs
+	@echo "build/docs/index.html"
+
+$(DOCS): setup.cfg pyproject.toml constraints.txt
+	@echo "installing what makes the site into $(VENV)"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) $(AOT_VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/demo
@@ -90,5 +103,5 @@ venv:
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "installing oasis_jax and what it needs into $(VENV)"
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,lint,tensorboard]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,lint,tensorboard,wandb]"
 	@touch $@

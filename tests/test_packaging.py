@@ -18,8 +18,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parents[1]
 HOUSE = {"oasis_jax", "pallas_kernels"}
+TRACKERS = ("tensorboard", "wandb")  # the extras of oasis_jax/training/trackers.py
 # Import name -> distribution, where they differ.
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "xdist": "pytest-xdist"}
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "xdist": "pytest-xdist", "markdown_it": "markdown-it-py"}
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,14 @@ def setup() -> configparser.ConfigParser:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     return parser
+
+
+def installed_version(name: str) -> str | None:
+    """None: only `make docs` installs it, and has not."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def requirements(lines: str) -> dict[str, Requirement]:
@@ -66,7 +75,7 @@ def software() -> list[pathlib.Path]:
 def test_every_import_is_declared(setup):
     declared = requirements(setup["options"]["install_requires"])
     extras = setup["options.extras_require"]
-    optional = requirements(extras["tensorboard"]) | requirements(extras["lm_eval"])
+    optional = requirements("\n".join(extras[name] for name in (*TRACKERS, "lm_eval")))
     peers = {"transformer-engine", "huggingface-hub"}  # used where they are installed
     known = declared.keys() | optional.keys() | peers
     benchmarks = [path for path in software() if path.is_relative_to(ROOT / "benchmarks")]
@@ -76,7 +85,7 @@ def test_every_import_is_declared(setup):
 
 
 def test_extras_are_imported_only_inside_functions(setup):
-    optional = requirements(setup["options.extras_require"]["tensorboard"])
+    optional = requirements("\n".join(setup["options.extras_require"][name] for name in TRACKERS))
     for path in software():
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -89,7 +98,7 @@ def test_extras_are_imported_only_inside_functions(setup):
 
 def test_every_import_of_the_tests_is_declared(setup):
     extras = setup["options.extras_require"]
-    lines = [setup["options"]["install_requires"], extras["test"], extras["parity"], extras["lm_eval"]]
+    lines = [setup["options"]["install_requires"], extras["test"], extras["parity"], extras["lm_eval"], extras["wandb"]]
     declared = requirements("\n".join(lines))
     brought_by_pytest = {"packaging"}
     used = imports_of((ROOT / "tests").rglob("*.py"))
@@ -100,11 +109,14 @@ def test_every_import_of_the_tests_is_declared(setup):
 def test_nothing_is_declared_that_is_not_used(setup):
     used = imports_of(software())
     assert not requirements(setup["options"]["install_requires"]).keys() - used.keys()
-    assert not requirements(setup["options.extras_require"]["tensorboard"]).keys() - used.keys()
+    for name in TRACKERS:
+        assert not requirements(setup["options.extras_require"][name]).keys() - used.keys()
 
 
 def test_every_requirement_is_pinned_for_this_python(setup):
-    """The whole closure of what `make test` installs, and nothing that asks for more than the pin."""
+    """The whole closure of what `make test`, `make lint` and `make docs` install, and nothing that asks for more than the
+    pin.
+    """
     pins = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if line and not line.startswith("#"):
@@ -113,9 +125,8 @@ def test_every_requirement_is_pinned_for_this_python(setup):
                 assert canonicalize_name(requirement.name) not in pins, line
                 pins[canonicalize_name(requirement.name)] = str(requirement.specifier).removeprefix("==")
     extras = setup["options.extras_require"]
-    open_ = list(
-        requirements("\n".join([setup["options"]["install_requires"], extras["test"], extras["lint"]])).values()
-    )
+    lines = [setup["options"]["install_requires"], *(extras[name] for name in ("test", "lint", "docs", *TRACKERS))]
+    open_ = list(requirements("\n".join(lines)).values())
     seen = set()
     while open_:
         requirement = open_.pop()
@@ -125,7 +136,7 @@ def test_every_requirement_is_pinned_for_this_python(setup):
         if (name, *requirement.extras) in seen:
             continue
         seen.add((name, *requirement.extras))
-        if importlib.metadata.version(name) != pins[name]:
+        if installed_version(name) != pins[name]:
             continue  # another version's requirements say nothing about the pinned one's
         for child in map(Requirement, importlib.metadata.requires(name) or []):
             if child.marker is None or any(

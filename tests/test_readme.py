@@ -1,28 +1,16 @@
-"""The Python examples of README and of pages whose examples stand alone run as they are, and its preset table is the code's."""
+"""README's tables are the code's, and links of all pages lead somewhere; snippets are in test_snippets.py."""
 
 import pathlib
 import re
 
 import pytest
+from documents import pages
 
 import pallas_kernels
 from oasis_jax import PRESETS
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("modules", "quantization"))
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
-
-
-def test_there_are_examples():
-    assert len(EXAMPLES) >= 3
-
-
-@pytest.mark.parametrize("source", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_example(source, capsys):
-    exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
-    promised = [line.split("#", 1)[1].strip() for line in source.splitlines() if line.startswith("print(")]
-    assert capsys.readouterr().out.splitlines() == promised
 
 
 def test_every_preset_is_in_the_table():
@@ -36,10 +24,6 @@ def test_every_backend_is_in_the_table():
 
 def test_the_readme_is_read_in_one_go():
     assert len(README.splitlines()) < 200
-
-
-def pages() -> list[pathlib.Path]:
-    return [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)

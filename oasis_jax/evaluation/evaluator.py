@@ -24,7 +24,7 @@ from oasis_jax.model.unrolled import LayerStatistics
 
 Batch = Mapping[str, np.ndarray]
 Rows = dict[str, Array]
-Value = float | list | dict | None  # None: the measure does not apply to this model or these batches
+Value = float | list[Any] | dict[str, Any] | None  # None: the measure does not apply to this model or these batches
 Identity = dict[str, object]
 
 
@@ -148,7 +148,7 @@ class Evaluator:
     the family does not apply. `combine` gets the rows of all layers, stacked to [B, L, ...], and those of every router,
     when the pass is over. `finish` sees the rows of all sequences in float64 and averages them: an `Estimate` for a
     scalar, a value for everything else; what it leaves out does not apply. Keeping a row per sequence lets it
-    threshold, average or resample over sequences as its definition demands. Of rows whose name starts with "total_",
+    threshold, average or resample over sequences as its definition demands. Of rows whose name starts with `"total_"`,
     all that is of use is the sum over sequences: that of each batch is one row, [1, ...].
     """
 

@@ -57,7 +57,7 @@ class AttentionStatistics(NamedTuple):
         result: NullAttention,
         **options: Any,
     ) -> "AttentionStatistics":
-        """The statistics of a layer that calls the operator itself, for `oasis_jax.evaluation.measure`:
+        """The statistics of a layer that calls the operator itself, for `oasis_jax.evaluation.measure`::
 
             options = dict(null_logit=0.0, window=512)
             result = null_attention(query, key, value, **options)

@@ -1,6 +1,5 @@
 """Perplexity in strided windows: which token is scored in which window, and what the sums mean."""
 
-import importlib
 import json
 import pathlib
 import re
@@ -162,18 +161,6 @@ def test_the_example_of_the_documentation_runs_as_it_is_shown(capsys):
     said = capsys.readouterr().out
     assert [line.partition(":")[0] for line in said.splitlines()] == list(names["found"])
     assert names["found"] == strided_perplexity(names["model"], TEXT, window=32, stride=8)
-
-
-@pytest.mark.parametrize("command", ["lm-eval", "perplexity"])
-def test_the_commands_of_the_documentation_have_their_flags(command):
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
-    lines = re.findall(rf"^    python -m oasis_jax {command} (.*)$", text, re.MULTILINE)
-    assert lines
-    parser = importlib.import_module(f"oasis_jax.commands.{command.replace('-', '_')}").make_parser(command)
-    for line in lines:
-        _, others = parser.parse_known_args(line.split())
-        of_harness = {"--limit", "--include_path", "--output_path", "--log_samples"} if command == "lm-eval" else set()
-        assert {flag.partition("=")[0] for flag in others} <= of_harness
 
 
 @pytest.fixture(scope="module")

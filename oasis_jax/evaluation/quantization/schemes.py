@@ -21,7 +21,7 @@ class Scheme:
         as they come, over a batch.
       everywhere: also the embedding table, attention scores, probabilities, context, residual sums and depth mixtures
         (the reference of arXiv 2605.17887, after arXiv 2306.12929).
-      clip: per token: the share of the largest |x| that becomes the highest code.
+      clip: per token: the share of the largest magnitude that becomes the highest code.
       scales: of groups: "" float32, "e8m0" powers of two, "e4m3" below one of the whole tensor, which of activations
         comes from calibration.
       site: the part of the model that is rounded, by names of tensors or their parts; "": all of it.
