@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AxisType
 
+from pallas_kernels.checks import described
 from pallas_kernels.sharding import mesh_of
 
 
@@ -109,10 +110,12 @@ def dispatch(operator: str, table: Mapping[str, Callable], implementation: str |
     Raises:
       ValueError: the name is not in the table.
     """
-    if implementation is not None and implementation not in table:
+    if implementation is not None and not (isinstance(implementation, str) and implementation in table):
         close = difflib.get_close_matches(str(implementation), table, n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"implementation: {operator} has no {implementation!r}{hint}; there are: {', '.join(table)}")
+        raise ValueError(
+            f"implementation: {operator} has no {described(implementation)}{hint}; there are: {', '.join(table)}"
+        )
 
     def serve(*args, **kwargs):
         reasons = {}

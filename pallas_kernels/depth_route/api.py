@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import known_number
+from pallas_kernels.checks import as_array, described, known_number
 from pallas_kernels.depth_route.base import DepthRoute, RouteInputs, Sources
 from pallas_kernels.depth_route.mosaic_gpu import depth_route_mosaic_gpu
 from pallas_kernels.depth_route.mosaic_tpu import depth_route_mosaic_tpu
@@ -107,18 +107,17 @@ def route_inputs(
     """The arguments of `depth_route`, checked; raises ValueError as it says."""
     sources = _check_sources(sources)
     count, shape = len(sources), sources[0].shape
-    _check_shapes(
+    query, key_norm_scale, bias, coupling_array, null_logit = _check_shapes(
         count, shape, query=query, key_norm_scale=key_norm_scale, bias=bias, coupling=coupling, null_logit=null_logit
     )
     evidence = _check_evidence(null_evidence, coupling, (count, *shape[:2]))
     score_scale = known_number("score_scale", score_scale)
     num_sources = _check_num_sources(num_sources, count)
     wide = jnp.promote_types(sources[0].dtype, jnp.float32)
-    null_logit = jnp.asarray(null_logit, wide)
+    null_logit = null_logit.astype(wide)
     if isinstance(num_sources, jax.Array):  # a number of sources that there are not makes every result NaN
         null_logit = jnp.where((num_sources >= 1) & (num_sources <= count), null_logit, jnp.nan)
         num_sources = jnp.clip(num_sources, 1, count)
-    query, key_norm_scale, bias = (None if x is None else jnp.asarray(x) for x in (query, key_norm_scale, bias))
     if sharding is not None:
         _check_sharding(sharding, shape)
     return RouteInputs(
@@ -127,7 +126,7 @@ def route_inputs(
         key_norm_scale,
         bias,
         evidence,
-        jnp.asarray(coupling, wide),
+        coupling_array.astype(wide),
         null_logit,
         num_sources,
         score_scale,
@@ -147,24 +146,27 @@ def _check_sources(sources):
             raise ValueError(
                 f"sources: an array must be [sources, batch, length, width], none of them 0, got shape {sources.shape}"
             )
-        sources, each = jnp.asarray(sources), [sources[0]]
+        sources = as_array("sources", sources)
+        each = [sources[0]]
     else:
-        sources = each = tuple(jnp.asarray(source) for source in sources)
+        if not isinstance(sources, Sequence) or isinstance(sources, str):
+            raise ValueError(f"sources: must be an array or a sequence of arrays, got {described(sources)}")
+        sources = each = tuple(as_array("sources", source) for source in sources)
         if not each:
             raise ValueError("sources: must hold at least one array, got an empty sequence")
     for i, source in enumerate(each):
-        if source.ndim != 3 or source.shape != each[0].shape or source.dtype != each[0].dtype:
+        if source.ndim != 3 or 0 in source.shape or source.shape != each[0].shape or source.dtype != each[0].dtype:
             raise ValueError(
-                f"sources: all must be [batch, length, width] of one shape and dtype, got {each[0].dtype} "
-                f"{each[0].shape} for "
-                f"source 0 and {source.dtype} {source.shape} for source {i}"
+                "sources: all must be [batch, length, width] of one shape without a 0, and of one dtype, got "
+                f"{each[0].dtype} {each[0].shape} for source 0 and {source.dtype} {source.shape} for source {i}"
             )
     if not jnp.issubdtype(each[0].dtype, jnp.floating):
         raise ValueError(f"sources: must be floating-point, got {each[0].dtype}")
     return sources
 
 
-def _check_shapes(count: int, shape: tuple[int, ...], **arguments) -> None:
+def _check_shapes(count: int, shape: tuple[int, ...], **arguments) -> list[Array | None]:
+    """The arguments as arrays, None where one may be and is left out."""
     batch, length, width = shape
     allowed = {
         "query": [(width,), shape],
@@ -173,35 +175,50 @@ def _check_shapes(count: int, shape: tuple[int, ...], **arguments) -> None:
         "coupling": [()],
         "null_logit": [()],
     }
-    for name, x in arguments.items():
-        if x is None and name in ("key_norm_scale", "bias"):
+    arrays = []
+    for name, given in arguments.items():
+        if given is None and name in ("key_norm_scale", "bias"):
+            arrays.append(None)
             continue
-        if x is None or jnp.shape(x) not in allowed[name]:
-            wanted = " or ".join(str(s) for s in allowed[name])
-            got = "None" if x is None else f"shape {jnp.shape(x)}"
-            raise ValueError(f"{name}: must have shape {wanted} for {count} sources of shape {shape}, got {got}")
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating) and not isinstance(x, int):
-            raise ValueError(f"{name}: must be floating-point, got {jnp.result_type(x)}")
+        wanted = " or ".join(str(s) for s in allowed[name])
+        if given is None:
+            raise ValueError(f"{name}: must have shape {wanted} for {count} sources of shape {shape}, got None")
+        x = as_array(name, given)
+        if x.shape not in allowed[name]:
+            raise ValueError(
+                f"{name}: must have shape {wanted} for {count} sources of shape {shape}, got shape {x.shape}"
+            )
+        whole = isinstance(given, int) and not isinstance(given, bool)
+        if not jnp.issubdtype(x.dtype, jnp.floating) and not whole:
+            raise ValueError(f"{name}: must be floating-point, got {x.dtype}")
+        arrays.append(x)
+    return arrays
 
 
 def _check_evidence(null_evidence, coupling, shape: tuple[int, ...]) -> Float[Array, "L B T"] | None:
     if null_evidence is None:
-        if not isinstance(coupling, int | float) or coupling != 0:
-            raise ValueError("coupling: needs null_evidence, got None")
+        if not isinstance(coupling, int | float | np.floating) or coupling != 0:
+            raise ValueError(f"coupling: needs null_evidence, got {described(coupling)} without")
         return None
     if not hasattr(null_evidence, "ndim"):
-        shapes = [jnp.shape(psi) for psi in null_evidence]
-        if shapes != [shape[1:]] * shape[0]:
+        if not isinstance(null_evidence, Sequence) or isinstance(null_evidence, str):
             raise ValueError(
-                f"null_evidence: a sequence must hold {shape[0]} arrays of shape {shape[1:]}, got {shapes}"
+                f"null_evidence: must be an array or a sequence of {shape[0]} arrays, got {described(null_evidence)}"
             )
-        null_evidence = jnp.stack([jnp.asarray(psi) for psi in null_evidence])
+        given = [as_array("null_evidence", psi) for psi in null_evidence]
+        if [psi.shape for psi in given] != [shape[1:]] * shape[0]:
+            raise ValueError(
+                f"null_evidence: a sequence must hold {shape[0]} arrays of shape {shape[1:]}, got "
+                f"{[psi.shape for psi in given]}"
+            )
+        null_evidence = jnp.stack(given)
+    null_evidence = as_array("null_evidence", null_evidence)
     if null_evidence.shape != shape or not jnp.issubdtype(null_evidence.dtype, jnp.floating):
         raise ValueError(
             f"null_evidence: must be floating-point of shape {shape}, got {null_evidence.dtype} of shape "
             f"{null_evidence.shape}"
         )
-    return jnp.asarray(null_evidence)
+    return null_evidence
 
 
 def _check_num_sources(num_sources, count: int):
@@ -212,6 +229,7 @@ def _check_num_sources(num_sources, count: int):
         if not 1 <= num_sources <= count:
             raise ValueError(f"num_sources: must lie between 1 and the number of sources {count}, got {num_sources}")
         return None if num_sources == count else int(num_sources)
-    if jnp.shape(num_sources) != () or not jnp.issubdtype(jnp.result_type(num_sources), jnp.integer):
-        raise ValueError(f"num_sources: must be one whole number, got {num_sources!r}")
-    return jnp.asarray(num_sources, jnp.int32)
+    number = as_array("num_sources", num_sources)
+    if number.shape != () or not jnp.issubdtype(number.dtype, jnp.integer):
+        raise ValueError(f"num_sources: must be one whole number, got {described(num_sources)}")
+    return number.astype(jnp.int32)

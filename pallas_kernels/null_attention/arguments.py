@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.checks import known_number
+from pallas_kernels.checks import as_array, described, known_number
 from pallas_kernels.null_attention.base import AttentionInputs, Masks, Options, Segments, wide_dtype
+
+_LARGEST_WINDOW = 2**24  # places are 32-bit numbers, of which kernels take multiples
 
 
 class Null(NamedTuple):
@@ -39,7 +41,7 @@ def check_arguments(
     scale,
 ) -> tuple[AttentionInputs, Null]:
     """The arguments of `null_attention` as backends take them, without a null, and the null."""
-    query, key, value = (_array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    query, key, value = (as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     _check_arrays(query, key, value)
     options = _check_options(query, is_causal, window, logit_softcap, scale)
     masks = Masks(
@@ -52,13 +54,6 @@ def check_arguments(
     null = Null(_check_null_logit(null_logit, query), *_check_null_arrays(null_key, null_value, query, key))
     no_null = jnp.full(query.shape[2:3], -jnp.inf, wide_dtype(query.dtype))
     return AttentionInputs(query, key, value, no_null, masks, options), null
-
-
-def _array(name: str, x) -> Array:
-    try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: must be an array, got {type(x).__name__}") from None
 
 
 def _is(x, kind) -> bool:
@@ -94,7 +89,7 @@ def _check_segments(segment_ids, query, key) -> Segments | None:
     given = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids,)
     if len(given) not in (1, 2) or (len(given) == 1 and given is segment_ids):
         raise ValueError(f"segment_ids: must be one array or a pair (queries, keys), got {len(given)} arrays")
-    given = tuple(_array("segment_ids", ids) for ids in given)
+    given = tuple(as_array("segment_ids", ids) for ids in given)
     pair = (given[0], given[-1])  # one array stays one: every key is seen by the query at its place
     for ids, owner, wanted in zip(pair, ("queries", "keys"), (query.shape[:2], key.shape[:2])):
         if ids.shape != wanted or not _is(ids, jnp.integer):
@@ -106,7 +101,7 @@ def _check_segments(segment_ids, query, key) -> Segments | None:
 
 
 def _check_against_scores(name: str, x, query, key, kind, word: str) -> Array:
-    x, full = _array(name, x), (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    x, full = as_array(name, x), (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     if x.ndim != 4 or any(size not in (1, wanted) for size, wanted in zip(x.shape, full)) or not _is(x, kind):
         raise ValueError(
             f"{name}: must be {word}, [batch, heads, queries, keys] with each dimension 1 or that of {full}, got "
@@ -126,7 +121,7 @@ def _check_bias(bias, query, key) -> Float[Array, "#B #N #T #S"]:
 
 
 def _check_lengths(kv_lengths, key) -> Int[Array, " B"]:
-    lengths, keys = _array("kv_lengths", kv_lengths), key.shape[1]
+    lengths, keys = as_array("kv_lengths", kv_lengths), key.shape[1]
     if lengths.shape != key.shape[:1] or not _is(lengths, jnp.integer):
         raise ValueError(
             f"kv_lengths: must be integers, one per row of the batch {key.shape[:1]}, got {lengths.dtype} of shape "
@@ -144,7 +139,7 @@ def _check_offset(query_offset, query, key, kv_lengths, options: Options) -> Int
     key.
     """
     batch, length = query.shape[:2]
-    offset = _array("query_offset", query_offset)
+    offset = as_array("query_offset", query_offset)
     if offset.shape not in ((), (batch,)) or not _is(offset, jnp.integer):
         raise ValueError(
             f"query_offset: must be one whole number or one per row of the batch ({batch},), got {offset.dtype} of "
@@ -159,24 +154,27 @@ def _check_offset(query_offset, query, key, kv_lengths, options: Options) -> Int
 
 def _check_options(query, is_causal, window, logit_softcap, scale) -> Options:
     if not isinstance(is_causal, bool | np.bool_):
-        raise ValueError(f"is_causal: must be True or False, got {is_causal!r}")
+        raise ValueError(f"is_causal: must be True or False, got {described(is_causal)}")
     if isinstance(window, jax.core.Tracer):
         raise ValueError(f"window: must be known when the call is traced, got a traced {window.dtype}")
     if window is not None:
         whole = not isinstance(window, bool | np.bool_) and hasattr(window, "__index__")
-        if not whole or np.ndim(window) or not np.issubdtype(np.asarray(window).dtype, np.integer) or window < 1:
-            raise ValueError(f"window: must be None or a whole number of at least 1, got {window!r}")
+        whole = whole and not np.ndim(window) and np.issubdtype(np.asarray(window).dtype, np.integer)
+        if not whole or not 1 <= window <= _LARGEST_WINDOW:
+            raise ValueError(
+                f"window: must be None or a whole number from 1 to {_LARGEST_WINDOW}, got {described(window)}"
+            )
         window = operator.index(window)
     softcap = None if logit_softcap is None else known_number("logit_softcap", logit_softcap)
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"logit_softcap: must be greater than 0, got {logit_softcap!r}")
+        raise ValueError(f"logit_softcap: must be greater than 0, got {softcap}")
     scale = query.shape[3] ** -0.5 if scale is None else known_number("scale", scale)
     return Options(causal=bool(is_causal), window=window, softcap=softcap, scale=scale)
 
 
 def _check_null_logit(null_logit, query) -> Float[Array, " N"] | Float[Array, "B T N"]:
     batch, length, heads, _ = query.shape
-    logit = _array("null_logit", null_logit)
+    logit = as_array("null_logit", null_logit)
     if logit.shape not in ((), (heads,), (batch, length, heads)) or not (
         _is(logit, jnp.floating) or _is(logit, jnp.integer)
     ):
@@ -195,7 +193,7 @@ def _check_null_arrays(null_key, null_value, query, key) -> tuple[Array | None, 
         if x is None:
             found.append(None)
             continue
-        x = _array(name, x)
+        x = as_array(name, x)
         if x.ndim not in (2, 3) or x.shape[-2:] != wanted or 0 in x.shape or not _is(x, jnp.floating):
             raise ValueError(
                 f"{name}: must be floating-point of shape {wanted} or (P, {wanted[0]}, {wanted[1]}), [key heads, head "

@@ -31,9 +31,9 @@ BAD = {
     "bias": [np.zeros((2, 6, 9, 11), int), np.zeros((9, 11)), np.zeros((1, 6, 11, 9)), object()],
     "query_offset": [1.5, np.zeros(3, int), np.zeros((2, 1), int)],
     "kv_lengths": [5, np.zeros(3, int), np.zeros(2), np.array([3, 12]), np.array([-1, 3])],
-    "window": [0, -4, 2.0, True, "3"],
+    "window": [0, -4, 2.0, True, "3", 2**31, 2**70],
     "logit_softcap": [0.0, -1.0, np.nan, "1", True],
-    "scale": ["1", np.inf, np.ones(2), 1j],
+    "scale": ["1", np.inf, np.ones((50, 50)), 1j],
     "is_causal": [None, 1],
     "segment_ids": [np.zeros((2, 8), int), (np.zeros((2, 9)), np.zeros((2, 11))), (np.zeros((2, 9), int),) * 2],
 }
@@ -50,6 +50,46 @@ def test_a_bad_argument_is_named_alike_by_every_backend(name, value):
     with pytest.raises(ValueError) as error:
         null_attention(**attention_arguments(**{name: value}), sharding=OperatorSharding(mesh, batch="data"))
     assert messages == {str(error.value)} and "\n" not in str(error.value)
+
+
+def route_arguments(**changes):
+    return dict(sources=np.ones((3, 2, 5, 7), "f"), query=np.ones(7, "f")) | changes
+
+
+_ones = lambda *shape: np.ones(shape, np.float32)
+BAD_ROUTE = {
+    "sources": [
+        None, 5, "a", [], ["a"], _ones(3, 2, 5), _ones(0, 2, 5, 7), [_ones(2, 0, 7)], [_ones(2, 5, 7), _ones(2, 5, 6)],
+        [_ones(2, 5, 7), None], np.ones((3, 2, 5, 7), int), object(),
+    ],
+    "query": [None, _ones(6), "x", _ones(2, 5, 6), np.ones(7, int)],
+    "key_norm_scale": [_ones(1), 1.0, "x"],
+    "score_scale": [None, _ones(50, 50), "a", np.inf, True],
+    "bias": [_ones(2), 0.0, "x", np.ones(3, int)],
+    "null_evidence": [_ones(3, 2, 4), [_ones(2, 5)] * 2, [_ones(2, 5), _ones(2, 5), None], 1.0, "x"],
+    "coupling": [1.0, None, "x", _ones(1), True],
+    "null_logit": [None, "x", _ones(1), True, 1j],
+    "num_sources": [0, 4, 1.5, True, np.array([1]), "a", 2**70],
+    "sharding": [3, "data"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD_ROUTE.items() for value in values])
+def test_a_bad_argument_of_a_route_is_named_alike_by_every_backend(name, value):
+    messages = set()
+    for implementation in (*implementations("depth_route"), None):
+        with pytest.raises(ValueError, match=f"^{name}: .*got") as error:
+            depth_route(**route_arguments(**{name: value}), implementation=implementation)
+        messages.add(str(error.value))
+    assert len(messages) == 1 and "\n" not in messages.pop()
+
+
+@pytest.mark.parametrize("name", [3, ["xla"], np.ones((50, 50)), "cudn", ""])
+def test_an_implementation_that_there_is_not_is_one_line(name):
+    for call, arguments in ((null_attention, attention_arguments()), (depth_route, route_arguments())):
+        with pytest.raises(ValueError, match=r"^implementation: .* has no .*there are: ") as error:
+            call(**arguments, implementation=name)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("number", [np.float32(0.7), np.float64(0.7), np.array(0.7), jnp.float32(0.7), 0.7])
