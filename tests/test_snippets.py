@@ -12,12 +12,14 @@ import pathlib
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import jax.numpy as jnp
 import pytest
 from documents import ROOT, Snippet, config_headers, pages, snippets
 from pretrained.tiny import small_checkpoint
+from programs import on_devices
 
 import oasis_jax
 from oasis_jax import load_pretrained
@@ -209,3 +211,21 @@ def test_what_the_text_names_in_passing(page):
             assert set(re.findall(r"(?<= )--[a-z0-9-]+", span)) <= {*parser._option_string_actions}, span
         elif found := re.match(r"make ([a-z-]+)$", span):
             assert re.search(rf"^{found[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), span
+
+
+@pytest.mark.slow
+def test_the_first_five_minutes(tmp_path):
+    """What docs/index.md has one type, but for the installation, and with fewer steps."""
+    (start,) = [x for x in SHELL if x.page == "docs/index.md"]
+    fewer = {"run.steps=40": "run.steps=4", "run.eval_interval=20": "run.eval_interval=2", "--batches=2": "--batches=1"}
+    text = start.text
+    for there, here in fewer.items():
+        assert there in text
+        text = text.replace(there, here)
+    environment = on_devices(1)
+    for line in (lines := text.splitlines())[1:]:
+        command = [sys.executable, "-m", *shlex.split(line)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800)
+        assert done.returncode == 0, (line, done.stderr)
+    assert lines[0].startswith("python -m pip install")
+    assert (tmp_path / "runs/start_report/index.html").stat().st_size > 10_000 and "def " in done.stdout

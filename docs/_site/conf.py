@@ -7,13 +7,13 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # the directive of measures.py
+sys.path.insert(0, str(Path(__file__).parent))  # the extension from_code.py
 
 project = "oasis_jax"
 author = "the authors of oasis_jax"
 release = version = importlib.metadata.version("oasis_jax")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "measures"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
 root_doc = "docs/index"
 include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/*.ipynb"]
 html_theme = "furo"
@@ -30,6 +30,9 @@ nb_execution_raise_on_error = True
 # Docstrings are Google's; what stands in backticks is a name or a piece of code.
 default_role = "py:obj"
 napoleon_numpy_docstring, napoleon_use_ivar = False, True
-autodoc_typehints = "none"  # signatures have them, shapes included
+autodoc_typehints_format = "short"
+autodoc_default_options = {"special-members": "__call__"}
+python_maximum_signature_line_length = 100
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # those of Flax
 autodoc_preserve_defaults = True

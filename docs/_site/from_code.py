@@ -1,10 +1,13 @@
-"""A directive of the site: `measures` is the table of one family of measures, or of all, as the code's DEFINITIONS
-have it.
-"""
+"""What the site takes from the code: `measures`, a directive for the tables of DEFINITIONS, and signatures of modules."""
+
+import inspect
+import re
+from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.inspect import stringify_signature
 
 from oasis_jax.evaluation import DEFAULT, EVALUATORS
 
@@ -41,6 +44,18 @@ class Measures(SphinxDirective):
         return section
 
 
+def signature(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, arguments: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Arrays by their short name; the arguments of a class whose metaclass takes any, as those of Flax do: its own."""
+    if what == "class" and arguments in ("(*args, **kwargs)", "(*args: Any, **kwargs: Any)"):
+        own = inspect.signature(thing.__init__)
+        own = own.replace(parameters=list(own.parameters.values())[1:], return_annotation=inspect.Signature.empty)
+        arguments = stringify_signature(own, unqualified_typehints=True)
+    return tuple(text and re.sub(r"\bjax[\w.]*\.Array\b", "Array", text) for text in (arguments, returns))
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("measures", Measures)
+    app.connect("autodoc-process-signature", signature)
     return {"parallel_read_safe": True}
