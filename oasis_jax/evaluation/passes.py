@@ -258,7 +258,8 @@ def run_evaluators(
     every, layers = collect(model, params, batches, tuple(evaluators.values()), change)
     found, estimates = {}, {}
     for evaluator, rows in zip(evaluators.values(), every):
-        results = evaluator.finish(rows, config) if rows else {}
+        with np.errstate(all="ignore"):  # of a diverged model numbers are NaN, which is what is said of them
+            results = evaluator.finish(rows, config) if rows else {}
         estimates |= {name: result for name, result in results.items() if isinstance(result, Estimate)}
         found |= dict.fromkeys(evaluator.definitions) | results
     values = {name: value.value if isinstance(value, Estimate) else value for name, value in found.items()}

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 
 from oasis_jax.errors import UserError, printable
 from oasis_jax.evaluation import DEFINITIONS, Evaluator, bootstrap, choose
@@ -175,6 +176,7 @@ def _check_writable(folder: pathlib.Path, tasks: Sequence[str]) -> None:
         raise UserError(f"--report: cannot write to {str(folder)!r}: {error.strerror}") from None
 
 
+@np.errstate(all="ignore")  # of a diverged model numbers are NaN, which is what is said of them
 def measure_subject(
     subject: Subject,
     evaluators: Mapping[str, Evaluator],

@@ -322,6 +322,22 @@ def test_a_picture_that_fails_is_named_and_the_rest_is_there(tmp_path, monkeypat
     assert len(list((tmp_path / "figures").glob("*.png"))) > 3
 
 
+def test_a_picture_or_section_that_cannot_be_made_is_named_and_the_rest_is_there(tmp_path):
+    """Numbers that no measure gives, in one place each."""
+    broken = RUNS[0]._replace(
+        view=RUNS[0].view | {"histograms": None},
+        quantization=RUNS[0].quantization | {"w8a8": RUNS[0].quantization["w8a8"] | {"tensors": None}},
+    )
+    problems = write_report([broken, RUNS[1]], tmp_path)
+    assert [problem.split(":")[0] for problem in problems] == [
+        "picture histograms is left out", "the section 'quantization' is left out",
+    ]  # fmt: skip
+    page = (tmp_path / "index.html").read_text()
+    assert all(html.escape(problem) in page for problem in problems)
+    assert "Measures" in page and "Attention each token receives" in page
+    assert {path.stem for path in (tmp_path / "figures").glob("*.png")} >= {"sink_mass", "quantization"}
+
+
 def test_text_that_a_plot_library_reads_as_markup_is_shown_as_it_is(tmp_path):
     for label in ("$x$", r"$\frac{$", "a$b", "_hidden"):
         assert write_report([RUNS[0]._replace(label=label)], tmp_path) == []

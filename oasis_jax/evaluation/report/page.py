@@ -32,18 +32,14 @@ def write_report(runs: Sequence[MeasuredRun], folder: pathlib.Path) -> list[str]
     out, as the page says, too.
     """
     problems, drawn = [], []
-    try:
-        found = pictures(runs)
-    except Exception as error:  # numbers of a broken model can be anything, and so can what a plot library says of them
-        found = []
-        problems.append(f"all pictures are left out: {_reason(error)}")
-    for picture in found:
+    failed = lambda name, error: problems.append(f"picture {name} is left out: {_reason(error)}")
+    for picture in pictures(runs, failed):
         try:
             (folder / "figures").mkdir(exist_ok=True)
             save(picture, folder / "figures")
             drawn.append(_picture(picture, runs) if picture.on_page else "")
-        except Exception as error:
-            problems.append(f"picture {picture.name} is left out: {_reason(error)}")
+        except Exception as error:  # a plot library can say anything of the numbers of a broken model
+            failed(picture.name, error)
     page = folder / "index.html"
     try:
         text = _page(runs, "".join(drawn), problems)
@@ -62,28 +58,33 @@ def _name(run: MeasuredRun) -> str:
     return escaped(run.label).replace("_", "_<wbr>")
 
 
-def _page(runs: Sequence[MeasuredRun], drawn: str, problems: Sequence[str]) -> str:
+def _page(runs: Sequence[MeasuredRun], drawn: str, problems: list[str]) -> str:
+    """The page; what of it cannot be made is left out and added to `problems`."""
     names = (
         " and ".join([", ".join(run.label for run in runs[:-1]), runs[-1].label]) if len(runs) > 1 else runs[0].label
     )
     warning = not_comparable(runs)
-    leads = "".join(_lead(group) for group in groups(runs))
-    tables = "".join(_table(group, runs) for group in groups(runs))
-    return document(
-        names,
-        f"<h1>{escaped(names)}</h1>{leads}"
-        + (f'<p class="warn">{escaped(warning)}</p>' if warning else "")
-        + what_differs(runs)
-        + tables
-        + "".join(f'<p class="warn">{escaped(problem)}</p>' for problem in problems)
-        + drawn
-        + token_views(runs)
-        + quantized(runs)
-        + task_scores(runs)
-        + interventions(runs)
-        + _definitions()
-        + origins(runs),
-    )
+    sections = {
+        "words": lambda runs: "".join(_lead(group) for group in groups(runs)),
+        "warning": lambda _: f'<p class="warn">{escaped(warning)}</p>' if warning else "",
+        "what differs": what_differs,
+        "table of measures": lambda runs: "".join(_table(group, runs) for group in groups(runs)),
+        "pictures": lambda _: drawn,
+        "text": token_views,
+        "quantization": quantized,
+        "tasks": task_scores,
+        "interventions": interventions,
+        "definitions": lambda _: _definitions(),
+        "origins": origins,
+    }
+    made = {}
+    for name, make in sections.items():
+        try:
+            made[name] = make(runs)
+        except Exception as error:  # as of pictures: the others are worth having
+            problems.append(f"the section '{name}' is left out: {_reason(error)}")
+    warnings = "".join(f'<p class="warn">{escaped(problem)}</p>' for problem in problems)
+    return document(names, f"<h1>{escaped(names)}</h1>{warnings}{''.join(made.values())}")
 
 
 def _lead(group: Sequence[MeasuredRun]) -> str:

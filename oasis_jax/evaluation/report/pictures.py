@@ -2,8 +2,9 @@
 pictures.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -25,30 +26,18 @@ _MOST_POINTS = 150  # of a training curve; more are averaged in windows
 _TAPS = {"attention_output": "attention outputs", "mlp_output": "MLP outputs", "layer_output": "layer outputs"}
 
 
-def pictures(runs: Runs) -> list[Picture]:
-    """All pictures that apply to at least one of the runs."""
-    found = [
-        _by_head(
-            runs,
-            "first_token_mass_by_head",
-            "sink_mass",
-            "Attention on the first token, by layer and head",
-            _SINK_CAPTION,
-        ),
-        _by_head(runs, "null_mass_by_head", "null_mass", "Attention on the null, by layer and head", _NULL_CAPTION),
-        _by_position(runs),
-        _one_head(runs),
-        *_tokens(runs),
-        _depth(runs),
-        _per_layer(runs, "inf_norm_by_tap", "inf_norm", "Largest activation, by layer", "max |x|", _NORM_CAPTION),
-        _per_layer(
-            runs, "kurtosis_by_tap", "kurtosis", "Kurtosis of activations, by layer", "kurtosis", _KURTOSIS_CAPTION
-        ),
-        _histograms(runs),
-        _quantization(runs),
-        _sink_damage(runs),
-        _training(runs),
-    ]
+def pictures(runs: Runs, failed: Callable[[str, Exception], None]) -> list[Picture]:
+    """All pictures that apply to at least one of the runs; `failed` hears of those that cannot be made: numbers of a
+    broken model can be anything.
+    """
+    found: list[Picture] = []
+    for name, make in _MAKERS.items():
+        try:
+            made = make(runs)
+        except Exception as error:
+            failed(name, error)
+            continue
+        found += [made] if isinstance(made, Picture) else made
     return [picture for picture in found if picture.panels]
 
 
@@ -68,7 +57,7 @@ def _having(runs: Runs, name: str) -> list[tuple[int, MeasuredRun]]:
 
 def _top(tables: Sequence[Sequence[Sequence[float | None]]]) -> float:
     """The end of a shared scale: the largest share, rounded up to a twentieth."""
-    largest = max(value for table in tables for row in table for value in row if value is not None)
+    largest = max((value for table in tables for row in table for value in row if value is not None), default=0.0)
     return min(1.0, max(math.ceil(20 * largest - 1e-9), 1) / 20)
 
 
@@ -90,6 +79,12 @@ def _one_head(runs: Runs) -> Picture:
     return Picture("one_head", "One head, token by token", caption, panels, scale=(0.0, 1.0, "% of attention"))
 
 
+def _nearly_largest(values: Iterable[float | None]) -> float | None:
+    """The largest but for the two largest per cent; None where nothing is finite."""
+    numbers = [value for value in values if value is not None]
+    return float(np.quantile(numbers, 0.98)) if numbers else None
+
+
 def _numbers(count: int) -> list[str]:
     return [str(i) for i in range(count)]
 
@@ -109,7 +104,7 @@ def _by_position(runs: Runs) -> Picture:
     name = "null_mass_by_position"
     having = _having(runs, name)
     # The first queries have few keys and the null takes much of them; a scale up to their values would hide all others.
-    top = _top([[[np.quantile(run.metrics[name], 0.98)]] for _, run in having]) if having else 1.0
+    top = _top([[[_nearly_largest(itertools.chain(*run.metrics[name]))]] for _, run in having]) if having else 1.0
     panels = []
     for _, run in having:
         table = run.metrics[name]
@@ -194,7 +189,7 @@ def token_scale(runs: Runs, name: str) -> float:
     cent.
     """
     values = [run.view["tokens"][name] for run in runs if run.view and run.view["tokens"] and run.view["tokens"][name]]
-    return _top([[[np.quantile(row, 0.98)]] for row in values]) if values else 1.0
+    return _top([[[_nearly_largest(row)]] for row in values]) if values else 1.0
 
 
 TOKEN_VIEWS = {
@@ -311,3 +306,31 @@ def _training(runs: Runs) -> Picture:
         f"{_MOST_POINTS} logged steps are averaged in windows."
     )
     return Picture("training", "Training", caption, panels, legend=_legend(runs))
+
+
+_MAKERS: Mapping[str, Callable[[Runs], Picture | list[Picture]]] = {
+    "sink_mass": lambda runs: _by_head(
+        runs,
+        "first_token_mass_by_head",
+        "sink_mass",
+        "Attention on the first token, by layer and head",
+        _SINK_CAPTION,
+    ),
+    "null_mass": lambda runs: _by_head(
+        runs, "null_mass_by_head", "null_mass", "Attention on the null, by layer and head", _NULL_CAPTION
+    ),
+    "null_mass_by_position": _by_position,
+    "one_head": _one_head,
+    "tokens": _tokens,
+    "depth_weights": _depth,
+    "inf_norm": lambda runs: _per_layer(
+        runs, "inf_norm_by_tap", "inf_norm", "Largest activation, by layer", "max |x|", _NORM_CAPTION
+    ),
+    "kurtosis": lambda runs: _per_layer(
+        runs, "kurtosis_by_tap", "kurtosis", "Kurtosis of activations, by layer", "kurtosis", _KURTOSIS_CAPTION
+    ),
+    "histograms": _histograms,
+    "quantization": _quantization,
+    "d_sink": _sink_damage,
+    "training": _training,
+}

@@ -60,14 +60,17 @@ def token_views(runs: Runs) -> str:
 _NO_NULL = '<p class="note">Not applicable: this normalizer leaves nothing to a null.</p>'
 
 
-def _tokens(text: Sequence[str], values: Sequence[float], top: float) -> str:
+def _tokens(text: Sequence[str], values: Sequence[float | None], top: float) -> str:
     """One element a token; a line break is shown and made, a token without text is a box."""
     spans = []
     for place, (token, value) in enumerate(zip(text, values)):
+        word = escaped(token).replace("\n", "↵\n") if token else "▯"
+        if value is None:
+            spans.append(f'<i title="token {place}: not finite">{word}</i>')
+            continue
         level = min(value / top, 1.0)
         shade = to_hex(HEAT(round(level * _LEVELS) / _LEVELS))
         dark = ' class="d"' if level > _DARK else ""
-        word = escaped(token).replace("\n", "↵\n") if token else "▯"
         spans.append(f'<i{dark} style="background:{shade}" title="token {place}: {100 * value:.2f} %">{word}</i>')
     return "".join(spans)
 
