@@ -6,6 +6,7 @@ the keys ends at the last live key that a tile of queries can reach and begins a
 tile that would reach over the end begins earlier, and what it has in common with the tile before is masked.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -29,9 +30,10 @@ from pallas_kernels.null_attention.vjp import differentiable
 from pallas_kernels.sharding import varying_alike
 
 _ROWS, _COLUMNS = 64, 512  # a tile's queries and keys: measured on CPUs
-# Few rows a key head, on a CPU: a score is summed in so many partial sums, and so many values are added up at once.
-# They lie K * H numbers apart, often a multiple of 4 KiB, of which a first-level cache holds 8.
-_LANES, _AT_ONCE = 16, 8
+# Few rows a key head, on a CPU: values are added up so many at once, vector by vector of so many numbers. The values lie
+# K * H numbers apart, often a multiple of 4 KiB, of which a first-level cache holds 8. Of so many keys the products are
+# one program of XLA: more of them take several times longer.
+_AT_ONCE, _VECTOR, _SPAN = 8, 16, 64
 
 
 class _Grid(NamedTuple):
@@ -56,8 +58,8 @@ class _Grid(NamedTuple):
     def of_forward(query, key) -> "_Grid":
         """The same for the forward pass, `few` where a CPU reads keys faster than its matrix product packs them."""
         grid, size = _Grid.of(query, key), query.shape[3]
-        few = grid.length * grid.heads // grid.key_heads <= size // _LANES and target_device().platform == "cpu"
-        return grid._replace(few=few and grid.columns % _AT_ONCE == 0 and size % _LANES == 0)
+        few = grid.length * grid.heads // grid.key_heads <= size // 16 and target_device().platform == "cpu"
+        return grid._replace(few=few and grid.columns % _AT_ONCE == 0 and size % _VECTOR == 0)
 
 
 class _Tile(NamedTuple):
@@ -152,16 +154,17 @@ def _weighted(grid: _Grid, e: Float[Array, "B K G t s"], v: Float[Array, "B s K 
 
 
 def _few_products(grid: _Grid, q: Float[Array, "B K G t H"], key, start) -> Float[Array, "B K G t s"]:
-    """_products of few rows with a tile of keys, which are read where they lie: sums over every _LANES-th number, which
-    XLA writes as vectors where it would write the sum over all as one number after the other, and then their sum.
+    """_products of few rows with a tile of keys, which are read where they lie: sums over every 16th number, which XLA
+    writes as vectors where it would write the sum over all as one number after the other, and then their sum. Of small
+    heads over every 32nd: sums of four or fewer terms took three times as long.
     """
     (batch, key_heads, *_, size), wide = q.shape, wide_dtype(q.dtype)
     rows = q.reshape(batch, 1, key_heads, -1, size).astype(wide)
-    partial = 0.0
-    for i in range(0, size, _LANES):
-        k = _piece(key, (0, start, 0, i), (batch, grid.columns, key_heads, _LANES))
-        partial = partial + k[:, :, :, None].astype(wide) * rows[..., i : i + _LANES]
-    sums = jnp.einsum("BSKRL,L->BSKR", lax.optimization_barrier(partial), jnp.ones(_LANES, wide))
+    lanes, partial = 32 if size <= 64 and size % 32 == 0 else 16, 0.0
+    for i in range(0, size, lanes):
+        k = _piece(key, (0, start, 0, i), (batch, grid.columns, key_heads, lanes))
+        partial = partial + k[:, :, :, None].astype(wide) * rows[..., i : i + lanes]
+    sums = jnp.einsum("BSKRL,L->BSKR", lax.optimization_barrier(partial), jnp.ones(lanes, wide))
     return sums.transpose(0, 2, 3, 1).reshape(*q.shape[:4], grid.columns)
 
 
@@ -170,20 +173,29 @@ def _piece(x: Float[Array, "B S K H"], first: tuple, sizes: tuple[int, ...]) -> 
     return lax.dynamic_slice(x, [jnp.asarray(i, jnp.int32) for i in first], sizes)
 
 
-def _few_weighted(grid: _Grid, partial: Float[Array, "B P K R H"], shrink, e, value, tile: _Tile):
+def _few_weighted(grid: _Grid, partial: Float[Array, "B P K h R l"], shrink, e, value, tile: _Tile):
     """shrink * partial + _weighted of few rows, values read where they lie: P partial sums, the p-th of the tile's keys
-    p, p + P, ...; a matrix product would first copy the values of every head.
+    p, p + P, ..., each of H numbers as h times l, so that a value is in the nearest cache for all rows; a matrix
+    product would first copy the values of every head.
     """
-    batch, parts, key_heads, rows, size = partial.shape
+    batch, parts, key_heads, blocks, rows, lanes = partial.shape
     seen = tile.allowed.any(axis=(2, 3)).swapaxes(1, 2)
     seen = jnp.broadcast_to(seen, (batch, grid.columns, key_heads))
     e = e.reshape(batch, key_heads, rows, grid.columns).transpose(0, 3, 1, 2)
-    partial = partial * shrink.reshape(batch, 1, key_heads, rows, 1)
-    for i in range(0, grid.columns, parts):
-        v = _piece(value, (0, tile.start + i, 0, 0), (batch, parts, key_heads, size)).astype(partial.dtype)
-        v = jnp.where(seen[:, i : i + parts, :, None], v, 0.0)
-        partial = partial + e[:, i : i + parts, ..., None] * v[:, :, :, None]
-    return partial
+    span = math.gcd(grid.columns, _SPAN)
+
+    def add(n, partial):
+        weights, visible = (lax.dynamic_slice_in_dim(x, n * span, span, 1) for x in (e, seen))
+        for i in range(0, span, parts):
+            first = (0, tile.start + n * span + i, 0, 0)
+            v = _piece(value, first, (batch, parts, key_heads, blocks * lanes)).astype(partial.dtype)
+            v = jnp.where(visible[:, i : i + parts, :, None], v, 0.0)
+            v = v.reshape(batch, parts, key_heads, blocks, 1, lanes)
+            partial = partial + weights[:, i : i + parts, :, None, :, None] * v
+        return partial
+
+    partial = partial * shrink.reshape(batch, 1, key_heads, 1, rows, 1)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(grid.columns // span), add, partial)
 
 
 def _start(grid: _Grid, j):
@@ -192,7 +204,9 @@ def _start(grid: _Grid, j):
 
 def _weighted_shape(grid: _Grid, rows: Float[Array, "B K G t H"]) -> tuple[int, ...]:
     batch, key_heads, group, length, size = rows.shape
-    return (batch, grid.columns // _AT_ONCE, key_heads, group * length, size) if grid.few else rows.shape
+    if not grid.few:
+        return rows.shape
+    return (batch, _AT_ONCE, key_heads, size // _VECTOR, group * length, _VECTOR)
 
 
 def _over_rows(grid: _Grid, body, carry, like):
@@ -229,7 +243,7 @@ def _forward(options: Options, query, key, value, null_logit, masks: Masks):
         top = jnp.broadcast_to(jnp.maximum(b, lowest), rows.shape[:-1])
         start = varying_alike((top, jnp.zeros_like(top), jnp.zeros(_weighted_shape(grid, rows), wide)), like)
         top, total, weighted = lax.fori_loop(*_reach(options, grid, masks, first), step, start)
-        weighted = weighted.sum(1).reshape(rows.shape) if grid.few else weighted
+        weighted = weighted.sum(1).swapaxes(2, 3).reshape(rows.shape) if grid.few else weighted
         null = jnp.exp(b - top)
         empty = total + null == 0.0
         z = jnp.where(empty, 1.0, total + null)

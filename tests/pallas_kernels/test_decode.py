@@ -41,7 +41,13 @@ def arrays(shape, dtype=np.float32):
 
 @pytest.mark.parametrize(
     "shape, options",
-    [(GROUPED, {}), (GROUPED, {"mask": True}), (SEVERAL, {"window": 600}), (SINGLE, {"softcap": 2.0})],
+    [
+        (GROUPED, {}),
+        (GROUPED, {"mask": True}),
+        (SEVERAL, {"window": 600}),
+        (SINGLE, {"softcap": 2.0}),
+        ((1, 4, 1, 64), {}),  # products of 32 numbers at once
+    ],
     ids=str,
 )
 def test_equals_attention_counted_out(shape, options):
