@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from oasis_jax.training.keep import Keep, held_out_loss
 from oasis_jax.training.state import TrainState, abstract_state
 
 T = TypeVar("T")
+_FILES = 64  # and folders, that a checkpoint may have; a large one has some 40
 
 
 class Resumed(NamedTuple):
@@ -55,7 +57,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _Quiet(logging.Filter):
-    """Leaves out what the storage library's threads say of an error; it comes back to whoever waits for them, and is
+    """Leaves out what the storage library's threads log of an error; it comes back to whoever waits for them, and is
     said once, in a line.
     """
 
@@ -191,13 +193,14 @@ class Checkpoints:
         terminal.
         """
         needed = sum(x.nbytes for x in jax.tree.leaves(state._replace(rng=None)))
-        free = shutil.disk_usage(self.folder).free
+        free, found = shutil.disk_usage(self.folder).free, os.statvfs(self.folder)
+        short = ""
         if free < needed:
-            raise UserError(
-                f"{self.folder}: no room for checkpoint {self._saving}: it takes up to {needed / 2**20:.1f} MiB, "
-                f"{free / 2**20:.1f} MiB are free; "
-                f"{self.last_good()}"
-            )
+            short = f"it takes up to {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
+        elif found.f_files and found.f_favail < _FILES:  # some file systems have no such limit
+            short = f"it takes up to {_FILES} files, there is room for {found.f_favail}"
+        if short:
+            raise UserError(f"{self.folder}: no room for checkpoint {self._saving}: {short}; {self.last_good()}")
 
     def _list_files(self) -> None:
         """Leaves a list of what was written in the checkpoint, before it gets its final name."""

@@ -50,6 +50,15 @@ def check_limits(config: Config, mesh: Mesh) -> None:
             )
 
 
+def check_parameters(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises UserError for a model, as a checkpoint says it, of which the parameters alone are more than all memory."""
+    needed, memory = 4 * least_parameters(model), _memory(mesh)
+    if memory is not None and needed > memory:
+        raise UserError(
+            f"its parameters take at least {needed / 2**30:.4g} GiB, all devices together have {memory / 2**30:.4g} GiB"
+        )
+
+
 def least_parameters(model: ModelConfig) -> int:
     """The matrices of attention and MLP, without embedding, routers and what is small."""
     attention = 2 * model.width * model.head_size * (model.num_heads + model.key_heads)

@@ -17,6 +17,7 @@ from oasis_jax.overrides import apply_overrides, parse_overrides
 from oasis_jax.placement import Placement, make_mesh, place
 from oasis_jax.training.checkpoints import Checkpoints
 from oasis_jax.training.description import MAY_DIFFER, stored_config, stored_tokenizer
+from oasis_jax.training.limits import check_parameters
 from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.state import build_model, parameter_shardings, placed
 
@@ -91,7 +92,12 @@ def load_run(workdir: str | os.PathLike[str], step: int | None = None, *, overri
         def restore(step: int) -> LoadedRun:
             metadata = checkpoints.metadata(step)
             config = at_step(measured_otherwise(stored_config(metadata), overrides), step)
-            placement = place(config, make_mesh(config.mesh))
+            mesh = make_mesh(config.mesh)
+            try:
+                check_parameters(config.model, mesh)
+            except UserError as error:
+                raise UserError(f"{workdir}: checkpoint {step}: {error}") from None
+            placement = place(config, mesh)
             shardings = parameter_shardings(config.model, placement)
             params = checkpoints.params(step, jax.tree.map(placed, parameter_shapes(config.model), shardings))
             tokenizer, corpus = stored_tokenizer(metadata), metadata["corpus"]
