@@ -1,11 +1,16 @@
-"""Files that others may have written, read whole: only where they are files, and of a size that can be."""
+"""Files that others may have written, read whole: only where they are files, and of a size that can be. They may lie in
+an object store.
+"""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
 import stat
 from typing import Any
 
+from oasis_jax import storage
 from oasis_jax.errors import UserError
 
 MOST = 2**28  # bytes: of a tokenizer, a config, an index; the largest in use have a few dozen MB
@@ -37,12 +42,14 @@ def require_file(path: str | os.PathLike) -> None:
 
 
 def read_bytes(path: str | os.PathLike, most: int = MOST) -> bytes:
-    """What is in a file.
+    """What is in a file or an object.
 
     Raises:
       FileNotFoundError: there is none.
       UserError: it is no regular file, has more than `most` bytes, or cannot be read.
     """
+    if storage.is_remote(path):
+        return _read_object(path, most)
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             found = os.fstat(file.fileno())
@@ -57,6 +64,12 @@ def read_bytes(path: str | os.PathLike, most: int = MOST) -> bytes:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_object(path: str | os.PathLike, most: int) -> bytes:
+    with storage.in_words(path, f"{path}: cannot be read"), contextlib.suppress(FileNotFoundError):
+        return storage.read_bytes(path, most)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
 
 
 def _without_waiting(path: str, flags: int) -> int:

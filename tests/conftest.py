@@ -4,6 +4,7 @@ import os
 import jax
 import psutil
 import pytest
+from stores import serve
 
 # Kernels' interpreters call back into Python, and a callback waits for a thread of XLA's pool: where the program that
 # called holds the only one, it waits for ever (jax issues 24255 and 25861). With a pool of one thread
@@ -36,3 +37,23 @@ def bounded_memory():
     yield
     if psutil.Process().memory_info().rss > HELD:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def gs():
+    """The address of a bucket; see `stores`."""
+    with serve("gs") as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """The address of a bucket; see `stores`."""
+    with serve("s3") as bucket:
+        yield bucket
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request):
+    """The address of a bucket of each kind."""
+    return request.getfixturevalue(request.param)

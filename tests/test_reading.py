@@ -13,7 +13,7 @@ from oasis_jax.pretrained.folder import Folder
 from oasis_jax.pretrained.tokenizer import from_folder
 from oasis_jax.reading import MOST, read_bytes, read_json
 from oasis_jax.study.cells import read_json as read_study_json
-from oasis_jax.training import lock, manifest
+from oasis_jax.training import lock_files, manifest
 from oasis_jax.training.metrics import read_metrics
 
 
@@ -44,7 +44,7 @@ READERS = {
     "chat_template.jinja": chat_template.from_folder,
     "tokenizer_config.json": chat_template.from_folder,
     "result.json": lambda folder: read_study_json(folder / "result.json"),
-    "training.lock": lambda folder: lock._read(folder / "training.lock"),
+    "training.lock": lambda folder: lock_files.LocalFiles(folder).read("training.lock"),
     "files.json": lambda folder: manifest.Inspection(folder),
 }
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from oasis_jax.commands.options import add_set, folder, read_set
+from oasis_jax.commands.options import add_set, local_folder, read_set
 from oasis_jax.commands.parser import Parser
 from oasis_jax.errors import printable
 
@@ -19,7 +19,7 @@ def make_parser(program: str) -> Parser:
     )
     parser.add_argument("source", metavar="SOURCE", help="a workdir, a folder of safetensors, a .gguf file, owner/name")
     parser.add_argument(
-        "--out", required=True, type=folder, metavar="FOLDER", help="where to write; has to be empty or missing"
+        "--out", required=True, type=local_folder, metavar="FOLDER", help="where to write; has to be empty or missing"
     )
     parser.add_argument("--dtype", metavar="NAME", help="of the tensors: float32, bfloat16, float16; as the source's")
     parser.add_argument(

@@ -11,16 +11,35 @@ from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.table import aligned, terminal_width
 from oasis_jax.config import METHOD_FIELDS, field_type
 from oasis_jax.config.schema import range_in_words
+from oasis_jax.errors import UserError
 from oasis_jax.overrides import all_fields, is_table, parse_overrides
+from oasis_jax.storage import Path, as_path, is_remote
 
 # Folders
 
 
-def folder(text: str) -> pathlib.Path:
-    """A folder that a flag names; an empty name, as an unset variable leaves it, would be the current one."""
+def folder(text: str) -> Path:
+    """A folder that a flag names, here or in an object store; an empty name, as an unset variable leaves it, would be
+    the current one.
+    """
     if not text:
         raise argparse.ArgumentTypeError("names no folder; for the current one write .")
-    return pathlib.Path(text)
+    try:
+        return as_path(text, "folder")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("folder: ")) from None
+
+
+def local(text: str) -> str:
+    """A path that a flag names and that has to be here."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(f"{text!r} has to be here; copy it there or from there with your store's tool")
+    return text
+
+
+def local_folder(text: str) -> pathlib.Path:
+    """See `folder` and `local`."""
+    return folder(local(text))
 
 
 # --set

@@ -5,7 +5,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from oasis_jax.commands.options import add_set
+from oasis_jax.commands.options import add_set, local
 from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.task_model import FIELDS, add_model, load_described, model_arguments
 from oasis_jax.errors import UserError
@@ -19,7 +19,7 @@ def make_parser(program: str) -> Parser:
         "docs/benchmarks.md.",
     )
     add_model(parser)
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8; read as one piece")
+    parser.add_argument("--text", type=local, required=True, metavar="FILE", help="UTF-8; read as one piece")
     parser.add_argument("--window", required=True, type=int, metavar="W", help="tokens that the model reads at once")
     parser.add_argument("--stride", required=True, type=int, metavar="S", help="tokens from one window to the next")
     parser.add_argument(
@@ -29,7 +29,7 @@ def make_parser(program: str) -> Parser:
         help="where a begin token stands: text, the default, before the first token only; windows, before every window",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="windows computed at once; 8")
-    parser.add_argument("--out", metavar="FILE", help="where all numbers are written as JSON")
+    parser.add_argument("--out", type=local, metavar="FILE", help="where all numbers are written as JSON")
     add_set(parser, "how a model is split over devices, such as mesh.tensor=2", FIELDS)
     return parser
 

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from oasis_jax.commands.options import add_set, folder, read_set
+from oasis_jax.commands.options import add_set, local_folder, read_set
 from oasis_jax.commands.parser import Parser
 from oasis_jax.errors import printable
 from oasis_jax.overrides import apply_overrides
@@ -33,7 +33,7 @@ def make_parser(program: str) -> Parser:
         help="bytes, bpe (learned from the training part), a tokenizer.json, a .model file of sentencepiece, "
         "tiktoken:NAME, or a model with one: a folder, a .gguf file, owner/name",
     )
-    parser.add_argument("--out", required=True, type=folder, metavar="FOLDER", help="where the shards lie")
+    parser.add_argument("--out", required=True, type=local_folder, metavar="FOLDER", help="where the shards lie")
     parser.add_argument("--licence", default="", metavar="TEXT", help="of the text, as index.json is to say it")
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that read and tokenize; by default one a core"

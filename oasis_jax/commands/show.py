@@ -3,7 +3,6 @@ two configs, what differs.
 """
 
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ from oasis_jax.commands.table import terminal_width
 from oasis_jax.config import Config
 from oasis_jax.errors import UserError, printable
 from oasis_jax.overrides import apply_overrides, parse_overrides
+from oasis_jax.storage import as_path, is_remote
 
 
 def make_parser(program: str) -> Parser:
@@ -54,11 +54,12 @@ def main(argv: Sequence[str], program: str = "oasis_jax show") -> None:
 
 def read_config(source: str, assignments: Sequence[str]) -> Config:
     """The config of a file, of a name or of a run, with fields set otherwise; raises UserError where there is none."""
-    config = stored_config(source) if pathlib.Path(source).is_dir() else load_config(source, "CONFIG")
-    return apply_overrides(config, assignments)
+    path = as_path(source, "CONFIG")
+    is_run = is_remote(path) or path.is_dir()
+    return apply_overrides(stored_config(source) if is_run else load_config(source, "CONFIG"), assignments)
 
 
-def stored_config(workdir: str | pathlib.Path) -> Config:
+def stored_config(workdir: str | os.PathLike[str]) -> Config:
     """The config that the newest whole checkpoint of a run holds.
 
     Raises:
@@ -66,8 +67,9 @@ def stored_config(workdir: str | pathlib.Path) -> Config:
     """
     from oasis_jax.training.checkpoints import Checkpoints
     from oasis_jax.training.description import stored_config as config_of
+    from oasis_jax.training.workdir import readable
 
-    workdir = pathlib.Path(workdir)
+    workdir = readable(workdir, "CONFIG")
     if not (workdir / "checkpoints").is_dir():
         raise UserError(
             f"CONFIG: there is no run in {str(workdir)!r} (it has no folder 'checkpoints'); give a config file or "

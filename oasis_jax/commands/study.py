@@ -4,7 +4,7 @@ import functools
 import pathlib
 from collections.abc import Sequence
 
-from oasis_jax.commands.options import folder
+from oasis_jax.commands.options import local_folder
 from oasis_jax.commands.parser import Parser
 from oasis_jax.errors import Preempted, UserError, printable, unknown_name
 
@@ -21,7 +21,9 @@ def make_parser(program: str) -> Parser:
         "study", metavar="STUDY", help="a Python file with get_study(), or the name of one that comes with the library"
     )
     aim = parser.add_mutually_exclusive_group(required=True)
-    aim.add_argument("--out", type=folder, metavar="FOLDER", help="where cells, numbers and the report are written")
+    aim.add_argument(
+        "--out", type=local_folder, metavar="FOLDER", help="where cells, numbers and the report are written"
+    )
     aim.add_argument(
         "--plan",
         metavar="HARDWARE:SHAPE",

@@ -1,6 +1,5 @@
 """`oasis_jax train`, also train.py: trains the model of a config, or plans whether that fits."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,13 +8,14 @@ from oasis_jax.commands.options import ProcessFlags, add_processes, add_set, fol
 from oasis_jax.commands.parser import Parser
 from oasis_jax.config import Config
 from oasis_jax.overrides import apply_overrides
+from oasis_jax.storage import Path
 
 
 class Arguments(NamedTuple):
     """What the command is asked for; of workdir and plan one is None."""
 
     config: Config
-    workdir: pathlib.Path | None
+    workdir: Path | None
     plan: str | None
     profile: str | None
     processes: ProcessFlags | None

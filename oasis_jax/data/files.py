@@ -16,6 +16,7 @@ from oasis_jax.data.formats import PACKED, parquet_texts
 from oasis_jax.data.text import TextFile, read, require_utf8, text_corpus
 from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError, nearest
+from oasis_jax.storage import as_path, fetched_glob, is_remote
 
 _SUFFIXES = (".txt", ".jsonl")
 # Reading these would wait or never end.
@@ -110,13 +111,20 @@ def _content(path: pathlib.Path, name: str, tokenizer: str) -> bytes:
 
 
 def matching_files(pattern: str, suffixes: Sequence[str] = _SUFFIXES) -> list[pathlib.Path]:
-    """The files that a glob matches; ** means any depth of folders. What there is under a name such as a[1] is meant
-    by that name.
+    """The files that a glob matches, in an object store their local copies; ** means any depth of folders. What there
+    is under a name such as a[1] is meant by that name.
 
     Raises:
       UserError: nothing matches, or a match ends with none of `suffixes` (leaving it out in silence would hide a
         misspelt pattern), or is no regular file, or the pattern means one file as a name and others as a glob.
     """
+    if is_remote(pattern):
+        paths = fetched_glob(pattern, "data.pattern")
+        if not paths:
+            raise UserError(f"data.pattern: no object matches {pattern!r}; ** stands for folders of any depth")
+        _check_suffixes(pattern, paths, suffixes)
+        return paths
+    as_path(pattern, "data.pattern")  # says what other schemes are
     expanded = os.path.expanduser(pattern)
     found = glob.glob(_without_names(pathlib.Path(expanded)), recursive=True)
     paths = [pathlib.Path(path) for path in found if not os.path.isdir(path)]
@@ -129,16 +137,21 @@ def matching_files(pattern: str, suffixes: Sequence[str] = _SUFFIXES) -> list[pa
             )
     if not paths:
         raise UserError(f"data.pattern: no file matches {pattern!r}{_hint(pathlib.Path(expanded))}")
+    _check_suffixes(pattern, paths, suffixes)
+    for path in paths:
+        if path.exists() and not path.is_file():
+            kind = next(name for is_it, name in _NO_FILES.items() if is_it(path.stat().st_mode))
+            raise UserError(f"data.pattern: {pattern!r} matches {str(path)!r}, which is no file but a {kind}")
+    return [pathlib.Path(os.path.abspath(path)) for path in paths]
+
+
+def _check_suffixes(pattern: str, paths: Sequence[pathlib.Path], suffixes: Sequence[str]) -> None:
     for path in paths:
         if not path.name.endswith(tuple(suffixes)):
             raise UserError(
                 f"data.pattern: {pattern!r} matches {str(path)!r}, which is neither {' nor '.join(suffixes)}; end the "
                 "pattern with one of them"
             )
-        if path.exists() and not path.is_file():
-            kind = next(name for is_it, name in _NO_FILES.items() if is_it(path.stat().st_mode))
-            raise UserError(f"data.pattern: {pattern!r} matches {str(path)!r}, which is no file but a {kind}")
-    return [pathlib.Path(os.path.abspath(path)) for path in paths]
 
 
 def _without_names(pattern: pathlib.Path) -> str:

@@ -25,6 +25,7 @@ from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.plain_names import plain
 from oasis_jax.reading import read_bytes
+from oasis_jax.storage import fetched
 
 INDEX = "index.json"
 FORMAT = 2
@@ -131,9 +132,14 @@ def file_sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def local_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """Where a prepared folder can be read; one in an object store is fetched whole: rows are read out of order."""
+    return fetched(folder, "data.pattern").expanduser()
+
+
 def read_index(folder: str | os.PathLike[str]) -> dict:
     """What index.json says; raises UserError where there is none, or one of another format."""
-    path = pathlib.Path(folder).expanduser() / INDEX
+    path = local_folder(folder) / INDEX
     try:
         index = json.loads(read_bytes(path))
     except FileNotFoundError:
@@ -154,7 +160,7 @@ def read_index(folder: str | os.PathLike[str]) -> dict:
 
 def verify(folder: str | os.PathLike[str]) -> int:
     """How many shards there are, all of which have their checksums; raises UserError for the first that has not."""
-    index, folder = read_index(folder), pathlib.Path(folder).expanduser()
+    index, folder = read_index(folder), local_folder(folder)
     shards = [shard for part in PARTS for shard in index["parts"][part]["shards"]]
     for shard in shards:
         check_files(folder, shard)
@@ -200,7 +206,7 @@ def _weights(text: str) -> list[float]:
 
 
 def _load(config: DataConfig, pattern: str, tokenizer: Tokenizer | None) -> Corpus:
-    index, folder = read_index(pattern), pathlib.Path(pattern).expanduser()
+    index, folder = read_index(pattern), local_folder(pattern)
     tokenizer = _tokenizer(config, pattern, index, tokenizer)
     fraction = index["holdout"]["fraction"]
     if config.holdout_fraction != fraction:

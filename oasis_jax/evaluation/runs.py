@@ -28,6 +28,7 @@ from oasis_jax.evaluation.report.views import look
 from oasis_jax.evaluation.subjects import ModelOptions, Subject, subject_of_run, subjects_of_model
 from oasis_jax.evaluation.tasks.table import prepare, run_tasks
 from oasis_jax.overrides import parse_overrides
+from oasis_jax.storage import Mirror, as_path, is_remote
 from oasis_jax.training.distributed import is_first, wait_for_all
 from oasis_jax.training.limits import refuse_links
 from oasis_jax.training.load import load_run
@@ -59,7 +60,7 @@ def evaluate(
 
     Args:
       workdirs: of trained runs; each is loaded from its newest whole checkpoint.
-      report: folder, made where it is missing.
+      report: folder, made where it is missing; one in gs:// or s3:// is written here and uploaded after each model.
       models: sources of pretrained models; see `oasis_jax.load_pretrained`.
       options: what models read and what is done to them.
       num_batches: held-out batches to read of a run; None: as many as its own evaluations (run.eval_batches).
@@ -72,7 +73,7 @@ def evaluate(
         under each scheme. Their texts are kept in report/<task>/; what an interrupted evaluation has left is not made
         again.
       task_settings: fields of the tasks' settings, such as {"gsm8k_file": "test.jsonl"}.
-      unwritten: shows what was measured where metrics.json cannot be written.
+      unwritten: shows what was measured where metrics.json cannot be written, or not be uploaded.
 
     Raises:
       UserError: a workdir twice or without a run, a model that cannot be read, a corpus that is not the run's, an
@@ -83,8 +84,10 @@ def evaluate(
     evaluators, interventions = choose(measures, "--measures"), choose_interventions(interventions, "--interventions")
     schemes = parse_schemes(quantize)
     prepared = prepare(tasks, task_settings, quantize)
-    labels, folder, overrides = unique_labels(workdirs, models), pathlib.Path(report), list(overrides)
+    labels, overrides = unique_labels(workdirs, models), list(overrides)
     pattern = parse_overrides(overrides).get("data", {}).get("pattern")
+    mirror = Mirror(report, "--report", last=("index.html",))
+    folder = mirror.folder
     if is_first():
         _check_writable(folder, tasks)
     loaded = [load_run(workdir, overrides=overrides) for workdir in workdirs]  # all, before the first is measured
@@ -98,6 +101,7 @@ def evaluate(
         if is_first():  # what is measured is written before anything else can go wrong
             try:
                 _write_metrics(runs, folder, complete=False)
+                mirror.upload()
             except UserError as error:  # by the end there may be room again
                 print(printable(str(error)), file=sys.stderr)
     if prepared:
@@ -105,12 +109,13 @@ def evaluate(
     if is_first():
         try:
             _write_metrics(runs, folder, complete=True)
+            for problem in write_report(runs, folder):
+                print(printable(f"{problem}; all numbers are in {folder / 'metrics.json'}"), file=sys.stderr)
+            mirror.upload()
         except UserError:
             if unwritten:
                 unwritten(runs)
             raise
-        for problem in write_report(runs, folder):
-            print(printable(f"{problem}; all numbers are in {folder / 'metrics.json'}"), file=sys.stderr)
     wait_for_all("the report is written")
     return runs
 
@@ -152,7 +157,7 @@ def unique_labels(workdirs: Sequence[str | os.PathLike], models: Sequence[str] =
     sources = [("--workdir", workdir) for workdir in workdirs] + [("--model", model) for model in models]
     if not sources:
         raise UserError("--workdir or --model: give at least one")
-    paths = [pathlib.Path(source).resolve() for _, source in sources]
+    paths = [path if is_remote(path := as_path(source, flag)) else path.resolve() for flag, source in sources]
     for index, ((flag, source), path) in enumerate(zip(sources, paths)):
         if path in paths[:index]:
             raise UserError(f"{flag}: {str(source)!r} is given twice")

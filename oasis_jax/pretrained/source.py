@@ -9,6 +9,13 @@ from typing import Any
 import numpy as np
 
 from oasis_jax.errors import UserError
+from oasis_jax.storage import fetched
+
+# What is read of a model.
+_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"),
+    *("oasis_tokenizer.json", "chat_template.jinja"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +62,19 @@ class Source(abc.ABC):
 
 
 def open_source(source: str | pathlib.Path) -> Source:
-    """The files behind a folder, a file ending in .gguf, or a hub's owner/name.
+    """The files behind a folder, a file ending in .gguf, here or in an object store, or a hub's owner/name.
 
     Raises:
       UserError: there is nothing that can be read, or the hub cannot be reached.
     """
     from oasis_jax.pretrained.folder import Folder
 
-    path = pathlib.Path(source)
+    path = fetched(source, "model", _FILES)
     if path.is_file():
         return _open_file(path)
     if path.is_dir():
         return Folder(path)
-    weights = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*"]
-    return Folder(model_folder(str(source), [*weights, "chat_template.jinja"]))
+    return Folder(model_folder(str(source), _FILES))
 
 
 def model_folder(text: str, wanted: Sequence[str]) -> pathlib.Path:

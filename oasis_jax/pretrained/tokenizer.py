@@ -12,6 +12,10 @@ from oasis_jax.data.tokenizers import LibraryTokenizer, SentencePieceTokenizer, 
 from oasis_jax.errors import UserError, unknown_name
 from oasis_jax.pretrained.source import model_folder, open_source
 from oasis_jax.reading import read_json
+from oasis_jax.storage import as_path, fetched, is_remote
+
+# What is read of a model.
+_FILES = ("config.json", "tokenizer*", "oasis_tokenizer.json")
 
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
@@ -58,7 +62,7 @@ def open_tokenizer(source: str) -> Tokenizer:
     """
     if source.startswith("tiktoken:"):
         return TiktokenTokenizer.named(source.removeprefix("tiktoken:"))
-    path = pathlib.Path(source).expanduser()
+    path = _local(source)
     if path.suffix == ".model" and path.is_file():
         return SentencePieceTokenizer.from_file(path)
     if path.suffix == ".json" and path.is_file():
@@ -66,7 +70,7 @@ def open_tokenizer(source: str) -> Tokenizer:
     if path.suffix == ".gguf" and path.is_file():
         fields = open_source(path).tokenizer()
     else:
-        folder = path if path.is_dir() else model_folder(source, ["config.json", "tokenizer*", "oasis_tokenizer.json"])
+        folder = path if path.is_dir() else model_folder(source, _FILES)
         trained = folder / "oasis_tokenizer.json"
         fields = json.dumps(read_json(trained)) if trained.exists() else from_folder(folder, _config_of(folder))
     if fields is None:
@@ -75,6 +79,16 @@ def open_tokenizer(source: str) -> Tokenizer:
             ".model file, tiktoken:NAME, or a model with one"
         )
     return _library(fields)
+
+
+def _local(source: str) -> pathlib.Path:
+    """A path to what `open_tokenizer` reads; out of a store only that is fetched."""
+    if not is_remote(source):
+        return as_path(source, "--tokenizer").expanduser()
+    path = as_path(source, "--tokenizer")
+    if path.suffix == ".json":  # config.json beside it says more
+        return fetched(path.parent, "--tokenizer", [path.name, "config.json"]) / path.name
+    return fetched(path, "--tokenizer", _FILES)
 
 
 def _library(fields: dict[str, Any] | str) -> Tokenizer:

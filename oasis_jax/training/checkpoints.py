@@ -22,6 +22,7 @@ from oasis_jax.config import Config
 from oasis_jax.data import Tokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.plain_names import plain
+from oasis_jax.storage import Path, is_remote, move, remove_tree
 from oasis_jax.training import manifest
 from oasis_jax.training.array_checksums import checksums, differing
 from oasis_jax.training.description import (
@@ -65,22 +66,32 @@ class _Quiet(logging.Filter):
         return not (record.exc_info and "orbax" in pathlib.Path(record.pathname).parts)
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what a killed save left. The manager would do it in a thread that nobody waits for when a run ends before
+    its first save. In an object store a checkpoint is written under its own name, and whole with its last object.
+    """
+    if is_remote(folder):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name.isdecimal() and not (path / ocp.path.atomicity.COMMIT_SUCCESS_FILE).exists():
+                remove_tree(path)
+        return
+    for unfinished in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(unfinished)
+
+
 class Checkpoints:
     """The checkpoints of a workdir, written in the background, each one whole or not there; a context manager.
 
     Args:
-      workdir: an existing folder.
+      workdir: an existing folder, or one in gs://.
       keep: which checkpoints stay; None: the folder is only read.
       say: prints one line about a checkpoint that is passed over.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, keep: Keep | None, say: Callable[[str], None]):
+    def __init__(self, workdir: Path, *, keep: Keep | None, say: Callable[[str], None]):
         self.folder, self._broken_folder, self._say = workdir / "checkpoints", workdir / "checkpoints_broken", say
         if keep is not None and is_first():
-            # What a killed save left. The manager would do it in a thread that nobody waits for when a run ends before
-            # its first save.
-            for unfinished in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(unfinished)
+            _remove_unfinished(self.folder)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(None) if keep is None else keep.policy(),
             create=keep is not None,
@@ -91,10 +102,11 @@ class Checkpoints:
         wait_for_all("unfinished checkpoints are removed")
         self._saving: int | None = None
         self._skipped: set[int] = set()  # checkpoints whose step was
-        if keep is not None:
+        if keep is not None and not is_remote(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         # The library takes [ ] * ? for patterns, and a backslash for something else than itself.
-        self._manager = ocp.CheckpointManager(plain(self.folder.absolute(), odd="[]*?\\"), options=options)
+        place = self.folder if is_remote(self.folder) else plain(self.folder.absolute(), odd="[]*?\\")
+        self._manager = ocp.CheckpointManager(place, options=options)
         self._quiet = _Quiet()
         logging.getLogger("absl").addFilter(self._quiet)
 
@@ -192,6 +204,8 @@ class Checkpoints:
         """A disk that is full is found here, not by the storage library's threads, whose complaints fill the
         terminal.
         """
+        if is_remote(self.folder):
+            return
         needed = sum(x.nbytes for x in jax.tree.leaves(state._replace(rng=None)))
         free, found = shutil.disk_usage(self.folder).free, os.statvfs(self.folder)
         short = ""
@@ -309,8 +323,8 @@ class Checkpoints:
                 found = restore(step)
             finally:
                 inspection.finish()  # damage is the reason of whatever else it led to
-        if not inspection.verified:
-            self._say(f"checkpoint {step} was written without checksums: its files are not verified")
+        if inspection.unverified:
+            self._say(f"checkpoint {step} {inspection.unverified}: its files are not verified")
         return found
 
     def resume(self, config: Config, mesh: Mesh) -> Resumed | None:
@@ -376,9 +390,10 @@ class Checkpoints:
         one.
         """
         if is_first():
-            self._broken_folder.mkdir(exist_ok=True)
-            there = {path.name for path in self._broken_folder.iterdir()}
+            if not is_remote(self.folder):
+                self._broken_folder.mkdir(exist_ok=True)
+            there = {path.name for path in self._broken_folder.iterdir()} if self._broken_folder.is_dir() else set()
             names = (f"{step}{suffix}" for suffix in ("", *(f"-{i}" for i in range(1, len(there) + 1))))
-            (self.folder / str(step)).rename(self._broken_folder / next(name for name in names if name not in there))
+            move(self.folder / str(step), self._broken_folder / next(name for name in names if name not in there))
             self._say(f"checkpoint {step} is set aside in {self._broken_folder}")
         wait_for_all(f"broken checkpoint {step} is moved aside")

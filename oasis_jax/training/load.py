@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 import sys
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from oasis_jax.training.description import MAY_DIFFER, stored_config, stored_tok
 from oasis_jax.training.limits import check_parameters
 from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.state import build_model, parameter_shardings, placed
+from oasis_jax.training.workdir import readable
 
 # What may be another than in the checkpoint: how a model is computed, where its data lie; never what it computes.
 HOW = sorted(name for name in MAY_DIFFER if name.startswith(("model.", "mesh.", "data.")))
@@ -77,7 +77,7 @@ def load_run(workdir: str | os.PathLike[str], step: int | None = None, *, overri
       UserError: there is no such checkpoint, or no whole one, or this version cannot build its model, or not on this
         mesh.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = readable(workdir, "--workdir")
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"--workdir: there is no run in {str(workdir)!r} (it has no folder 'checkpoints')")
     with Checkpoints(workdir, keep=None, say=lambda text: print(printable(text), file=sys.stderr)) as checkpoints:

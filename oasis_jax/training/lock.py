@@ -1,7 +1,6 @@
 """One writer a workdir: a lock file that says who trains there, and shows that it is alive."""
 
 import contextlib
-import json
 import os
 import pathlib
 import socket
@@ -12,25 +11,25 @@ from collections.abc import Callable
 from typing import Any
 
 from oasis_jax.errors import UserError
-from oasis_jax.reading import read_bytes
+from oasis_jax.storage import Path, in_words, is_remote
 from oasis_jax.training.distributed import agreed, is_first
+from oasis_jax.training.lock_files import LocalFiles, ObjectFiles
 
 NAME = "training.lock"
 # The holder touches the file this often. One of another machine that has not done so for STALE_SECONDS is gone.
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
-_MOST = 2**16  # bytes of a lock
 
 
 class WorkdirLock:
     """Holds a workdir for training; a context manager. Reading needs none.
 
-    The file appears whole or not at all, by a hard link, which shared file systems make for one of several that try. A
-    holder on this machine is gone when its process is. One on another machine is watched until its file is touched, or
-    has not been for STALE_SECONDS by the file system's own clock.
+    The file appears whole or not at all, for one of several that try: see `lock_files`. A holder on this machine is
+    gone when its process is. One on another machine is watched until its file is touched, or has not been for
+    STALE_SECONDS by the clock of the file system or store.
 
     Args:
-      workdir: an existing folder.
+      workdir: an existing folder, or one in an object store.
       say: prints a line.
       heartbeat, stale: seconds, see above.
 
@@ -40,13 +39,14 @@ class WorkdirLock:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: Path,
         say: Callable[[str], None],
         *,
         heartbeat: float = HEARTBEAT_SECONDS,
         stale: float = STALE_SECONDS,
     ):
         self._workdir, self._path, self._say = workdir, workdir / NAME, say
+        self._files = ObjectFiles(workdir) if is_remote(workdir) else LocalFiles(workdir)
         self._heartbeat, self._stale = heartbeat, stale
         self._me = _process(os.getpid()) | {"token": uuid.uuid4().hex, "since": round(time.time(), 3)}
         self._ended, self._lost, self._thread = threading.Event(), False, None
@@ -69,9 +69,9 @@ class WorkdirLock:
         self._ended.set()
         if self._thread:
             self._thread.join()
-            if self._held():
-                with contextlib.suppress(OSError):
-                    self._path.unlink()
+            with contextlib.suppress(self._files.away):
+                if self._held():
+                    self._files.remove(NAME)
 
     def check(self) -> None:
         """Raises UserError where the workdir was taken over, as from a process that stood still for long."""
@@ -82,30 +82,25 @@ class WorkdirLock:
             )
 
     def _acquire(self) -> None:
-        mine = self._path.with_name(f".{NAME}-{self._me['token']}")
         try:
-            mine.write_text(json.dumps(self._me))
-            while not _created(mine, self._path):
-                self._remove(self._wait_for(mine), mine)
+            with in_words(self._workdir, f"--workdir: cannot lock {str(self._workdir)!r}"):
+                while not self._files.create(NAME, self._me):
+                    self._remove(self._wait_for())
         except OSError as error:
             raise UserError(f"--workdir: cannot lock {str(self._workdir)!r}: {error.strerror}") from None
-        finally:
-            mine.unlink(missing_ok=True)
 
-    def _wait_for(self, clock: pathlib.Path) -> dict[str, Any] | None:
+    def _wait_for(self) -> dict[str, Any] | None:
         """The holder, once it is known to be gone (None: there is no lock); raises UserError for one that lives."""
         first, said = None, False
         while True:
-            holder, touched = _read(self._path)
+            holder, touched = self._files.read(NAME)
             if touched is None:
                 return None
             if _is_here(holder):
                 if not _is_alive(holder):
                     return holder
                 raise self._refusal(holder)
-            os.utime(clock)
-            age = clock.stat().st_mtime - touched
-            if age > self._stale:
+            if self._files.now() - touched > self._stale:
                 return holder
             if first not in (None, touched):
                 raise self._refusal(holder)
@@ -121,25 +116,26 @@ class WorkdirLock:
             "take another workdir"
         )
 
-    def _remove(self, gone: dict[str, Any] | None, mine: pathlib.Path) -> None:
+    def _remove(self, gone: dict[str, Any] | None) -> None:
         """Takes the lock of one who is gone away. Of several who want to, one at a time, so that none takes away the
         lock that another has put there meanwhile.
         """
         if gone is None:
             return
-        turn = self._path.with_name(f".{NAME}-takeover")
-        with contextlib.suppress(FileNotFoundError):
-            if _created(mine, turn):
-                if _read(self._path)[0].get("token") == gone.get("token"):
-                    self._path.unlink()
-                turn.unlink()
-            elif mine.stat().st_mtime - turn.stat().st_mtime > self._stale:  # killed in its turn
-                turn.unlink()
-            else:
-                time.sleep(0.01)
+        turn = f".{NAME}-takeover"
+        if self._files.create(turn, self._me):
+            if self._files.read(NAME)[0].get("token") == gone.get("token"):
+                self._files.remove(NAME)
+            self._files.remove(turn)
+            return
+        _, begun = self._files.read(turn)
+        if begun is not None and self._files.now() - begun > self._stale:  # killed in its turn
+            self._files.remove(turn)
+        else:
+            time.sleep(0.01)
 
     def _held(self) -> bool:
-        return _read(self._path)[0].get("token") == self._me["token"]
+        return self._files.read(NAME)[0].get("token") == self._me["token"]
 
     def _beat(self) -> None:
         while not self._ended.wait(self._heartbeat):
@@ -147,38 +143,9 @@ class WorkdirLock:
                 if not self._held():
                     self._lost = True
                     return
-                os.utime(self._path)
-            except OSError:  # a file system that is away for a moment; the next look tells
+                self._files.touch(NAME, self._me)
+            except self._files.away:  # a file system or store that is away for a moment; the next look tells
                 continue
-
-
-def _created(source: pathlib.Path, path: pathlib.Path) -> bool:
-    """Whether `path` was not there and is now what `source` is; one of several that try has True."""
-    try:
-        os.link(source, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        try:
-            with open(path, "x") as file:
-                file.write(source.read_text())
-        except FileExistsError:
-            return False
-    return True
-
-
-def _read(path: pathlib.Path) -> tuple[dict[str, Any], float | None]:
-    """Who holds a lock, {} where that is not readable, and when the file was touched; None: there is none."""
-    try:
-        text = read_bytes(path, _MOST)  # opening it asks a shared file system for its newest state
-        touched = os.stat(path).st_mtime
-    except FileNotFoundError:
-        return {}, None
-    try:
-        holder = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}, touched
-    return holder if isinstance(holder, dict) else {}, touched
 
 
 def _process(pid: int) -> dict[str, Any]:

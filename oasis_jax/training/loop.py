@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import pathlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,13 +16,15 @@ from oasis_jax.data import Corpus, eval_batches, load_corpus, train_batches
 from oasis_jax.errors import Preempted, UserError
 from oasis_jax.model.batch import check_ids
 from oasis_jax.placement import Placement, check_batch_size, make_mesh, place
+from oasis_jax.storage import Mirror, Path
 from oasis_jax.training.checkpoints import Checkpoints, Keep, Resumed
 from oasis_jax.training.description import check_corpus, describe
 from oasis_jax.training.distributed import batch_part, is_first
 from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.guard import Guard, TrainingStopped, floats
-from oasis_jax.training.limits import check_limits, out_of_memory_in_words, refuse_links
+from oasis_jax.training.limits import check_limits, out_of_memory_in_words
 from oasis_jax.training.lock import WorkdirLock
+from oasis_jax.training.manifest import NAME as LIST_OF_FILES
 from oasis_jax.training.metrics import MetricsWriter, NoWriter, ProgressBar, Speed, read_metrics
 from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.preemption import Preemption
@@ -32,6 +32,7 @@ from oasis_jax.training.profiling import Profile
 from oasis_jax.training.state import TrainState, new_state
 from oasis_jax.training.step import make_step, make_telemetry
 from oasis_jax.training.warm_start import starting_parameters, starting_point, with_source
+from oasis_jax.training.workdir import is_copied, writable
 
 # (parameters, model config, placement, held-out batches) -> {name: value}
 Evaluator = Callable[[dict[str, Any], ModelConfig, Placement, Sequence[Mapping[str, Any]]], Mapping[str, object]]
@@ -50,6 +51,7 @@ class _Run(NamedTuple):
     progress: ProgressBar
     preemption: Preemption
     lock: WorkdirLock
+    mirror: Mirror | None  # of a workdir that is copied to where it belongs
     evaluators: Mapping[str, Evaluator]
 
 
@@ -66,7 +68,9 @@ def fit(
 
     Args:
       config: the run.
-      workdir: gets metrics.jsonl, checkpoints/ and, where asked for, tensorboard/ and wandb/.
+      workdir: gets metrics.jsonl, checkpoints/ and, where asked for, tensorboard/ and wandb/; a folder,
+        gs://BUCKET/NAME or s3://BUCKET/NAME. To s3:// one process writes, and training waits until a checkpoint is
+        there.
       evaluators: each run(params, model config, placement, held-out batches) -> {name: value}, called every
         run.eval_interval steps on the parameters where they lie; finite numbers among the values are logged as
         "eval/<name>".
@@ -89,14 +93,16 @@ def fit(
     # A batch that cannot be split and what cannot fit are refused before anything is read or written.
     check_batch_size(config, Placement(mesh, config.mesh.rules))
     check_limits(config, mesh)
-    workdir = writable(workdir)
+    home = writable(workdir, config.run, profile=profile is not None)
     tokens = config.data.batch_size * config.data.sequence_length
     with contextlib.ExitStack() as stack:
         # Where the run stands. Nothing is changed before the workdir's run is known to be this one.
         stack.enter_context(out_of_memory_in_words())
         preemption = stack.enter_context(Preemption())
         progress = ProgressBar(steps=config.run.steps, tokens_per_step=tokens, silent=not is_first())
-        lock = stack.enter_context(WorkdirLock(workdir, progress.say))
+        lock = stack.enter_context(WorkdirLock(home, progress.say))
+        mirror = Mirror(home, "--workdir", last=(LIST_OF_FILES,)) if is_copied(home) else None
+        workdir = mirror.folder if mirror else home
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=Keep.of(config.run), say=progress.say))
         resumed = checkpoints.resume(config, mesh)
         warm = config.run.init_from and not resumed
@@ -109,7 +115,7 @@ def fit(
         for note in corpus.notes:
             progress.say(note)
         if resumed and resumed.step == config.run.steps:
-            progress.say(f"{workdir} has all its {resumed.step} steps; for more: --set run.steps=N")
+            progress.say(f"{home} has all its {resumed.step} steps; for more: --set run.steps=N")
             return _last_line(workdir)
         state = resumed.state if resumed else new_state(config, mesh, preemption.compiled)
         if start:
@@ -117,7 +123,7 @@ def fit(
             state = state._replace(params=starting_parameters(start, config, state.params, examples, progress.say))
         if on_start and not resumed:
             on_start(state.params)
-        run = _Run(config, mesh, corpus, checkpoints, progress, preemption, lock, evaluators or {})
+        run = _Run(config, mesh, corpus, checkpoints, progress, preemption, lock, mirror, evaluators or {})
         _log_and_train(run, workdir, state, resumed, profile, stack)
     return _last_line(workdir)
 
@@ -130,7 +136,7 @@ def training_examples(corpus: Corpus, config: Config, rows: int) -> dict[str, np
 
 def _log_and_train(
     run: _Run,
-    workdir: pathlib.Path,
+    workdir: Path,
     state: TrainState,
     resumed: Resumed | None,
     profile: tuple[int, int] | None,
@@ -145,8 +151,8 @@ def _log_and_train(
     if resumed:
         batches.set_state(resumed.data_state)
     trackers = dict(tensorboard=config.run.tensorboard, wandb=config if config.run.wandb else None)
-    writer = MetricsWriter(workdir, step=first, **trackers) if is_first() else NoWriter()
-    writer = stack.enter_context(writer)
+    logs = dict(step=first, check=run.lock.check, **trackers)
+    writer = stack.enter_context(MetricsWriter(workdir, **logs) if is_first() else NoWriter())
     tracer = stack.enter_context(Profile(workdir, profile if is_first() else None))
     stack.enter_context(run.progress)
     run.progress.say(_header(config, state.params, run.mesh, first))
@@ -210,9 +216,14 @@ def _train(
 
         # After the log: the steps that a checkpoint has behind it are all in there.
         if due.save:
+            writer.sync()
             data_state, loss = batches.get_state(), values.get("eval/loss")
             facts = dict(description=description, loss=loss, skipped=guard.skipping)
             checkpoints.save(state, step=step, data_state=data_state, **facts)
+            if run.mirror:
+                checkpoints.wait()
+                run.lock.check()
+                run.mirror.upload()
         if due.leave and step < config.run.steps:
             checkpoints.wait()
             raise Preempted(
@@ -254,29 +265,6 @@ def _due(step: int, run: RunConfig, evaluators: Mapping[str, Evaluator], leave: 
     )
 
 
-# What a run writes in its workdir, and what is inside of some of it.
-_WRITES = (
-    *("metrics.jsonl", "metrics.partial", "training.lock", "tensorboard", "wandb", "wandb_run_id", "profile"),
-    *("checkpoints", "checkpoints/*", "checkpoints_broken", "checkpoints_broken/*"),
-)
-
-
-def writable(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder, made where it is missing; raises UserError where it cannot be written."""
-    workdir = pathlib.Path(workdir)
-    refuse_links(workdir, _WRITES)
-    for name in ("checkpoints", "checkpoints_broken"):
-        if (workdir / name).exists() and not (workdir / name).is_dir():
-            raise UserError(f"--workdir: {str(workdir / name)!r} is no folder; remove it, or take another workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise UserError(f"--workdir: cannot write to {str(workdir)!r}: {error.strerror}") from None
-    return workdir
-
-
 def with_sizes(config: Config, corpus: Corpus) -> Config:
     """The config with the vocabulary or vector size that the data has; raises UserError where it asks for another."""
     if corpus.tokenizer:
@@ -291,7 +279,7 @@ def with_sizes(config: Config, corpus: Corpus) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **{name: size}))
 
 
-def _last_line(workdir: pathlib.Path) -> dict[str, float]:
+def _last_line(workdir: Path) -> dict[str, float]:
     return (read_metrics(workdir) or [{}])[-1]
 
 

@@ -4,10 +4,9 @@ import contextlib
 import datetime
 import json
 import os
-import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -16,11 +15,13 @@ from oasis_jax.config import Config
 from oasis_jax.config.schema import LARGEST
 from oasis_jax.errors import UserError, printable
 from oasis_jax.reading import read_bytes
+from oasis_jax.storage import Path, as_path, in_words, is_remote, write_bytes
 from oasis_jax.training.trackers import TensorBoard, Tracker, Wandb
 
 FILE_NAME = "metrics.jsonl"
 _MOST = 2**30  # bytes: some millions of logged steps
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
+_SECONDS_BETWEEN_REWRITES = 30.0
 _SPENT_ON = ("data", "transfer", "device")
 
 
@@ -31,9 +32,8 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict]:
     Raises:
       UserError: there is something of that name that cannot be read, or more than 1 GiB of it.
     """
-    path = pathlib.Path(workdir, FILE_NAME)
     try:
-        text = read_bytes(path, _MOST).decode("utf-8", errors="replace")
+        text = read_bytes(as_path(workdir, "--workdir") / FILE_NAME, _MOST).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return []
     lines = []
@@ -52,9 +52,20 @@ def _is_number(value: object) -> bool:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one flushed line a step, and to trackers where asked to; a context manager."""
+    """Appends to metrics.jsonl, one flushed line a step, and to trackers where asked to; a context manager.
 
-    def __init__(self, workdir: pathlib.Path, *, step: int, tensorboard: bool = False, wandb: Config | None = None):
+    In an object store the file is written anew, at most every half minute, before each checkpoint and at the end.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        step: int,
+        tensorboard: bool = False,
+        wandb: Config | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
         """Continues after `step`: lines of later steps, which will come again, are dropped.
 
         Args:
@@ -62,15 +73,20 @@ class MetricsWriter:
           step: the last one that is done.
           tensorboard: write its files, too.
           wandb: the run's config, where Weights & Biases is to have it and the numbers.
+          check: raises UserError where nothing more may be written, asked at the end of a run in an object store.
 
         Raises:
           UserError: a tracker that is asked for is not installed or does not start, or the file cannot be written.
         """
+        self._check = check
         self._trackers: list[Tracker] = [TensorBoard(workdir, step)] if tensorboard else []
         if wandb:
             self._trackers.append(Wandb(workdir, wandb))
         kept = "".join(json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= step)
         path = workdir / FILE_NAME
+        if is_remote(path):
+            self._file = _Rewritten(path, kept)
+            return
         partial = path.with_suffix(".partial")
         try:
             partial.unlink(missing_ok=True)  # a link of this name would be written through
@@ -86,13 +102,28 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        with contextlib.suppress(OSError):  # every line was flushed, and what could not be was said
-            self._file.close()
-        self._close_trackers(error)
+        try:
+            self._close_file(error)
+        finally:
+            self._close_trackers(error)
+
+    def _close_file(self, error: BaseException | None) -> None:
+        if isinstance(self._file, _Rewritten):
+            with contextlib.suppress(UserError) if error else contextlib.nullcontext():  # what ended the run is said
+                self._check()
+                self._file.write_all()
+        else:
+            with contextlib.suppress(OSError):  # every line was flushed, and what could not be was said
+                self._file.close()
 
     def _close_trackers(self, error: BaseException | None) -> None:
         for tracker in self._trackers:
             tracker.close(error)
+
+    def sync(self) -> None:
+        """Returns when every line is where a checkpoint may rely on it."""
+        if isinstance(self._file, _Rewritten):
+            self._file.write_all()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes {"step": step, **values, "time": seconds since 1970}.
@@ -109,6 +140,26 @@ class MetricsWriter:
             tracker.write(step, values)
 
 
+class _Rewritten:
+    """A text in an object store, which cannot be appended to."""
+
+    def __init__(self, path: Path, text: str):
+        self.name, self._path, self._text, self._written = str(path), path, text, time.monotonic()
+        self.write_all()
+
+    def write(self, text: str) -> None:
+        self._text += text
+
+    def flush(self) -> None:
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_REWRITES:
+            self.write_all()
+
+    def write_all(self) -> None:
+        with in_words(self._path, f"{self.name}: cannot be written"):
+            write_bytes(self._path, self._text.encode())
+        self._written = time.monotonic()
+
+
 class NoWriter(contextlib.nullcontext):
     """What the other processes of a run write."""
 
@@ -117,6 +168,9 @@ class NoWriter(contextlib.nullcontext):
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes nothing: process 0 does."""
+
+    def sync(self) -> None:
+        """Waits for nothing."""
 
 
 class Speed:

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from oasis_jax.data import TOKENIZERS, load_corpus
 from oasis_jax.errors import UserError, nearest
 from oasis_jax.model.loop import uses_loop
 from oasis_jax.placement import check_batch_size, make_mesh, place
+from oasis_jax.storage import as_path, is_remote, reach
 from oasis_jax.training.collectives import Collective, collectives
 from oasis_jax.training.flops import peak_flops, training_flops
 from oasis_jax.training.gpu_targets import GPUS, check_compiler
@@ -271,7 +271,7 @@ def with_vocabulary(config: Config) -> Config:
     its tokenizer will have, or the size of its task's vectors. No text is read. A model that is not at hand and whose
     vocabulary the config states is not asked for: the config states its other sizes, too.
     """
-    if not config.model.vocab_size or pathlib.Path(config.run.init_from).exists():
+    if not config.model.vocab_size or _exists(config.run.init_from):
         config = with_source(config)
     model, data = config.model, config.data
     if model.inputs == "vectors":
@@ -280,6 +280,11 @@ def with_vocabulary(config: Config) -> Config:
         trained = data.bpe_vocab_size if data.tokenizer == "bpe" else 0
         sizes = {"vocab_size": model.vocab_size or trained or TOKENIZERS[data.tokenizer].train((), 0).vocab_size}
     return dataclasses.replace(config, model=dataclasses.replace(model, **sizes))
+
+
+def _exists(source: str) -> bool:
+    path = as_path(source, "run.init_from")
+    return reach(path, "run.init_from") is not None if is_remote(path) else path.exists()
 
 
 def describe(plan: Plan, config: Config) -> str:

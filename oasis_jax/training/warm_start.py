@@ -5,7 +5,6 @@ random key and data are its own.
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,10 +18,12 @@ from oasis_jax.errors import UserError
 from oasis_jax.model.decoder import parameter_shapes
 from oasis_jax.placement import place
 from oasis_jax.pretrained.source import is_hub_name
+from oasis_jax.storage import as_path, is_remote, reach
 from oasis_jax.training.checkpoints import Checkpoints
 from oasis_jax.training.description import differing_fields, stored_config, stored_tokenizer
 from oasis_jax.training.optimizer import at_step
 from oasis_jax.training.state import placed
+from oasis_jax.training.workdir import readable
 
 # What of a model is a run's own when it starts from a pretrained one: the method, its start, and how it is computed.
 _OWN = {
@@ -54,10 +55,12 @@ class Start(NamedTuple):
 
 def is_pretrained(source: str) -> bool:
     """Whether run.init_from names a pretrained model, here or on a hub, not a workdir."""
-    path = pathlib.Path(source)
-    return bool(source) and (
-        path.is_file() or (path / "config.json").is_file() or (not path.exists() and is_hub_name(source))
-    )
+    if not source:
+        return False
+    path = as_path(source, "run.init_from")
+    if is_remote(path):
+        return reach(path, "run.init_from") == "file" or (path / "config.json").exists()
+    return path.is_file() or (path / "config.json").is_file() or (not path.exists() and is_hub_name(source))
 
 
 def with_source(config: Config, workdir: str | os.PathLike[str] | None = None) -> Config:
@@ -108,9 +111,10 @@ def started(model: ModelConfig, config: Config) -> ModelConfig:
 
 def _model_in(workdir: str | os.PathLike[str], config: Config) -> ModelConfig | None:
     """The model of the run in a workdir, where it began with what this one asks for."""
-    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+    workdir = readable(workdir, "--workdir")
+    if not (workdir / "checkpoints").is_dir():
         return None
-    with Checkpoints(pathlib.Path(workdir), keep=None, say=lambda _: None) as checkpoints:
+    with Checkpoints(workdir, keep=None, say=lambda _: None) as checkpoints:
         if not checkpoints.steps():
             return None
         stored = checkpoints.first_whole(lambda step: stored_config(checkpoints.metadata(step)), checkpoints.steps())[0]
@@ -129,7 +133,7 @@ def starting_point(config: Config, say: Callable[[str], None]) -> Iterator[Start
     if is_pretrained(config.run.init_from):
         yield _checked(_pretrained(config.run.init_from), config)
         return
-    workdir = pathlib.Path(config.run.init_from)
+    workdir = readable(config.run.init_from, "run.init_from")
     if not (workdir / "checkpoints").is_dir():
         raise UserError(
             f"run.init_from: there is no run in {str(workdir)!r} (it has no folder 'checkpoints'), and no "

@@ -48,6 +48,28 @@ def test_what_lies_elsewhere_is_named_and_asked_for(here, pattern, monkeypatch):
     assert "--set " in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "pattern, workdir, opened",
+    [
+        ("gs://bucket/run/text/*.txt", "gs://bucket/run", True),
+        ("s3://bucket/run/text/*.txt", "s3://bucket/run/", True),
+        ("text/*.txt", "gs://bucket/run", True),
+        ("gs://bucket/run/../other/*.txt", "gs://bucket/run", False),
+        ("gs://bucket/runs/*.txt", "gs://bucket/run", False),
+        ("s3://bucket/run/*.txt", "gs://bucket/run", False),
+        ("gs://bucket/run/*.txt", "run", False),
+        ("/etc/*.txt", "gs://bucket/run", False),
+    ],
+)
+def test_in_a_store_a_run_owns_what_lies_below_it(here, pattern, workdir, opened):
+    for data in (asked(pattern), asked(f"text,{pattern}", corpus="prepared", mixture="1,1")):
+        if opened:
+            check_stored(data, workdir)
+        else:
+            with pytest.raises(UserError, match="stored paths are not opened unasked"):
+                check_stored(data, workdir)
+
+
 def test_every_folder_of_a_mixture_counts(here):
     with pytest.raises(UserError, match="'/srv/other'"):
         check_stored(asked("text, /srv/other", corpus="prepared", mixture="1,1"), "run")

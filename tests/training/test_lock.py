@@ -12,6 +12,7 @@ import time
 import pytest
 
 from oasis_jax.errors import UserError
+from oasis_jax.training import lock_files
 from oasis_jax.training.lock import NAME, WorkdirLock
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -148,3 +149,24 @@ def test_a_second_training_in_a_workdir_is_refused_in_one_line_and_touches_nothi
     (line,) = found.stderr.splitlines()
     assert found.returncode == 2 and f"is being trained in by process {os.getpid()} on" in line
     assert [path.name for path in workdir.iterdir()] == ["checkpoints"] and unfinished.is_dir()
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), UserError("training.lock: cannot be read")])
+def test_a_file_system_that_is_away_for_a_moment_ends_no_heartbeat(tmp_path, monkeypatch, error):
+    failed = threading.Event()
+
+    def away(*arguments):
+        failed.set()
+        raise error
+
+    with lock(tmp_path, heartbeat=0.02) as mine:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock_files, "read_bytes", away)
+            assert failed.wait(20)
+        os.utime(tmp_path / NAME, (1, 1))
+        deadline = time.monotonic() + 20
+        while (tmp_path / NAME).stat().st_mtime == 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert (tmp_path / NAME).stat().st_mtime > 1
+        mine.check()
+    assert list(tmp_path.iterdir()) == []

@@ -65,7 +65,7 @@ def test_what_another_hand_wrote_is_skipped(tmp_path):
 
 def test_a_folder_in_place_of_metrics_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is no file but a folder"):
         read_metrics(tmp_path)
 
 
