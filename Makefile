@@ -37,16 +37,17 @@ test: venv
 test-slow: venv
 	$(TESTS) -m pytest -n 2 -m "slow and not faults and not parity"
 
-# Pretrained models against transformers and torch, tasks against the harness for language models, and what reads data sets and tokenizers of others: a gigabyte that nothing else needs. Fetches SmolLM2-135M once, 100 MB.
+# Pretrained models against transformers and torch, tasks against the harness for language models, and what reads data sets, tokenizers and object stores of others: a gigabyte that nothing else needs. Fetches SmolLM2-135M once, 100 MB.
 PARITY := $(VENV)/.installed-parity
 test-parity: venv
 	@$(MAKE) --silent --no-print-directory $(PARITY)
 	$(TESTS) -m pytest -n 2 -m parity tests/pretrained
 	$(TESTS) -m pytest tests/data/test_data_prepare.py tests/data/test_data_sources.py tests/data/test_data_tokenizer_models.py
+	$(TESTS) -m pytest -n 2 tests/storage tests/training/test_remote_workdir.py tests/commands/test_remote_paths.py
 
 $(PARITY): setup.cfg pyproject.toml constraints.txt
 	@echo "installing transformers, torch, lm-eval and what reads data sets into $(VENV)"
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,parity,lm_eval,prepare,hub]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,parity,lm_eval,prepare,hub,gcs,s3,object_store_servers]"
 	@touch $@
 
 # Kills and damages real runs and prints its counts; about a quarter of an hour. Mounting small disks needs root: skipped with the reason otherwise.

@@ -23,7 +23,8 @@ def forget_file_systems() -> None:
 
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
     for name in ("gcs", "s3"):
-        fsspec.get_filesystem_class(name).clear_instance_cache()
+        with contextlib.suppress(ImportError):
+            fsspec.get_filesystem_class(name).clear_instance_cache()
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def software() -> list[pathlib.Path]:
 def test_every_import_is_declared(setup):
     declared = requirements(setup["options"]["install_requires"])
     extras = setup["options.extras_require"]
-    optional = requirements("\n".join(extras[name] for name in (*TRACKERS, "lm_eval")))
+    optional = requirements("\n".join(extras[name] for name in (*TRACKERS, "lm_eval", "gcs")))
     peers = {"transformer-engine", "huggingface-hub"}  # used where they are installed
     known = declared.keys() | optional.keys() | peers
     benchmarks = [path for path in software() if path.is_relative_to(ROOT / "benchmarks")]
@@ -85,7 +85,7 @@ def test_every_import_is_declared(setup):
 
 
 def test_extras_are_imported_only_inside_functions(setup):
-    optional = requirements("\n".join(setup["options.extras_require"][name] for name in TRACKERS))
+    optional = requirements("\n".join(setup["options.extras_require"][name] for name in (*TRACKERS, "gcs")))
     for path in software():
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):

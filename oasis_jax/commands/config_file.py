@@ -14,6 +14,7 @@ from typing import TypeVar
 from oasis_jax.config import Config, field_type, sections
 from oasis_jax.errors import UserError, nearest, unknown_name
 from oasis_jax.overrides import all_fields
+from oasis_jax.storage import local_path
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ def load_file(path: str | os.PathLike[str], function: str, expected: type[T], fl
     Raises:
       UserError: there is no such file, it does not run, or it has no such function that returns what is expected.
     """
-    path = pathlib.Path(path)
+    path = local_path(path, flag)
     if not path.suffix and not path.exists():
         path = _shipped(str(path), flag, studies=function == "get_study")
     code = _compile(path, flag)

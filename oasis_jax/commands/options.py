@@ -13,7 +13,7 @@ from oasis_jax.config import METHOD_FIELDS, field_type
 from oasis_jax.config.schema import range_in_words
 from oasis_jax.errors import UserError
 from oasis_jax.overrides import all_fields, is_table, parse_overrides
-from oasis_jax.storage import Path, as_path, is_remote
+from oasis_jax.storage import Path, as_path, local_path
 
 # Folders
 
@@ -32,8 +32,10 @@ def folder(text: str) -> Path:
 
 def local(text: str) -> str:
     """A path that a flag names and that has to be here."""
-    if is_remote(text):
-        raise argparse.ArgumentTypeError(f"{text!r} has to be here; copy it there or from there with your store's tool")
+    try:
+        local_path(text, "path")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("path: ")) from None
     return text
 
 

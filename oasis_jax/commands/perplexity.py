@@ -2,13 +2,13 @@
 
 import json
 import math
-import pathlib
 from collections.abc import Sequence
 
 from oasis_jax.commands.options import add_set, local
 from oasis_jax.commands.parser import Parser
 from oasis_jax.commands.task_model import FIELDS, add_model, load_described, model_arguments
 from oasis_jax.errors import UserError
+from oasis_jax.storage import fetched
 
 
 def make_parser(program: str) -> Parser:
@@ -19,7 +19,7 @@ def make_parser(program: str) -> Parser:
         "docs/benchmarks.md.",
     )
     add_model(parser)
-    parser.add_argument("--text", type=local, required=True, metavar="FILE", help="UTF-8; read as one piece")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8; read as one piece")
     parser.add_argument("--window", required=True, type=int, metavar="W", help="tokens that the model reads at once")
     parser.add_argument("--stride", required=True, type=int, metavar="S", help="tokens from one window to the next")
     parser.add_argument(
@@ -63,7 +63,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax perplexity") -> None:
 
 def _read(file: str) -> str:
     try:
-        return pathlib.Path(file).read_bytes().decode()
+        return fetched(file, "--text").read_bytes().decode()
     except OSError as error:
         raise UserError(f"--text: cannot read {file!r}: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-from oasis_jax.commands.options import local
 from oasis_jax.commands.parser import Parser
 
 
@@ -13,10 +12,8 @@ def add_tasks(parser: Parser) -> None:
     group.add_argument(
         "--tasks", default="", metavar="NAMES", help="what to score models on, in float and under --quantize: gsm8k"
     )
-    group.add_argument("--gsm8k-file", type=local, metavar="FILE", help="questions and answers as .jsonl")
-    group.add_argument(
-        "--gsm8k-train", type=local, metavar="FILE", help="worked examples as .jsonl; by default eight fixed ones"
-    )
+    group.add_argument("--gsm8k-file", metavar="FILE", help="questions and answers as .jsonl")
+    group.add_argument("--gsm8k-train", metavar="FILE", help="worked examples as .jsonl; by default eight fixed ones")
     group.add_argument(
         "--gsm8k-prompt", metavar="NAME", help="cot, worked examples, the default; boxed; or chat, boxed in chat"
     )

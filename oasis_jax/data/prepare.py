@@ -22,6 +22,7 @@ from oasis_jax.data.workers import Workers
 from oasis_jax.errors import UserError
 from oasis_jax.plain_names import plain
 from oasis_jax.reading import read_json
+from oasis_jax.storage import local_path
 
 _PLAN, _LOCK = "plan.json", ".lock"
 LENGTHS = ".lengths.npy"  # how many tokens each document of a shard has, its separator not counted
@@ -60,7 +61,7 @@ def prepare(
       UserError: sources that cannot be read; a folder that holds something else or that another process writes to; no
         space left: what is finished stays, and the same call goes on.
     """
-    out, sources = pathlib.Path(out), list(sources) or [config.pattern]
+    out, sources = local_path(out, "--out"), list(sources) or [config.pattern]
     with _locked(out):
         _check_free(out)
         pieces = [piece for source in sources for piece in pieces_of(source, config.text_key)]

@@ -28,6 +28,7 @@ from oasis_jax.pretrained.families import FAMILIES, read_model_config
 from oasis_jax.pretrained.load import Pretrained
 from oasis_jax.pretrained.mapping import file_specs, fit_vocabulary, join
 from oasis_jax.pretrained.tensors import MODEL_TYPE
+from oasis_jax.storage import local_path
 
 SHARD = 5 * 2**30  # bytes of a file
 _TYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16")}
@@ -47,7 +48,7 @@ def save_pretrained(model: Pretrained, folder: str | os.PathLike[str], *, dtype:
     Raises:
       UserError: a folder that holds something, an unknown dtype, a disk that is full.
     """
-    path = pathlib.Path(folder)
+    path = local_path(folder, "folder")
     kind = standard_family(model)
     name = dtype or str(
         model.source_config.get("dtype") or model.source_config.get("torch_dtype") or model.config.dtype

@@ -59,6 +59,15 @@ def as_path(text: str | os.PathLike, what: str) -> Path:
     return epath.Path(f"{scheme}://{'/'.join(parts)}")
 
 
+def local_path(text: str | os.PathLike, what: str) -> pathlib.Path:
+    """The path behind what a user wrote, where it has to be on this machine; raises UserError for one in a store."""
+    if is_remote(text):
+        raise UserError(
+            f"{what}: {os.fspath(text)!r}: has to be on this machine; copy a folder with the store's own tool"
+        )
+    return as_path(text, what)
+
+
 def _check_installed(scheme: str, what: str) -> None:
     package, extra = _STORES[scheme]
     try:

@@ -20,6 +20,7 @@ from oasis_jax.evaluation.tasks.records import Records
 from oasis_jax.evaluation.tasks.scores import score
 from oasis_jax.evaluation.tasks.scoring import longest_text
 from oasis_jax.pretrained import Pretrained
+from oasis_jax.storage import fetched
 
 # What a base model goes on with behind an answer; a text that spells an end token ends there, too.
 _STOP = ("Question:", "</s>", "<|im_end|>")
@@ -86,11 +87,11 @@ class Task:
         Raises:
           UserError: a line that cannot be read, an answer without a number behind "####", too few worked examples.
         """
-        pairs, content = read_pairs(pathlib.Path(settings.gsm8k_file), "--gsm8k-file")
+        pairs, content = read_pairs(fetched(settings.gsm8k_file, "--gsm8k-file"), "--gsm8k-file")
         wanted = [_wanted(pair) for pair in pairs]
         shots, hashes = prompts.FIXED, {"gsm8k_file": hashlib.sha256(content).hexdigest()}
         if settings.gsm8k_train:
-            shots, train = read_pairs(pathlib.Path(settings.gsm8k_train), "--gsm8k-train")
+            shots, train = read_pairs(fetched(settings.gsm8k_train, "--gsm8k-train"), "--gsm8k-train")
             hashes["gsm8k_train"] = hashlib.sha256(train).hexdigest()
             if len(shots) < settings.shots:
                 raise UserError(f"--shots: {settings.gsm8k_train!r} holds {len(shots)}, asked for are {settings.shots}")
