@@ -34,7 +34,12 @@ def make_parser(program: str) -> Parser:
         "tiktoken:NAME, or a model with one: a folder, a .gguf file, owner/name",
     )
     parser.add_argument("--out", required=True, type=local_folder, metavar="FOLDER", help="where the shards lie")
-    parser.add_argument("--licence", default="", metavar="TEXT", help="of the text, as index.json is to say it")
+    parser.add_argument(
+        "--licence",
+        default="",
+        metavar="TEXT",
+        help="of the text, as index.json is to say it; by default what a data set says of itself",
+    )
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that read and tokenize; by default one a core"
     )

@@ -14,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from oasis_jax.config import DataConfig
 from oasis_jax.data.prepared import FORMAT, INDEX, PARTS, RECORD_TOKENS, check_files, file_sha256
-from oasis_jax.data.sources import Piece, pieces_of
+from oasis_jax.data.sources import Piece, licence_of, pieces_of
 from oasis_jax.data.split import rule
 from oasis_jax.data.survey import Document, Job, Reader, Survey, look, survey
 from oasis_jax.data.tokenizers import TOKENIZERS, Tokenizer
@@ -49,7 +49,7 @@ def prepare(
       tokenizer: None: made as config says, a BPE from the training part (which is then in memory).
       out: missing, empty, or where the same preparation was stopped.
       sources: what is read, see `oasis_jax.data.sources.pieces_of`; (): `config.pattern`.
-      licence: of the text, as the index is to say it.
+      licence: of the text, as the index is to say it; "": what the data sets that are read say.
       shard_bytes: of text in a shard.
       workers: processes that read and tokenize; more than one need a main module that can be imported.
       say: takes lines of progress.
@@ -74,7 +74,7 @@ def prepare(
         plan = {
             "format": FORMAT,
             "source": sources,
-            "licence": licence,
+            "licence": licence or licence_of(pieces),
             "sha256": found.digest,
             "tokenizer": tokenizer.identity,
             "holdout_fraction": config.holdout_fraction,

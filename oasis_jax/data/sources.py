@@ -101,6 +101,12 @@ def pieces_of(source: str, key: str) -> list[Piece]:
     return [Rows(f"{label}:{at}", table, column, at, min(at + _ROWS, len(table))) for at in starts]
 
 
+def licence_of(pieces: Sequence[Piece]) -> str:
+    """What the data sets among the pieces say of their licences, with commas between; "" where they say nothing."""
+    tables = {id(piece.table): piece.table for piece in pieces if isinstance(piece, Rows)}.values()
+    return ", ".join(dict.fromkeys(text for table in tables if (text := table.info.license)))
+
+
 def _table(source: str, name: str, split: str) -> Any:
     """A split of a data set of the package `datasets`, memory-mapped."""
     datasets = optional("datasets", f"--source {source}", extra="hub")

@@ -58,6 +58,20 @@ def test_a_data_set_is_its_rows(table, tmp_path, monkeypatch):
     ] == len(range(0, 40, 7))
 
 
+def test_a_data_set_says_its_licence(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name, licence in {"one": "cc0-1.0", "two": "mit", "three": "cc0-1.0", "four": ""}.items():
+        found = datasets.Dataset.from_dict(
+            {"text": [f"{name} {words(9, 4)}"]}, info=datasets.DatasetInfo(license=licence)
+        )
+        found.save_to_disk(str(tmp_path / name))
+    named = [f"hf:{tmp_path / name}" for name in ("one", "two", "three", "four")]
+    config = dataclasses.replace(CONFIG, holdout_fraction=0.25)
+    assert prepare.prepare(config, None, tmp_path / "a", sources=named)["licence"] == "cc0-1.0, mit"
+    assert prepare.prepare(config, None, tmp_path / "b", sources=named, licence="mine")["licence"] == "mine"
+    assert prepare.prepare(config, None, tmp_path / "c", sources=named[3:] + named[3:])["licence"] == ""
+
+
 def test_sources_are_joined(table, tmp_path):
     folder, texts = table
     (tmp_path / "more.txt").write_text(words(400, 99))

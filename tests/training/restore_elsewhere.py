@@ -5,7 +5,6 @@ restore_elsewhere.py FOLDER save|restore MESH COORDINATOR COUNT INDEX
 """
 
 import json
-import pathlib
 import sys
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from oasis_jax.data import load_corpus, train_batches
 from oasis_jax.placement import make_mesh, place
+from oasis_jax.storage import as_path
 from oasis_jax.training.checkpoints import Checkpoints, Keep
 from oasis_jax.training.description import describe
 from oasis_jax.training.distributed import Processes, batch_part, start
@@ -73,7 +73,7 @@ def main(folder: str, action: str, sizes: str, coordinator: str, count: str, ind
     abstract = abstract_state(config, mesh)
     part, parts = batch_part(place(config, mesh).sharding(("batch",)), config.data.batch_size)
     batches = train_batches(corpus.train, config.data, seed=0, part=part, parts=parts)
-    with Checkpoints(pathlib.Path(folder), keep=Keep(1), say=print) as checkpoints:
+    with Checkpoints(as_path(folder, "FOLDER"), keep=Keep(1), say=print) as checkpoints:
         if action == "save":
             for _ in range(STEP):
                 next(batches)

@@ -17,9 +17,9 @@ import jax
 import pytest
 from saved_runs import MESH, equal
 
-from oasis_jax.config import RunConfig
+from oasis_jax.config import OptimizerConfig, RunConfig
 from oasis_jax.errors import UserError
-from oasis_jax.storage import Mirror, as_path, listing, remove_tree, write_bytes
+from oasis_jax.storage import Mirror, as_path, listing, write_bytes
 from oasis_jax.storage.paths import filesystem
 from oasis_jax.training import manifest
 from oasis_jax.training.checkpoints import Checkpoints, Keep
@@ -258,23 +258,23 @@ def test_an_upload_that_was_cut_is_no_checkpoint(s3, run, written, tmp_path, mon
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_a_store_as_it_does_here(bucket, run, tmp_path, monkeypatch):
-    """Stopped and gone on with by another machine: the losses of a run that was never stopped, to the last bit."""
-    config = dataclasses.replace(
-        run[0], run=RunConfig(steps=4, log_interval=1, checkpoint_interval=2, eval_interval=0, telemetry_interval=0)
-    )
-    fit(config, tmp_path / "here")
-    losses = lambda workdir: [(line["step"], line["loss"]) for line in read_metrics(workdir)]
-    shorter = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=2))
-    fit(config=shorter, workdir=f"{bucket}/trained")
+    """Interrupted, and gone on with by another machine: to the last bit the losses of a run that never was."""
+    often = RunConfig(steps=4, log_interval=1, checkpoint_interval=2, eval_interval=3, telemetry_interval=0)
+    config = dataclasses.replace(run[0], run=often, optimizer=OptimizerConfig(warmup_steps=2))
+    look, there = {"nothing": lambda *arguments: {}}, f"{bucket}/trained"
+    fit(config, tmp_path / "here", evaluators=look)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, there, evaluators={"interrupts": interrupt})
+    left = listing(as_path(there, ""))
+    assert NAME not in left and {"metrics.jsonl", f"checkpoints/2/{manifest.NAME}"} <= left.keys()
     monkeypatch.setenv("OASIS_JAX_CACHE", str(tmp_path / "other machine"))
-    fit(config, f"{bucket}/trained")
-    # the schedule of a shorter run is another one: what is compared is a run made longer in the same way
-    fit(shorter, tmp_path / "longer")
-    fit(config, tmp_path / "longer")
-    assert losses(f"{bucket}/trained") == losses(tmp_path / "longer")
-    left = listing(as_path(f"{bucket}/trained", ""))
-    assert NAME not in left and {"metrics.jsonl", f"checkpoints/4/{manifest.NAME}"} <= left.keys()
-    assert load_run(f"{bucket}/trained").step == 4
+    fit(config, there, evaluators=look)
+    losses = lambda workdir: [(line["step"], line["loss"]) for line in read_metrics(workdir)]
+    assert losses(there) == losses(tmp_path / "here") and len(losses(there)) == 4
+    assert load_run(there).step == 4 and NAME not in listing(as_path(there, ""))
     with pytest.raises(UserError, match="holds a run with another config"):
-        fit(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=5)), f"{bucket}/trained")
-    remove_tree(as_path(f"{bucket}/trained", ""))
+        fit(dataclasses.replace(config, run=dataclasses.replace(often, seed=5)), there)

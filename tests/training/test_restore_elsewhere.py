@@ -21,7 +21,7 @@ ELSEWHERE = [
 ]
 
 
-def run(folder: pathlib.Path, action: str, processes: int, devices: int, mesh: dict) -> list[dict]:
+def run(folder: str | pathlib.Path, action: str, processes: int, devices: int, mesh: dict) -> list[dict]:
     """What restore_elsewhere.py prints in each of its processes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -57,11 +57,13 @@ def whole_batch(reports: list[dict]) -> list:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_anywhere(tmp_path):
-    next_batch = whole_batch(run(tmp_path, "save", *SAVED))
+@pytest.mark.parametrize("where", ["here", "gs"])
+def test_a_checkpoint_goes_anywhere(tmp_path, where, request):
+    folder = tmp_path if where == "here" else f"{request.getfixturevalue('gs')}/elsewhere"
+    next_batch = whole_batch(run(folder, "save", *SAVED))
     assert len(next_batch) == 16
     assert len({str(row) for row in next_batch}) == 16
-    for where in ELSEWHERE:
-        reports = run(tmp_path, "restore", *where)
+    for devices in ELSEWHERE:
+        reports = run(folder, "restore", *devices)
         assert all(report["compared"] > 40 for report in reports)
         assert whole_batch(reports) == next_batch
