@@ -42,18 +42,23 @@ def fetched(path: str | os.PathLike, what: str, wanted: Sequence[str] = ("*",)) 
     if kind is None:
         raise UserError(f"{what}: there is nothing at {where!r}")
     target = _copy_of(path)
+    if kind == "directory":
+        _fetch_folder(path, target, what, wanted)
+        return target
     with in_words(path, f"{what}: {where!r}"):
-        if kind == "file":
-            entry = stored(filesystem(path).info(where))
-            _update(path.parent, target.parent, {path.name: entry}, _record(path), what)
-        else:
-            there = listing(path)
-            chosen = {name: x for name, x in there.items() if any(fnmatch.fnmatchcase(name, p) for p in wanted)}
-            target.mkdir(parents=True, exist_ok=True)
-            _update(path, target, chosen, _record(path), what)
-            for name in _files(target) - there.keys():
-                (target / name).unlink(missing_ok=True)
+        entry = stored(filesystem(path).info(where))
+        _update(path.parent, target.parent, {path.name: entry}, what)
     return target
+
+
+def _fetch_folder(path: Path, target: pathlib.Path, what: str, wanted: Sequence[str] = ("*",)) -> None:
+    with in_words(path, f"{what}: {os.fspath(path)!r}"):
+        there = listing(path)
+        chosen = {name: x for name, x in there.items() if any(fnmatch.fnmatchcase(name, p) for p in wanted)}
+        target.mkdir(parents=True, exist_ok=True)
+        _update(path, target, chosen, what)
+        for name in _files(target) - there.keys():
+            (target / name).unlink(missing_ok=True)
 
 
 def fetched_glob(pattern: str, what: str) -> list[pathlib.Path]:
@@ -68,18 +73,19 @@ def fetched_glob(pattern: str, what: str) -> list[pathlib.Path]:
         prefix = os.fspath(root).partition("://")[2] + "/"
         found = filesystem(root).glob(pattern, detail=True)
         entries = {name.removeprefix(prefix): stored(x) for name, x in found.items() if x["type"] == "file"}
-        _update(root, _copy_of(root), entries, _record(root), what)
+        _update(root, _copy_of(root), entries, what)
     return [_copy_of(root) / name for name in sorted(entries)]
 
 
-def _copy_of(path: Path) -> pathlib.Path:
+def _copy_of(path: Path, kind: str = "objects") -> pathlib.Path:
+    """Where a copy lies: of what is read; or what is "written" here, which a reader on this machine must not touch."""
     scheme, _, rest = os.fspath(path).partition("://")
-    return cache_folder() / "objects" / scheme / rest
+    return cache_folder() / kind / scheme / rest
 
 
-def _record(path: Path) -> pathlib.Path:
-    """Where it is noted what the copies of a path were made from."""
-    return cache_folder() / "objects" / f"{hashlib.sha256(os.fspath(path).encode()).hexdigest()[:32]}.json"
+def _record(folder: pathlib.Path) -> pathlib.Path:
+    """Where it is noted what the copies in a folder were made from."""
+    return cache_folder() / "fetched" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
 
 
 def _files(folder: pathlib.Path) -> set[str]:
@@ -87,8 +93,9 @@ def _files(folder: pathlib.Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path, file in names if not file.endswith(".partial")}
 
 
-def _update(remote: Path, local: pathlib.Path, entries: Mapping[str, Stored], record: pathlib.Path, what: str) -> None:
+def _update(remote: Path, local: pathlib.Path, entries: Mapping[str, Stored], what: str) -> None:
     """Fetches those of the objects that are not here as they are there."""
+    record = _record(local)
     try:
         known = json.loads(record.read_bytes())
     except (OSError, ValueError):
@@ -149,13 +156,9 @@ class Mirror:
         self._remote, self._what, self._last = as_path(path, what), what, last
         self.folder, self._known = self._remote, {}
         if is_remote(self._remote):
-            self.folder = _copy_of(self._remote)
-            if reach(self._remote, what):
-                fetched(self._remote, what)
-            else:
-                for name in _files(self.folder):
-                    (self.folder / name).unlink()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder = _copy_of(self._remote, "written")
+            reach(self._remote, what)
+            _fetch_folder(self._remote, self.folder, what)
             self._known = self._found()
             check_writable(self._remote, what)
 

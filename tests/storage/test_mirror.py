@@ -108,6 +108,15 @@ def test_what_was_never_uploaded_is_not_taken_for_what_is_there(bucket):
     assert contents(Mirror(remote, "--workdir").folder) == {}
 
 
+def test_a_reader_on_the_same_machine_leaves_what_is_being_written(bucket):
+    remote = as_path(f"{bucket}/both", "--workdir")
+    write_bytes(remote / "a", b"a")
+    written = Mirror(remote, "--workdir").folder
+    (written / "b").write_text("not uploaded yet")
+    assert contents(fetched(remote, "--workdir")) == {"a": b"a"}
+    assert contents(written) == {"a": b"a", "b": b"not uploaded yet"}
+
+
 def test_a_local_mirror_is_the_folder_itself(tmp_path):
     local = Mirror(tmp_path / "report", "--report")
     local.upload()
