@@ -33,7 +33,12 @@ def make_parser(program: str) -> Parser:
         help="a Python file with get_config(), or the name of one that comes with the library: demo",
     )
     aim = parser.add_mutually_exclusive_group(required=True)
-    aim.add_argument("--workdir", metavar="FOLDER", type=folder, help="where checkpoints and metrics are written")
+    aim.add_argument(
+        "--workdir",
+        metavar="FOLDER",
+        type=folder,
+        help="where checkpoints and metrics are written; also gs:// or s3://",
+    )
     aim.add_argument(
         "--plan",
         metavar="HARDWARE:SHAPE",

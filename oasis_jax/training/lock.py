@@ -24,7 +24,7 @@ STALE_SECONDS = 60.0
 class WorkdirLock:
     """Holds a workdir for training; a context manager. Reading needs none.
 
-    The file appears whole or not at all, for one of several that try: see `lock_files`. A holder on this machine is
+    The file appears whole or not at all, for one of several that try, see `lock_files`. A holder on this machine is
     gone when its process is. One on another machine is watched until its file is touched, or has not been for
     STALE_SECONDS by the clock of the file system or store.
 

@@ -88,7 +88,7 @@ class ObjectFiles:
         self._folder = folder
 
     def create(self, name: str, content: dict[str, Any]) -> bool:
-        """See `LocalFiles.create`. What was written counts even where the answer was lost and it was tried again."""
+        """See `LocalFiles.create`. What was written counts also where the answer was lost and it was tried again."""
         path = self._folder / name
         return created(path, json.dumps(content)) or self.read(name)[0] == content
 

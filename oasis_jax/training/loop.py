@@ -216,14 +216,9 @@ def _train(
 
         # After the log: the steps that a checkpoint has behind it are all in there.
         if due.save:
-            writer.sync()
             data_state, loss = batches.get_state(), values.get("eval/loss")
             facts = dict(description=description, loss=loss, skipped=guard.skipping)
-            checkpoints.save(state, step=step, data_state=data_state, **facts)
-            if run.mirror:
-                checkpoints.wait()
-                run.lock.check()
-                run.mirror.upload()
+            _save(run, writer, state, step=step, data_state=data_state, **facts)
         if due.leave and step < config.run.steps:
             checkpoints.wait()
             raise Preempted(
@@ -231,6 +226,16 @@ def _train(
             )
         if due.evaluate or due.save or step == first + 1:
             speed.restart(step)
+
+
+def _save(run: _Run, writer: MetricsWriter, state: TrainState, **facts) -> None:
+    """See `Checkpoints.save`; where a run is copied to a store, returns when the checkpoint is there."""
+    writer.sync()
+    run.checkpoints.save(state, **facts)
+    if run.mirror:
+        run.checkpoints.wait()
+        run.lock.check()
+        run.mirror.upload()
 
 
 def _heldout(run: _Run) -> list[Mapping]:

@@ -171,8 +171,8 @@ def _check_sizes(sizes: dict[str, int], found: dict[str, tuple[int, str | None]]
 
 
 def _compare(folder: Path, name: str, checksum: int | str) -> None:
-    """Reads a file and compares it with its checksum. The CRC-32C of a checkpoint that was copied out of gs:// is
-    compared where google-crc32c is installed, which the extra gcs brings.
+    """Reads a file and compares it with its checksum. The CRC-32C of a checkpoint that was copied out of gs:// takes
+    google-crc32c, which the extra gcs brings.
     """
     try:
         found = _crc32c(folder / name) if isinstance(checksum, str) else _size_and_checksum(folder / name)[1]
