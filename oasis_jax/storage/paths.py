@@ -100,13 +100,16 @@ def reach(path: Path, what: str) -> str | None:
     with in_words(path, f"{what}: {os.fspath(path)!r}"):
         store = filesystem(path)
         bucket = os.fspath(path).partition("://")[2].partition("/")[0]
-        for name in (os.fspath(path), bucket):
-            try:
-                found = sync(store.loop, store._info, name, timeout=_SECONDS_TO_ANSWER)["type"]
-                return found if name != bucket or name == path else None
-            except FileNotFoundError:
-                continue
-        raise UserError(f"{what}: {os.fspath(path)!r}: there is no bucket {bucket!r}, or it may not be looked at")
+        ask = lambda name: sync(store.loop, store._info, name, timeout=_SECONDS_TO_ANSWER)["type"]
+        with contextlib.suppress(FileNotFoundError):
+            return ask(os.fspath(path))
+        try:
+            ask(bucket)
+        except FileNotFoundError:
+            raise UserError(
+                f"{what}: {os.fspath(path)!r}: there is no bucket {bucket!r}, or it may not be looked at"
+            ) from None
+        return None
 
 
 @contextlib.contextmanager
