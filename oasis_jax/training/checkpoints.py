@@ -38,7 +38,7 @@ from oasis_jax.training.keep import Keep, held_out_loss
 from oasis_jax.training.state import TrainState, abstract_state
 
 T = TypeVar("T")
-_FILES = 64  # and folders, that a checkpoint may have; a large one has some 40
+_FILES = 128  # and folders that a checkpoint may have; one of a small model has 44
 
 
 class Resumed(NamedTuple):

@@ -212,10 +212,10 @@ def test_a_full_disk(start, undisturbed, tmp_path, record):
 
 def test_a_disk_without_room_for_another_file(start, tmp_path, record):
     """There is room for bytes, of which a quota may say the same."""
-    with tmpfs(tmp_path / "few", "size=60m,nr_inodes=90") as disk:
+    with tmpfs(tmp_path / "few", "size=60m,nr_inodes=200") as disk:
         error = one_line(finish(start(disk / "run", "--set=run.steps=60", "--set=run.keep_checkpoints=9"), 2))
-        assert "no room for checkpoint 14: it takes up to 64 files, there is room for" in error
-        assert "the last good checkpoint is step 7" in error
+        assert "no room for checkpoint 21: it takes up to 128 files, there is room for" in error
+        assert "the last good checkpoint is step 14" in error
         subprocess.run(["mount", "-o", "remount,nr_inodes=9000", disk], check=True)
         finish(start(disk / "run", "--set=run.steps=60", "--set=run.keep_checkpoints=9"))
         assert len(logged(disk / "run")) == 60
