@@ -77,7 +77,8 @@ def evaluate(
 
     Raises:
       UserError: a workdir twice or without a run, a model that cannot be read, a corpus that is not the run's, an
-        unknown measure, intervention, scheme or task, an override of what was trained, a report that cannot be written, a stored data.pattern that leads elsewhere.
+        unknown measure, intervention, scheme or task, an override of what was trained, a report that cannot be
+        written, a stored data.pattern that leads elsewhere.
     """
     if num_batches is not None and num_batches < 1:
         raise UserError(f"--batches: must be at least 1, got {num_batches}")

@@ -30,6 +30,8 @@ def test_the_flags_reach_the_evaluation(calls, capsys):
     (_, places, options), printed = calls
     assert places == ([pathlib.Path("a"), pathlib.Path("b")], pathlib.Path("r")) and printed == ("print", ["run"])
     assert options.pop("options") == ModelOptions(num_batches=3, mesh=MeshConfig(fsdp=8, tensor=2))
+    options.pop("unwritten")(["run"])  # measures that could not be written are printed
+    assert calls.pop() == ("print", ["run"])
     assert options == dict(
         models=[],
         num_batches=3,
