@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct trained on, from equal starts and for equal tokens, six ways: does its sink go, and at what cost?
+"""SmolLM2-135M-Instruct trained on six ways, from equal starts and for equal tokens: does its sink go, at what cost?
 
 As it is; with Softmax1 at once; with its begin token as the null (a sink transplant), whose values stay or fade out;
 with routers over depth that change nothing at their start (delta wiring, sum-preserving); and OASIS over blocks of

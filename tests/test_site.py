@@ -1,4 +1,4 @@
-"""`make docs` ends where a link, an anchor, a picture or a documented name leads nowhere, and shows the code's definitions."""
+"""`make docs` ends where a link, anchor, picture or documented name leads nowhere, and shows the code's definitions."""
 
 import shutil
 import subprocess

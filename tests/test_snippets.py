@@ -1,5 +1,5 @@
-"""Snippets of README and docs/ are executed: Python runs, and every command is read by its own parser: names of configs,
-flags, fields, measures and schemes are there.
+"""Snippets of README and docs/ are executed: Python runs, and every command is read by its own parser: names of
+configs, flags, fields, measures and schemes are there.
 """
 
 import configparser

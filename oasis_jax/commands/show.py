@@ -21,7 +21,7 @@ def make_parser(program: str) -> Parser:
     """The flags of the command."""
     parser = Parser(
         prog=program,
-        description="Prints a config, the parameters of its model and, step by step, what its sublayers read and write; "
+        description="Prints a config, the parameters of its model and, step by step, what sublayers read and write; "
         "of two configs the fields in which they differ.",
     )
     parser.add_argument(

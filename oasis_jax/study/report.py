@@ -89,8 +89,8 @@ def mean_text(value: Mean | None) -> str:
 def _what_was_done(study: Study) -> str:
     if source := study.source:
         return (
-            f"{len(study.methods)} forms of one model, nothing trained, each on the same {len(study.seeds)} of {source.parts} parts of a "
-            f"text, {source.sequences} sequences of {source.length} tokens a part."
+            f"{len(study.methods)} forms of one model, nothing trained, each on the same {len(study.seeds)} of {source.parts} "
+            f"parts of a text, {source.sequences} sequences of {source.length} tokens a part."
         )
     return (
         f"{len(study.methods)} methods, {len(study.arms)} arms, {len(study.seeds)} seeds. Within an arm and a "
@@ -110,9 +110,9 @@ def _lead(study: Study, found: Results) -> list[str]:
     ]
     if found.tests:
         lines.append(
-            f"{found.tests} claims were tested together (paired t tests by {study.repetitions}, Holm's correction, level "
-            f"{ALPHA:.2g}). With {seeds} {study.repetitions} the strictest of them finds, with a chance of 80 %, an effect of "
-            f"{found.detectable:.1f} standard deviations of the paired differences. Confirmed and contradicted ask for "
+            f"{found.tests} claims were tested together (paired t tests by {study.repetitions}, Holm's correction, "
+            f"level {ALPHA:.2g}). With {seeds} {study.repetitions} the strictest of them finds, with a chance of 80 %, an "
+            f"effect of {found.detectable:.1f} standard deviations of the paired differences. Confirmed and contradicted ask for "
             "both: a corrected p below the level, and an effect of at least one noise floor."
         )
     return lines

@@ -28,7 +28,8 @@ from oasis_jax.training.workdir import readable
 # What of a model is a run's own when it starts from a pretrained one: the method, its start, and how it is computed.
 _OWN = {
     *METHOD_FIELDS, "preset", "null_keys", "null_bias", "null_weight", "null_value_weight", "fixed_beta", "alpha_gate",
-    "sum_preserving", "recency_bias_init", "router_init_std", "residual_clip", "dtype", "remat", "stack", "attention_implementation",
+    "sum_preserving", "recency_bias_init", "router_init_std", "residual_clip", "dtype", "remat", "stack",
+    "attention_implementation",
     "depth_implementation",
 }  # fmt: skip
 

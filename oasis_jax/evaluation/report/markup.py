@@ -8,7 +8,7 @@ from oasis_jax.evaluation.report.figures import Picture, color, scale_css, svg
 
 _STYLE = pathlib.Path(__file__).with_name("style.css").read_text(encoding="utf-8").replace("SCALE", scale_css())
 
-# A page runs no script and asks for nothing, whatever is in it: what a browser holds to, should a name ever get through.
+# A page runs no script and asks for nothing, whatever is in it: a browser holds to that, should a name get through.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
