@@ -111,9 +111,9 @@ def _lead(study: Study, found: Results) -> list[str]:
     if found.tests:
         lines.append(
             f"{found.tests} claims were tested together (paired t tests by {study.repetitions}, Holm's correction, "
-            f"level {ALPHA:.2g}). With {seeds} {study.repetitions} the strictest of them finds, with a chance of 80 %, an "
-            f"effect of {found.detectable:.1f} standard deviations of the paired differences. Confirmed and contradicted ask for "
-            "both: a corrected p below the level, and an effect of at least one noise floor."
+            f"level {ALPHA:.2g}). With {seeds} {study.repetitions} the strictest of them finds, with a chance of 80 %, "
+            f"an effect of {found.detectable:.1f} standard deviations of the paired differences. Confirmed and "
+            "contradicted ask for both: a corrected p below the level, and an effect of at least one noise floor."
         )
     return lines
 
