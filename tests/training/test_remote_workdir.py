@@ -188,14 +188,17 @@ def test_a_damaged_checkpoint_is_set_aside(gs, run, harm):
 
 KILLED = """
 import os, pickle, signal, sys
+import jax
 from oasis_jax.training import checkpoints, manifest
 from oasis_jax.storage import as_path
 step, state, facts = pickle.load(sys.stdin.buffer)
+# Arrays of JAX, as a run has them: without any the library looks for a folder that no object has made yet.
+state = jax.tree.map(jax.numpy.asarray, state)
 def killed(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 checkpoints.manifest.write = killed
 with checkpoints.Checkpoints(as_path(sys.argv[1], ""), keep=checkpoints.Keep(2), say=print) as found:
-    found.save(state._replace(rng=__import__("jax").random.key(step)), step=step, **facts)
+    found.save(state._replace(rng=jax.random.key(step)), step=step, **facts)
 """
 
 
