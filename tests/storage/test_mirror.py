@@ -82,7 +82,7 @@ def test_names_that_would_leave_the_folder_are_refused(folder, monkeypatch):
 
 
 def test_a_mirror_follows_a_folder(bucket, tmp_path, monkeypatch):
-    remote = as_path(f"{bucket}/report", "--report")
+    remote = as_path(f"{bucket}/mirrored", "--report")
     one = Mirror(remote, "--report", last=("index.html",))
     order, store = [], filesystem(remote)
     put = type(store).put_file
