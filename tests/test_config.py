@@ -139,7 +139,6 @@ TURNED_ELSEWHERE = {
     "null_weight": "a null that grows from softmax: optimizer.null_ramp_steps, benchmarks/retrofit.py",
     "null_value_weight": "a transplanted null whose value fades: optimizer.null_value_fade_steps",
     "alpha_gate": "routers that join a trained model: benchmarks/retrofit.py",
-    "sum_preserving": "routers that join a trained model: benchmarks/retrofit.py",
     "context_length": "longest text of a pretrained model: oasis_jax.pretrained.families",
     "attention_implementation": "a backend's speed, with --set",
     "depth_implementation": "a backend's speed, with --set",
