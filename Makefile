@@ -75,7 +75,7 @@ bench: venv
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	JAX_PLATFORMS=cpu $(RUN) tests/check_types.py
+	JAX_PLATFORMS=cpu $(RUN) -P tests/check_types.py
 
 # The pages as a site in build/docs: a link, an anchor or a reference that leads nowhere is an error, and so is one in a cell of the notebook, which runs.
 DOCS := $(VENV)/.installed-docs

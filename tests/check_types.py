@@ -1,7 +1,9 @@
 """Types of the public API, as part of `make lint`: every name of docs/api.md has a complete type, and typical uses of it
 are what a type checker takes them for. Needs basedpyright, which brings its own Node.
 
-    python tests/check_types.py
+    python -P tests/check_types.py
+
+-P: tests/pallas_kernels beside this file is not the package.
 """
 
 import importlib
