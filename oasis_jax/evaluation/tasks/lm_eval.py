@@ -23,7 +23,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ImportError as error:
     raise UserError(
-        f"lm-eval: the harness is not installed ({error}); python -m pip install 'oasis_jax[lm_eval]'"
+        f"lm-eval: the harness is not installed ({error}); python -m pip install 'oasis_jax[lm-eval]'"
     ) from None
 
 UNBOUNDED = 2048  # tokens that a model without a bound reads at once, as in the harness' own adapters
