@@ -15,7 +15,14 @@ release = version = importlib.metadata.version("oasis_jax")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/*.ipynb", "docs/results/*/results.md"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/*.md",
+    "docs/*.ipynb",
+    "docs/results/*/results.md",
+]
 html_theme = "furo"
 html_title = f"oasis_jax {release}"
 html_extra_path = ["root"]  # the site's own index.html, which leads to docs/index.html
