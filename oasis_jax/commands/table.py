@@ -27,6 +27,11 @@ def aligned(rows: Sequence[Sequence[str]], width: int, right: Sequence[int] = ()
             lines.append((start + text).rstrip())
             continue
         lines += textwrap.wrap(
-            text, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+            text,
+            width,
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_on_hyphens=False,
+            break_long_words=False,
         )
     return "\n".join(lines)

@@ -104,6 +104,8 @@ def workdir(tmp_path):
     from oasis_jax.training.description import describe as describe_run
     from oasis_jax.training.state import new_state
 
+    tmp_path /= "a_folder_whose_name_is_longer_than_what_a_terminal_shows_in_one_line" * 2  # and stays in one piece
+    tmp_path.mkdir()
     (tmp_path / "text.txt").write_text("words and words\n" * 40)
     (tmp_path / "more.txt").write_text("more words\n" * 40)
     data = DataConfig(corpus="files", pattern=str(tmp_path / "*.txt"), sequence_length=13, holdout_fraction=0.5)
