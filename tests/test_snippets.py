@@ -112,6 +112,8 @@ def words(text: str) -> list[list[str]]:
 def commands(snippet: Snippet) -> Iterator[list[str]]:
     """The commands of a block: of a console what stands behind the prompt."""
     text = snippet.text
+    if importlib.util.find_spec("gcsfs") is None:  # without it a command says so, and nothing else of it is seen
+        text = text.replace("gs://", "")
     if snippet.language == "console":
         text = "\n".join(line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ "))
     for line in text.replace("\\\n", " ").replace("$i", "0").splitlines():
