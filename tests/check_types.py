@@ -1,5 +1,5 @@
-"""Types of the public API, as part of `make lint`: every name of docs/api.md has a complete type, and typical uses of it
-are what a type checker takes them for. Needs basedpyright, which brings its own Node.
+"""Types of the public API, as part of `make lint`: every name of docs/api.md has a complete type, and typical uses of
+it are what a type checker takes them for. Needs basedpyright, which brings its own Node.
 
     python -P tests/check_types.py
 

@@ -129,8 +129,8 @@ def test_nothing_is_declared_that_is_not_used(setup):
 
 
 def test_every_requirement_is_pinned_for_this_python(setup):
-    """The whole closure of what `make test`, `make lint` and `make docs` install, and nothing that asks for more than the
-    pin.
+    """The whole closure of what `make test`, `make lint` and `make docs` install, and nothing that asks for more than
+    the pin.
     """
     pins = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What the site takes from the code: `measures`, a directive for the tables of DEFINITIONS, and signatures of modules."""
+"""What the site takes from the code: `measures`, a directive for tables of DEFINITIONS, and signatures of modules."""
 
 import inspect
 import re

@@ -140,15 +140,7 @@ def subjects_of_model(source: str, label: str, options: ModelOptions) -> Iterato
       UserError: see `load_pretrained`, `transplant_sink` and `rotate`; a text too short, or longer than the model's
         context.
     """
-    model = load_pretrained(source, dtype=options.dtype, mesh=options.mesh)
-    if model.tokenizer is None:
-        raise UserError(f"{source}: has no tokenizer.json, which reading text needs")
-    config = dataclasses.replace(model.config, **options.computed)
-    check_model(config)
-    model = model.replace(config=config, begin_token=begin_token(model, options.begin_token))
-    context, asked = model.config.context_length, options.length + (model.begin_token is not None)
-    if context and asked > context:
-        raise UserError(f"--length: {asked} tokens, the begin token included, but {source} was made for {context}")
+    model = _opened(source, options)
     for wanted, check in ((options.transplant, check_transplant), (options.rotate, check_rotation)):
         if wanted:
             check(model.config)  # before anything is measured
@@ -162,6 +154,20 @@ def subjects_of_model(source: str, label: str, options: ModelOptions) -> Iterato
         yield text.subject(turned, source, f"{label}, rotated")
         if prefix is not None:
             yield text.subject(transplant_sink(turned, prefix), source, f"{label}, both")
+
+
+def _opened(source: str, options: ModelOptions) -> Pretrained:
+    """The model as the options have it, which can read what they ask for."""
+    model = load_pretrained(source, dtype=options.dtype, mesh=options.mesh)
+    if model.tokenizer is None:
+        raise UserError(f"{source}: has no tokenizer.json, which reading text needs")
+    config = dataclasses.replace(model.config, **options.computed)
+    check_model(config)
+    model = model.replace(config=config, begin_token=begin_token(model, options.begin_token))
+    context, asked = model.config.context_length, options.length + (model.begin_token is not None)
+    if context and asked > context:
+        raise UserError(f"--length: {asked} tokens, the begin token included, but {source} was made for {context}")
+    return model
 
 
 def subject_of_form(
@@ -179,11 +185,9 @@ def subject_of_form(
       part: (the first sequence, n).
 
     Raises:
-      UserError: see `load_pretrained`; a text too short.
+      UserError: see `load_pretrained`; a text too short, or longer than the model's context.
     """
-    model = load_pretrained(source, dtype=options.dtype, mesh=options.mesh)
-    if model.tokenizer is None:
-        raise UserError(f"{source}: has no tokenizer.json, which reading text needs")
+    model = _opened(source, options)
     text = _Text(model.tokenizer, options)
     first, step = part
     text.measured = text.measured[first::step]

@@ -129,7 +129,7 @@ def _reason(error: Exception) -> str:
     kind, text = type(error).__name__, " ".join(str(error).split())
     code = getattr(error, "code", None) or getattr(error, "status", None)
     text = text if len(text) <= 160 else text[:157] + "..."
-    if "Credentials" in kind or "DefaultCredentialsError" in kind:
+    if "Credentials" in kind:
         return f"there are no credentials for it ({text}); docs/launch.md says where they are looked for"
     if isinstance(error, PermissionError) or code in (401, 403, "401", "403"):
         return f"access is denied ({text or kind})"

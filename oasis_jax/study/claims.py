@@ -33,8 +33,13 @@ def of_oasis(
         Claim("OASIS gains over Softmax1 over tokens alone", OASIS, sink, method, token_softmax1),
     ]
     if uncoupled:
-        claims.append(Claim("The inter-layer signal weakens sinks", OASIS, sink, method, uncoupled))
+        claims.append(of_signal(sink, method, uncoupled))
     return tuple(claims)
+
+
+def of_signal(sink: str, method: str = "oasis", uncoupled: str = "oasis_uncoupled") -> Claim:
+    """That OASIS has weaker sinks than the same model without its inter-layer signal."""
+    return Claim("The inter-layer signal weakens sinks", OASIS, sink, method, uncoupled)
 
 
 def of_depth(outcomes: Mapping[str, str], method: str = "attnres", against: str = "residual") -> tuple[Claim, ...]:

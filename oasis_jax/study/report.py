@@ -89,8 +89,8 @@ def mean_text(value: Mean | None) -> str:
 def _what_was_done(study: Study) -> str:
     if source := study.source:
         return (
-            f"{len(study.methods)} forms of one model, nothing trained, each on the same {len(study.seeds)} of {source.parts} "
-            f"parts of a text, {source.sequences} sequences of {source.length} tokens a part."
+            f"{len(study.methods)} forms of one model, nothing trained, each on the same {len(study.seeds)} of "
+            f"{source.parts} parts of a text, {source.sequences} sequences of {source.length} tokens a part."
         )
     return (
         f"{len(study.methods)} methods, {len(study.arms)} arms, {len(study.seeds)} seeds. Within an arm and a "

@@ -41,9 +41,9 @@ def make_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple
     Returns:
       A function of the state and of a batch of global arrays [B, T, ...] ("inputs", "targets", "weights" and, where an
       example holds several documents, "segment_ids"). Targets of -100 and weights of 0 count nothing. Its metrics are
-      float32 scalars: "loss" (the weighted mean over the batch), "grad_norm" (before clipping), "parameter_norm" (after the update), "learning_rate" and, with
-      optimizer.nonfinite=skip, "skipped": 1 where loss or gradient were not finite and parameters and moments stayed as
-      they were.
+      float32 scalars: "loss" (the weighted mean over the batch), "grad_norm" (before clipping), "parameter_norm" (after
+      the update), "learning_rate" and, with optimizer.nonfinite=skip, "skipped": 1 where loss or gradient were not
+      finite and parameters and moments stayed as they were.
 
     Raises:
       UserError: the batch or the model cannot be split over the mesh.

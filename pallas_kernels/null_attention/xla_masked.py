@@ -30,9 +30,9 @@ from pallas_kernels.null_attention.vjp import differentiable
 from pallas_kernels.sharding import varying_alike
 
 _ROWS, _COLUMNS = 64, 512  # a tile's queries and keys: measured on CPUs
-# Few rows a key head, on a CPU: values are added up so many at once, vector by vector of so many numbers. The values lie
-# K * H numbers apart, often a multiple of 4 KiB, of which a first-level cache holds 8. Of so many keys the products are
-# one program of XLA: more of them take several times longer.
+# Few rows a key head, on a CPU: values are added up so many at once, vector by vector of so many numbers. They lie
+# K * H numbers apart, often a multiple of 4 KiB, of which a first-level cache holds 8. Of so many keys the products are one
+# program of XLA: more of them take several times longer.
 _AT_ONCE, _VECTOR, _SPAN = 8, 16, 64
 
 

@@ -107,9 +107,11 @@ def test_every_command_takes_any_name(name, tmp_path, monkeypatch, capsys, kept_
 
 @pytest.mark.parametrize(
     "argv",
-    [["train", "--config=demo", "--workdir="], ["eval", "--workdir=", "--report=x"], ["eval", "--workdir=x", "--report="],
-     ["generate", "--workdir=", "a"], ["perplexity", "--workdir=", "--text=a", "--window=8", "--stride=4"],
-     ["export", "x", "--out="], ["prepare", "--source=a", "--tokenizer=bytes", "--out="], ["study", "study_trigger", "--out="]],
+    [["train", "--config=demo", "--workdir="], ["eval", "--workdir=", "--report=x"],
+     ["eval", "--workdir=x", "--report="], ["generate", "--workdir=", "a"],
+     ["perplexity", "--workdir=", "--text=a", "--window=8", "--stride=4"],
+     ["export", "x", "--out="], ["prepare", "--source=a", "--tokenizer=bytes", "--out="],
+     ["study", "study_trigger", "--out="]],
     ids=lambda argv: f"{argv[0]} {next(x for x in argv if x.endswith('='))}",
 )  # fmt: skip
 def test_an_empty_name_is_refused(argv, tmp_path, monkeypatch, capsys):

@@ -331,6 +331,9 @@ def quantization(
       what it adds to the loss, "nats_interval", and "destroyed", whether the perplexity is above ten times float's:
       such a model is not to be interpreted; "samples"; "tensors": as `rounded_tensors`; where NAME+sink_float is among
       the schemes too, "d_sink" and "d_sink_interval" of NAME: by how much its loss is higher}.
+
+    Raises:
+      UserError: a scheme rounds nothing at its site.
     """
     model, batches = (params, config, placement), list(batches)
     base, rows, found = base or losses(*model, batches), {}, {}

@@ -10,15 +10,8 @@ from oasis_jax.evaluation.report.markup import chip, escaped, html_table
 _MOST_ROWS = 40
 # Fields that follow from others, or say how a run is computed and kept and not what it is.
 _LEFT_OUT = (
-    *(
-        "model.preset",
-        "mesh.",
-        "run.log_interval",
-        "run.telemetry_interval",
-        "run.tensorboard",
-        "run.wandb",
-        "run.keep_",
-    ),
+    *("model.preset", "mesh.", "run.log_interval", "run.telemetry_interval", "run.tensorboard", "run.wandb"),
+    "run.keep_",
 )
 
 

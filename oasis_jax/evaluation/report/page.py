@@ -138,9 +138,8 @@ def _picture(picture: Picture, runs: Sequence[MeasuredRun]) -> str:
 
 def _definitions() -> str:
     entries = "".join(
-        f"<dt>{escaped(name)}</dt><dd>Reads {escaped(d['tensor'])}. Average: {escaped(d['average'])}. {escaped(d['source'])}."
-        + (f" Only for {escaped(d['applies_to'])}." if "applies_to" in d else "")
-        + "</dd>"
+        f"<dt>{escaped(name)}</dt><dd>Reads {escaped(d['tensor'])}. Average: {escaped(d['average'])}. "
+        f"{escaped(d['source'])}." + (f" Only for {escaped(d['applies_to'])}." if "applies_to" in d else "") + "</dd>"
         for name, d in DEFINITIONS.items()
     )
     return f"<section><details><summary>What each number is</summary><dl>{entries}</dl></details></section>\n"
