@@ -218,14 +218,9 @@ def forward(options, sources, query, shift, null_logit, num_sources):
 def backward(options, sources, query, shift, num_sources, weights, delta, d_output, d_weights):
     """The backward kernel of `differentiable` (vjp.py)."""
     if by := _missing(sources):
-        sources, query, d_output = _lengthened((sources, query, d_output), by)
-        each = (x[..., 0] for x in _lengthened([x[..., None] for x in (shift, weights, delta, d_weights)], by))
-        shift, weights, delta, d_weights = each
-        d_sources, d_query, d_shift = backward(
-            options, sources, query, shift, num_sources, weights, delta, d_output, d_weights
+        return _lengthened_backward(
+            by, options, sources, query, shift, num_sources, weights, delta, d_output, d_weights
         )
-        cut = lambda x: x[..., :-by, :] if x.ndim > 1 else x
-        return jax.tree.map(cut, d_sources), cut(d_query), d_shift[..., :-by]
     route = _Route(options, sources, query)
     tile, count, tokens = route.tile, route.count, route.tokens
     blocks_each = 1 if route.per_token else _BLOCKS_PER_PARTIAL
@@ -293,22 +288,44 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
         if not route.per_token:
             tile.store(d_query, program, by_part(lambda x: x if tile.rows == 1 else x.sum(0), d_query_sum))
 
-    one = jax.ShapeDtypeStruct((tokens, route.width), route.dtype)
-    out_type = (
-        jax.ShapeDtypeStruct((count, *one.shape), route.dtype) if route.stacked else (one,) * count,
-        jax.ShapeDtypeStruct((tokens if route.per_token else programs, route.width), jnp.float32),
-        jax.ShapeDtypeStruct((count, tokens), jnp.float32),
-    )
     scratch = [*route.ring, *route.query, plgpu.SMEM(tile.shape, route.dtype), plgpu.Barrier()]
-    # of any block but the last, and of the last: which tokens no other block has
-    fresh = jnp.arange(2 * tile.rows) % tile.rows + tile.last >= (tile.blocks - 1) * tile.rows
-    fresh = jnp.where(jnp.arange(2 * tile.rows) < tile.rows, 1.0, fresh).astype(jnp.float32)
     each = [x.reshape(count, tokens) for x in (shift, weights, d_weights - delta[None])]
-    d_sources, d_query, d_shift = route.call(body, "depth_route_backward", out_type, programs, scratch)(
-        route.flat(sources), route.flat(query), *each, route.flat(d_output), fresh, _live(num_sources, count)
+    run = route.call(body, "depth_route_backward", _gradient_types(route, programs), programs, scratch)
+    d_sources, d_query, d_shift = run(
+        route.flat(sources), route.flat(query), *each, route.flat(d_output), _fresh(tile), _live(num_sources, count)
     )
     d_sources = jax.tree.map(lambda new, old: new.reshape(old.shape), d_sources, sources)
     d_query = d_query.reshape(query.shape) if route.per_token else d_query.sum(0)
     if num_sources is not None:
         d_shift = jnp.where(jnp.arange(count)[:, None] < num_sources, d_shift, 0.0)
     return d_sources, d_query, d_shift.reshape(shift.shape)
+
+
+def _lengthened_backward(by, options, sources, query, shift, num_sources, weights, delta, d_output, d_weights):
+    """The backward kernel over `by` more positions of zeros, which are cut off again."""
+    sources, query, d_output = _lengthened((sources, query, d_output), by)
+    shift, weights, delta, d_weights = (
+        x[..., 0] for x in _lengthened([x[..., None] for x in (shift, weights, delta, d_weights)], by)
+    )
+    d_sources, d_query, d_shift = backward(
+        options, sources, query, shift, num_sources, weights, delta, d_output, d_weights
+    )
+    cut = lambda x: x[..., :-by, :] if x.ndim > 1 else x
+    return jax.tree.map(cut, d_sources), cut(d_query), d_shift[..., :-by]
+
+
+def _gradient_types(route: _Route, programs: int):
+    """What the backward kernel writes: dv, du of every token or its sum over each program's, d_shift."""
+    count, tokens, width = route.count, route.tokens, route.width
+    one = jax.ShapeDtypeStruct((tokens, width), route.dtype)
+    return (
+        jax.ShapeDtypeStruct((count, *one.shape), route.dtype) if route.stacked else (one,) * count,
+        jax.ShapeDtypeStruct((tokens if route.per_token else programs, width), jnp.float32),
+        jax.ShapeDtypeStruct((count, tokens), jnp.float32),
+    )
+
+
+def _fresh(tile: Tile):
+    """1 for the tokens of a block that no block before it has: of any block but the last, then of the last [2 rows]."""
+    fresh = jnp.arange(2 * tile.rows) % tile.rows + tile.last >= (tile.blocks - 1) * tile.rows
+    return jnp.where(jnp.arange(2 * tile.rows) < tile.rows, 1.0, fresh).astype(jnp.float32)
