@@ -70,6 +70,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
         return
 
     # Imported here, so that --help and mistakes in flags do not wait for JAX.
+    from oasis_jax.study.design import CELLS
     from oasis_jax.study.report import write_study_report
     from oasis_jax.study.run import run_study
 
@@ -79,7 +80,7 @@ def main(argv: Sequence[str], program: str = "oasis_jax study") -> None:
             run_study(load, args.out, methods=methods, workers=args.workers, minutes=args.minutes)
         except Preempted as told:
             notice = told
-    if notice and not any((args.out / "cells").glob("*/*/*/result.json")):
+    if notice and not any((args.out / CELLS).glob("*/*/*/result.json")):
         raise notice  # there is nothing to report yet
     found = write_study_report(study, args.out)
     for verdict in found.verdicts:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -56,7 +55,7 @@ def run_cell(study: Study, cell: Cell, out: pathlib.Path) -> Record:
 
     Returns:
       What RESULT holds: "values", one number each; "destroyed", the schemes under which the model is none any more;
-      "failed", in words why there are no values (a diverged model), or None; "start" and "versions".
+      "failed", in words why there are no values (a diverged model), or None; "start", "versions" and "identity".
 
     Raises:
       UserError: it does not start as its companions of the same seed do, or something the user can mend.
@@ -66,7 +65,7 @@ def run_cell(study: Study, cell: Cell, out: pathlib.Path) -> Record:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOG, "a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         found = _measured_form(study, cell) if study.source else _trained(study, cell, folder)
-    record = cell._asdict() | found
+    record = cell._asdict() | found | {"identity": study.identity(cell)}
     for method in study.methods:  # its companions: those of the same arm and seed
         if other := read_json(out / cell._replace(method=method).path / RESULT):
             check_alike(record, other, study.factors)
@@ -148,16 +147,19 @@ def _named(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def check_alike(one: Record, other: Record, factors: tuple[str, ...]) -> None:
     """Raises UserError where two cells of one arm and seed differ in more than their model: in what data they read in
-    which order, steps, optimizer, or in the first value of a parameter that both have in the same shape.
+    which order, steps, optimizer, or in the first value of a parameter that both have in the same shape. Of a cell that
+    is kept in one line (`kept.compact`) only the data are known.
     """
     cells = f"{one['method']} and {other['method']}, arm {one['arm']}, seed {one['seed']}"
+    if one["corpus"] and other["corpus"] and one["corpus"] != other["corpus"]:
+        raise UserError(f"unequal start: {cells}: they read different data")
+    if "parameters" not in one["start"] or "parameters" not in other["start"]:
+        return
     first, second = one["start"]["settings"], other["start"]["settings"]
     for section in first:
         for name, value in first[section].items():
             if value != second[section][name] and f"{section}.{name}" not in factors:
                 raise UserError(f"unequal start: {cells}: {section}.{name} is {value!r} and {second[section][name]!r}")
-    if one["corpus"] and other["corpus"] and one["corpus"] != other["corpus"]:
-        raise UserError(f"unequal start: {cells}: they read different data")
     theirs = other["start"]["parameters"]
     for name, (*shape, value) in one["start"]["parameters"].items():
         if name not in theirs:
@@ -172,19 +174,6 @@ def check_all_alike(records: Iterable[Record], factors: tuple[str, ...]) -> None
     first: dict[tuple, Record] = {}
     for record in records:
         check_alike(record, first.setdefault((record["arm"], record["seed"]), record), factors)
-
-
-def compact(record: Record) -> Record:
-    """A record as it is kept in one line: its numbers to 6 digits, its start by a digest."""
-    start = json.dumps(record["start"]["parameters"], sort_keys=True).encode()
-    return {
-        **record,
-        "values": {name: float(f"{value:.6g}") for name, value in record["values"].items()},
-        "start": {
-            "sha256": hashlib.sha256(start).hexdigest()[:16],
-            "steps": record["start"]["settings"]["run"]["steps"],
-        },
-    }
 
 
 # Measures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
     from oasis_jax.pretrained import Pretrained
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+CELLS = "cells"  # the folder of cells in a study's
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 Assignments = tuple[str, ...]  # "section.field=value", as --set takes them
 
@@ -109,7 +111,7 @@ class Cell(NamedTuple):
     @property
     def path(self) -> str:
         """Its folder below the study's."""
-        return f"cells/{self.arm}/{self.method}/seed{self.seed}"
+        return f"{CELLS}/{self.arm}/{self.method}/seed{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,7 @@ class Study:
             raise UserError("study: needs at least one method, arm, seed and outcome")
         for kind, names in (("methods", self.methods), ("arms", self.arms)):
             for name in names:
-                if not _NAME.fullmatch(name):
+                if not NAME.fullmatch(name):
                     raise UserError(f"study.{kind}: {name!r} names a folder; letters, digits and _ . - are allowed")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"study.seeds: one is there twice, in {self.seeds}")
@@ -233,9 +235,19 @@ class Study:
                 for method in self.methods:
                     yield Cell(arm, method, seed)
 
-    def settings(self, cell: Cell) -> str:
-        """All that makes a cell what it is; raises UserError as `config` does."""
-        return repr((self.source, self.words(cell.method)) if self.source else self.config(cell))
+    def identity(self, cell: Cell) -> str:
+        """SHA-256 of all that makes a cell what it is, but for the folders in which a model or a text lies; raises
+        UserError as `config` does.
+        """
+        if self.source:
+            source = dataclasses.replace(self.source, model=_name(self.source.model), text=_name(self.source.text))
+            settings = repr((source, self.words(cell.method)))
+        else:
+            config = self.config(cell)
+            data = dataclasses.replace(config.data, pattern=_name(config.data.pattern))
+            run = dataclasses.replace(config.run, init_from=_name(config.run.init_from))
+            settings = repr(dataclasses.replace(config, data=data, run=run))
+        return hashlib.sha256(settings.encode()).hexdigest()
 
     def config(self, cell: Cell) -> Config:
         """The config of a cell that is trained; raises UserError where it does not fit together."""
@@ -244,6 +256,10 @@ class Study:
             return apply_overrides(self.base, assignments)
         except UserError as error:
             raise UserError(f"study, arm {cell.arm}, method {cell.method}: {error}") from None
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
 
 
 def _check_name(where: str, name: str, allowed: Mapping | list[str]) -> None:

@@ -1,6 +1,5 @@
 """The report of a study: results.json, results.md, index.html and figures, all made from the cells' records."""
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -8,29 +7,12 @@ from oasis_jax.errors import UserError
 from oasis_jax.evaluation.report.comparison import show
 from oasis_jax.evaluation.report.figures import Picture, save
 from oasis_jax.evaluation.report.markup import document, escaped, figure, html_table
-from oasis_jax.study.cells import Record, check_all_alike, compact, finished, write_json
+from oasis_jax.study.cells import Record, write_json
 from oasis_jax.study.design import Outcome, Study
+from oasis_jax.study.kept import kept_records, write_kept
 from oasis_jax.study.pictures import pictures
 from oasis_jax.study.results import NOT_TESTABLE, Comparison, Results, Row, Verdict, as_json, results
 from oasis_jax.study.statistics import ALPHA, Mean
-
-KEPT = "cells.jsonl"
-
-
-def kept_records(study: Study, out: pathlib.Path) -> list[Record]:
-    """The compact records of the cells that are done here; where there is no cells/ folder, those that KEPT holds.
-
-    Raises:
-      UserError: cells that did not start alike, or a file that cannot be read.
-    """
-    if (out / "cells").is_dir() or not (out / KEPT).exists():
-        records = list(finished(study, out))
-        check_all_alike(records, study.factors)
-        return [compact(record) for record in records]
-    try:
-        return [json.loads(line) for line in (out / KEPT).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out: cannot read {str(out / KEPT)!r}: {error}") from None
 
 
 def write_study_report(study: Study, out: pathlib.Path) -> Results:
@@ -45,7 +27,7 @@ def write_study_report(study: Study, out: pathlib.Path) -> Results:
     found = results(study, records)
     drawn = pictures(study, found, records)
     try:
-        (out / KEPT).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        write_kept(records, out)
         (out / "results.md").write_text(markdown(study, found, records), encoding="utf-8")
         (out / "index.html").write_text(page(study, found, records, drawn), encoding="utf-8")
         (out / "figures").mkdir(exist_ok=True)

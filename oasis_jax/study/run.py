@@ -3,7 +3,6 @@ folder. A cell that somebody works on is left to them; one that is done is never
 """
 
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import pathlib
@@ -20,6 +19,7 @@ from oasis_jax.errors import Preempted, UserError, printable
 from oasis_jax.plain_names import plain
 from oasis_jax.study.cells import RESULT, read_json, run_cell, write_json
 from oasis_jax.study.design import Cell, Study
+from oasis_jax.study.kept import take_up_kept
 from oasis_jax.training.lock import WorkdirLock
 
 IDENTITY = "study.json"
@@ -31,20 +31,21 @@ Load = Callable[[], Study]  # picklable, for processes that are started
 
 
 def prepare(study: Study, out: pathlib.Path) -> None:
-    """Makes the folder, or sees that it is this study's; all configs are built before anything is trained.
+    """Makes the folder, or sees that it is this study's; all configs are built before anything is trained. Where it
+    holds the numbers of a study and no cells, those are done.
 
     Raises:
       UserError: another study's folder, one that cannot be written, a config that does not fit together.
     """
-    settings = {cell: study.settings(cell) for cell in study.cells()}
+    identity = {cell.path: study.identity(cell) for cell in study.cells()}
     out.mkdir(parents=True, exist_ok=True)
-    identity = {cell.path: hashlib.sha256(text.encode()).hexdigest() for cell, text in settings.items()}
     stored = (read_json(out / IDENTITY) or {}).get("cells", {})
     for path, digest in stored.items():
         if path in identity and identity[path] != digest:
             raise UserError(
                 f"--out: {str(out)!r} holds another study: the settings of {path} were others; take another folder"
             )
+    take_up_kept(study, out)
     write_json(out / IDENTITY, {"title": study.title, "cells": stored | identity})
 
 

@@ -22,7 +22,8 @@ from oasis_jax.errors import Preempted, UserError
 from oasis_jax.placement import make_mesh
 from oasis_jax.study.cells import RESULT, START, check_all_alike, run_cell, start_of
 from oasis_jax.study.design import Cell
-from oasis_jax.study.report import KEPT, kept_records, write_study_report
+from oasis_jax.study.kept import KEPT, kept_records
+from oasis_jax.study.report import write_study_report
 from oasis_jax.study.run import prepare, run_study
 from oasis_jax.training.state import new_state
 
@@ -71,6 +72,41 @@ def test_a_report_is_made_again_from_what_is_kept(done, tmp_path):
     write_study_report(toy_study(), tmp_path)
     for name in (KEPT, "results.md", "results.json"):
         assert (tmp_path / name).read_bytes() == (done / name).read_bytes()
+
+
+def test_what_is_kept_is_gone_on_from_and_never_lost(done, tmp_path):
+    """On a machine that has the numbers alone, another seed is done; those that are there are not done twice."""
+    shutil.copy(done / KEPT, tmp_path)
+    more = functools.partial(toy_study, seeds=(0, 1, 2))
+    run_study(more, tmp_path, methods=("softmax1",))
+    write_study_report(more(), tmp_path)
+    before, after = ((folder / KEPT).read_text().splitlines() for folder in (done, tmp_path))
+    assert after[: len(before)] == before and len(after) == len(before) + 1
+    assert not list(tmp_path.glob("cells/all/*/seed[01]/log.txt"))
+    assert (tmp_path / "cells/all/softmax1/seed2/log.txt").exists()
+    (tmp_path / "cells/all/softmax1/seed0" / RESULT).unlink()  # a cell that is taken away is done again
+    run_study(toy_study, tmp_path, methods=("softmax1",))
+    assert kept_records(toy_study(), tmp_path) == kept_records(toy_study(), done)
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"identity": "0"}, "holds another study: the settings of cells/all/softmax/seed0 were others"),
+        ({"arm": "../../away"}, "line 1 is no cell of a study: names no cell"),
+        ({"seed": "0"}, "line 1 is no cell of a study: names no cell"),
+        ({"start": {}}, "line 1 is no cell of a study: has no 'sha256'"),
+        (None, "line 1 is no cell of a study: Expecting value"),
+    ],
+    ids=str,
+)
+def test_lines_that_are_not_of_this_study_are_refused(done, tmp_path, change, problem):
+    first, *rest = (done / KEPT).read_text().splitlines()
+    first = "cells" if change is None else json.dumps(json.loads(first) | change)
+    (tmp_path / KEPT).write_text("\n".join([first, *rest]))
+    with pytest.raises(UserError, match=problem):
+        prepare(toy_study(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [KEPT]
 
 
 def test_unequal_starts_end_the_study(done, tmp_path):
