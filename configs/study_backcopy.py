@@ -5,7 +5,7 @@ with and without the inter-layer signal, would show here.
 
     python -m oasis_jax study configs/study_backcopy.py --out runs/study_backcopy --workers 2
 
-Hardware: two CPU cores, no download; 60 cells of about five minutes: a few hours. --minutes 10 does it in pieces.
+Hardware: two CPU cores, no download; 65 cells of about five minutes: a few hours. --minutes 10 does it in pieces.
 Softmax alone forms the sink; where a residual peak is named, it may not have formed yet in these 2,800 steps.
 """
 
@@ -31,6 +31,7 @@ def get_study() -> Study:
             "residual": (),
             "residual_softmax1": ("model.normalizer=softmax1",),
             "residual_learned_sink": ("model.normalizer=learned_sink",),
+            "residual_affine": ("model.gate=affine",),
             "attnres": ("model.preset=attnres",),
             "attnres_cumulative": ("model.preset=attnres_cumulative",),
             **{name: (f"model.preset={name}",) for name in cumulative},

@@ -6,7 +6,7 @@ AttnRes' critics, Unified View (2601.22966) and K-bias (2410.10781), as far as a
 
     python -m oasis_jax study configs/study_trigger.py --out runs/study_trigger --workers 2
 
-Hardware: two CPU cores, no download; 450 cells. Results: docs/results.md.
+Hardware: two CPU cores, no download; 465 cells. Results: docs/results.md.
 """
 
 from oasis_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -77,6 +77,7 @@ def _methods() -> dict[str, tuple[str, ...]]:
         "residual_softmax1": ("model.normalizer=softmax1",),
         "residual_learned_sink": ("model.normalizer=learned_sink",),
         "residual_gated": ("model.gate=elementwise",),
+        "residual_affine": ("model.gate=affine",),
         **presets,
         "oasis_uncoupled": (oasis, "model.coupling=false"),
         "oasis_depth_softmax": (oasis, "model.depth_normalizer=softmax"),
@@ -106,6 +107,7 @@ def _claims() -> tuple[Claim, ...]:
         Claim(
             "A gate on heads weakens sinks", "2306.12929, 2505.06708", SINK, "residual_gated", "residual", needs=FORMED
         ),
+        Claim("Affine-scaled attention weakens sinks", "2602.23057", SINK, "residual_affine", "residual", needs=FORMED),
         Claim("GatedNorm loses less under W8A8", claims.UNIFIED_VIEW, EIGHT_BITS, "gatednorm", "rmsnorm"),
         Claim("PreAffine helps training", claims.UNIFIED_VIEW, ERROR, "preaffine", "rmsnorm"),
         Claim(

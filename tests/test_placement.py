@@ -212,6 +212,7 @@ MODELS |= {
 # Windows lie in the order of the text, patterns with one of them too.
 MODELS |= {
     "windows": dict(preset="oasis", num_layers=1, window=5, packed=True),
+    "affine": dict(preset="residual", gate="affine", num_layers=2, stack="scan", packed=True),
     "pattern as loops": dict(
         preset="oasis",
         num_layers=2,
@@ -250,7 +251,7 @@ def train_on_8_devices(steps: int, models: list[str], meshes: list[str]) -> dict
     "steps, models, meshes",
     [
         (5, ["oasis"], ["data=2 fsdp=2 tensor=2", MIXED]),
-        pytest.param(2, ["oasis packed as loops", "sparsemax"], [ZIGZAG], marks=pytest.mark.slow),
+        pytest.param(2, ["oasis packed as loops", "sparsemax", "affine"], [ZIGZAG], marks=pytest.mark.slow),
         pytest.param(50, ["oasis"], list(MESHES), marks=pytest.mark.slow),
         *(pytest.param(5, REST[part::4], [MIXED], marks=pytest.mark.slow) for part in range(4)),
     ],

@@ -18,7 +18,8 @@ Normalizer = Literal[
     "softmax", "softmax1", "learned_sink", "null_key", "null_key_value", "token_null", "clipped", "entmax15",
     "sparsemax", "softpick",
 ]  # fmt: skip
-Gate = Literal["none", "elementwise", "per_head"]
+Gate = Literal["none", "elementwise", "per_head", "affine"]
+_GATE = "on heads' outputs: a sigmoid gate of each channel or each head, or affine scaling (arXiv 2602.23057)"
 DepthNormalizer = Literal["softmax", "softmax1", "sigmoid", "uniform"]
 if TYPE_CHECKING:
     Preset = str  # a type checker cannot read the table
@@ -159,7 +160,7 @@ class AttentionConfig:
     clip_gamma: float = field(0.0, "clipped softmax: lower stretch gamma (<= 0); 0: -clip_alpha / number of keys")
     clip_zeta: float = field(1.0, "clipped softmax: upper stretch zeta (>= 1)")
     clip_alpha: float = field(4.0, "clipped softmax: alpha, used where clip_gamma is 0", low=0)
-    gate: Gate = field("none", "sigmoid gate on each head's output before the output projection")
+    gate: Gate = field("none", _GATE)
     qkv_bias: bool = field(False, "biases on queries, keys and values")
     output_bias: bool = field(False, "bias on the output projection")
     qk_norm: bool = field(False, "RMSNorm with gain on queries and keys, per head, before rotary positions")
@@ -287,7 +288,7 @@ class ModelConfig(AttentionConfig, RouterConfig, MLPConfig, NormConfig):
 
     preset: Preset = field("oasis", "the method that fills the fields marked 'of the preset'")
     normalizer: Normalizer = field(None, "what turns attention scores into probabilities")
-    gate: Gate = field(None, "sigmoid gate on each head's output before the output projection")
+    gate: Gate = field(None, _GATE)
     wiring: Literal["residual", "cumulative", "delta"] = field(None, "how sublayers are connected over depth")
     router: Literal["projected", "static", "qkv", "none"] = field(
         None, RouterConfig.__dataclass_fields__["router"].metadata["help"]

@@ -12,11 +12,13 @@ from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import AttentionConfig
 from oasis_jax.errors import UserError, unknown_name
+from oasis_jax.model.affine import affine_scaled, linear_clipping
 from oasis_jax.model.cache import KVCache
 from oasis_jax.model.context import Context
 from oasis_jax.model.masks import allowed_keys, context_mask, first_keys, first_of_segment, scores, scores_at
-from oasis_jax.model.normalizers import DENSE_NORMALIZERS, NULL_LOGITS, null_softmax
+from oasis_jax.model.normalizers import DENSE_NORMALIZERS, null_softmax
 from oasis_jax.model.norms import rms_norm
+from oasis_jax.model.null import Null, null_option, null_parameters
 from oasis_jax.model.parameters import (
     ParameterModule,
     Parameters,
@@ -33,7 +35,7 @@ from pallas_kernels.null_attention import add_null_value, null_scores
 _NO_CONTEXT = Context()
 # Parameters that are no part of a product in the compute type: the null's, whose scores are float32 or better, and
 # gains.
-_WIDE = ("null_logit", "null_key", "null_value", "query_norm", "key_norm")
+_WIDE = ("null_logit", "null_key", "null_value", "query_norm", "key_norm", "gate_average")
 
 
 def backend(operator: str, name: str) -> str | None:
@@ -44,14 +46,6 @@ def backend(operator: str, name: str) -> str | None:
     if name not in available:
         raise unknown_name(f"implementation of {operator}", name, ("auto", *available))
     return name
-
-
-class Null(NamedTuple):
-    """The null option of a layer, as `pallas_kernels.null_attention` takes it."""
-
-    logit: float | Float[Array, " N"] | Float[Array, "B T N"]
-    key: Float[Array, "P K H"] | None = None
-    value: Float[Array, "P K H"] | None = None
 
 
 class Keys(NamedTuple):
@@ -98,31 +92,14 @@ def attention_parameters(config: AttentionConfig, kv_width: int | None = None) -
         specs["output_bias"] = constant((width,), 0.0, "bias")
     if config.qk_norm:
         specs |= {"query_norm": constant((size,), 1.0, "norm"), "key_norm": constant((size,), 1.0, "norm")}
-    null = {
-        "null_logit": constant((heads,), 0.0, "null", ("heads",)),
-        "null_key": null_rows(config),
-        "null_projection": constant((width, heads), 0.0, "null", ("embed", "heads")),
-    }
-    made_of = NULL_LOGITS.get(config.normalizer)
-    if made_of in null:
-        specs[made_of] = null[made_of]
-    if config.null_bias:
-        specs["null_logit"] = null["null_logit"]
-    if config.normalizer == "null_key_value":
-        specs["null_value"] = constant((config.null_keys, key_heads, size), 0.0, "null", (None, "kv_heads", None))
+    specs |= null_parameters(config)
     if config.gate == "elementwise":
         specs["gate"] = matrix((width, heads, size), ("embed", "heads", None), width)
-    elif config.gate == "per_head":
+    elif config.gate in ("per_head", "affine"):
         specs["gate"] = matrix((width, heads), ("embed", "heads"), width)
+    if config.gate == "affine":
+        specs["gate_average"] = constant((heads,), 0.0, "running", ("heads",))
     return specs
-
-
-def null_rows(config: AttentionConfig) -> ParameterSpec:
-    """Null keys [P, K, H]. One starts at zero; several would stay alike for ever and are drawn."""
-    shape, axes = (config.null_keys, config.key_heads, config.head_size), (None, "kv_heads", None)
-    if config.null_keys == 1:
-        return constant(shape, 0.0, "null", axes)
-    return matrix(shape, axes, config.head_size, "null")
 
 
 def attention(
@@ -172,6 +149,9 @@ def attention(
     else:
         statistics = _fused(query, keys, null, config, context)
     heads = context.numerics.tap("context", statistics.head_output)
+    if config.gate == "affine":
+        scale = linear_clipping(context.numerics.einsum("gate", "BTD,DN->BTN", x, p["gate"]))
+        heads = affine_scaled(heads, _mean_of_values(query, keys, config, context), scale, p["gate_average"])
     return output_projection(p, config, x, heads, context), statistics
 
 
@@ -250,32 +230,11 @@ def project(
     return query, key, value
 
 
-def null_option(p: Parameters, config: AttentionConfig, x: Float[Array, "B T D"], context: Context) -> Null:
-    """What the null of this layer is; null keys are neither normed nor turned, and scored as every key."""
-    made_of = NULL_LOGITS.get(config.normalizer, 0.0)
-    if made_of == "null_key":
-        null = Null(p["null_logit"] if config.null_bias else 0.0, p["null_key"], p.get("null_value"))
-    elif made_of == "null_projection":
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        null = Null(jnp.einsum("BTD,DN->BTN", x, p["null_projection"], preferred_element_type=wide))
-    else:
-        null = Null(p["null_logit"] if made_of == "null_logit" else made_of)
-    if null.value is not None:
-        weight = config.null_value_weight if context.null_value_weight is None else context.null_value_weight
-        null = null._replace(value=null.value * weight)
-    weight = config.null_weight if context.null_weight is None else context.null_weight
-    if isinstance(weight, float) and weight == 1.0:
-        return null
-    logit = null.logit + jnp.log(weight)
-    return null._replace(logit=logit if jnp.ndim(logit) else jnp.full(config.num_heads, logit))
-
-
-def _fused(query, keys: Keys, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
-    key, value = keys.key, keys.value
-    output, null_mass, lse = null_attention(
+def _attend(query: Array, keys: Keys, null: Null, config: AttentionConfig, context: Context) -> NullAttention:
+    return null_attention(
         query,
-        key,
-        value,
+        keys.key,
+        keys.value,
         null_logit=null.logit,
         null_key=null.key,
         null_value=null.value,
@@ -289,6 +248,16 @@ def _fused(query, keys: Keys, null: Null, config: AttentionConfig, context: Cont
         sharding=context.placement.attention,
         implementation=backend("null_attention", config.attention_implementation),
     )
+
+
+def _mean_of_values(query: Array, keys: Keys, config: AttentionConfig, context: Context) -> Float[Array, "B T N H"]:
+    """Of the values that each query sees: what one of zeros takes of them, in any of the ways that queries see keys."""
+    return _attend(jnp.zeros_like(query), keys, Null(-jnp.inf), config, context).output
+
+
+def _fused(query, keys: Keys, null: Null, config: AttentionConfig, context: Context) -> AttentionStatistics:
+    key, value = keys.key, keys.value
+    output, null_mass, lse = _attend(query, keys, null, config, context)
     first, visible = _first_keys(keys, config, context, query.shape[1])
     score = scores_at(query, key, None if keys.segments is None else first, config)
     first_token_mass = jnp.exp(jnp.where(visible[:, None], score - lse, -jnp.inf))

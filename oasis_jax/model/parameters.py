@@ -34,6 +34,7 @@ ROLES = {
     "null": Role(decays=False, multiplies=False),  # what the null option is made of
     "router": Role(decays=False, multiplies=False, group="router"),  # queries over depth, gains, biases, coupling
     "router_matrix": Role(decays=True, multiplies=True, group="router"),
+    "running": Role(decays=False, multiplies=False, group="running"),  # a running average; see oasis_jax.model.affine
 }
 
 

@@ -137,6 +137,8 @@ def check_transplant(config: ModelConfig) -> None:
         )
     if config.normalizer != "softmax":
         raise UserError(f"transplant: needs softmax over tokens, but normalizer={config.normalizer}")
+    if config.gate == "affine":
+        raise UserError("transplant: exact only where the values' mean counts nothing, but model.gate=affine")
     if config.inputs != "tokens":
         raise UserError(f"transplant: needs token inputs, but model.inputs={config.inputs}")
 

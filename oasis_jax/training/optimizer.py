@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from oasis_jax.config import Config, ModelConfig, OptimizerConfig
+from oasis_jax.model.affine import MOMENTUM
 from oasis_jax.model.decoder import map_specs, parameter_roles
 from oasis_jax.model.parameters import ROLES, ParameterSpec
 
@@ -66,7 +67,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, model: ModelConfig) -> o
 
     adamw: Loshchilov and Hutter, arXiv 1711.05101. muon: matrices by Muon (arXiv 2502.16982), the rest by AdamW. sgd:
     with momentum beta1. All decay weights apart from the gradient. Groups of roles may have a learning rate of their
-    own: router_multiplier times the others' for depth routers.
+    own: router_multiplier times the others' for depth routers. Running averages (`oasis_jax.model.affine`) move as such.
     """
     rule = optax.chain(
         _DIRECTIONS[config.optimizer](config, model),
@@ -74,7 +75,22 @@ def make_optimizer(config: OptimizerConfig, steps: int, model: ModelConfig) -> o
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*parts, rule, *_scaled_groups(config, model))
+    rule = optax.chain(*parts, rule, *_scaled_groups(config, model))
+    if all(jax.tree.leaves(_trained(model))):
+        return rule
+    # micro-batches add up what they say of a running average, where they should give its mean
+    average = optax.scale(-(1 - MOMENTUM) / config.accumulation_steps)
+    return optax.partition({True: rule, False: average}, _trained(model))
+
+
+def _trained(model: ModelConfig) -> dict:
+    """Which stacked parameters follow a gradient; the others are running averages."""
+    return jax.tree.map(lambda role: ROLES[role].group != "running", parameter_roles(model))
+
+
+def gradient_norm(gradients: dict, model: ModelConfig) -> Float[Array, ""]:
+    """Over all parameters that are trained."""
+    return optax.tree.norm(jax.tree.map(lambda x, trained: x if trained else None, gradients, _trained(model)))
 
 
 def _adam(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:

@@ -24,7 +24,7 @@ from oasis_jax.model.unrolled import run_unrolled
 from oasis_jax.model.wiring import schedule
 from oasis_jax.placement import Placement, check_batch_size, place
 from oasis_jax.training.loss import mean_loss, total_weight
-from oasis_jax.training.optimizer import learning_rate, make_optimizer, null_weights
+from oasis_jax.training.optimizer import gradient_norm, learning_rate, make_optimizer, null_weights
 from oasis_jax.training.state import TrainState, abstract_state, shardings_of
 
 Batch = Mapping[str, Array]
@@ -87,7 +87,7 @@ def _step(
         skipped = {"skipped": 1.0 - finite.astype(jnp.float32)}
     metrics = {
         "loss": loss,
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": gradient_norm(gradients, config.model),
         "parameter_norm": optax.tree.norm(params),
         "learning_rate": learning_rate(config.optimizer, config.run.steps)(state.step),
     } | skipped

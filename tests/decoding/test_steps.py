@@ -43,11 +43,12 @@ KINDS |= {
     "cumulative, static": dict(preset="oasis", router="static", **MIXED),
     "sigmoid over depth": dict(preset="oasis", depth_normalizer="sigmoid", **MIXED),
     "uniform over depth": dict(preset="attnres", depth_normalizer="uniform", **MIXED),
+    "affine": dict(preset="residual", gate="affine", window=3),
     "soft cap, norms": dict(preset="oasis", logit_softcap=2.0, qk_norm=True, window=3, gate="per_head"),
     "learned positions": dict(preset="residual", rope_theta=0.0, learned_positions=40, norm="layernorm", window=6),
     "longrope": dict(preset="residual", rope_scaling=LONGROPE),
 }  # fmt: skip
-NOW = ("oasis_blocks, half", "sparsemax, half", "several nulls, window", "longrope")
+NOW = ("oasis_blocks, half", "sparsemax, half", "several nulls, window", "affine", "longrope")
 
 SIZES = tiny.CONFIG | dict(vocab_size=VOCAB, num_hidden_layers=4)
 KEYS = {

@@ -255,7 +255,7 @@ def attention(params, config, layer, x, positions, segments) -> tuple:
         query, key = rotate(query, positions, config, theta), rotate(key, positions, config, theta)
 
     (batch, length, heads, size), group = query.shape, query.shape[2] // key.shape[2]
-    out = np.zeros(query.shape)
+    out, means = np.zeros((2, *query.shape))
     null_mass, first_token_mass = np.zeros((batch, heads, length)), np.zeros((batch, heads, length))
     for b, n, t in np.ndindex(batch, heads, length):
         k = n // group  # the key head of query head n
@@ -264,6 +264,7 @@ def attention(params, config, layer, x, positions, segments) -> tuple:
         scores = scaled(key[b, seen, k] @ query[b, t, n], config, size)
         p, omega = probabilities(scores, null_logit(params, config, query[b, t, n], x[b, t], n, k), config, length)
         out[b, t, n] = p @ value[b, seen, k]
+        means[b, t, n] = value[b, seen, k].mean(0)
         if config.normalizer == "null_key_value":
             out[b, t, n] += omega * null_shares(params, config, query[b, t, n], k) @ params["null_value"][:, k]
         null_mass[b, n, t] = omega
@@ -273,6 +274,9 @@ def attention(params, config, layer, x, positions, segments) -> tuple:
         out = out * sigmoid(np.einsum("btd,dnh->btnh", x, params["gate"]))
     elif config.gate == "per_head":
         out = out * sigmoid(x @ params["gate"])[..., None]
+    elif config.gate == "affine":  # arXiv 2602.23057, eq. 6 to 8 and 11
+        alpha = np.clip(0.1 * (x @ params["gate"]) + 0.5, 0.0, 1.0)[..., None]
+        out = alpha * out + (params["gate_average"][:, None] - alpha) * means
     out = np.einsum("btnh,nhd->btd", out, params["output"])
     return out + (params["output_bias"] if config.output_bias else 0.0), null_mass, first_token_mass
 

@@ -66,6 +66,7 @@ def oracle(p, x, config, segments=None):
     q, k, v = project(p, x, config, np.arange(T))
     heads, probabilities = np.zeros((B, T, N, H)), np.zeros((B, N, T, T))
     null_mass, logits = np.zeros((2, B, N, T))
+    means = np.zeros((B, T, N, H))  # of the values that a query sees
     for b, n, i in np.ndindex(B, N, T):
         kn = n // (N // K)
         same = np.ones(T, bool) if segments is None else segments[b] == segments[b, i]
@@ -80,15 +81,19 @@ def oracle(p, x, config, segments=None):
             row, omega = e / (null + e.sum()), null / (null + e.sum())
         probabilities[b, n, i], null_mass[b, n, i] = row, omega
         heads[b, i, n] = row @ v[b, :, kn]
+        means[b, i, n] = v[b, allowed, kn].mean(0)
         if "null_value" in p:
             shares = np.exp(scaled(p["null_key"][:, kn] @ q[b, i, n], config))
             heads[b, i, n] += omega * (shares / shares.sum()) @ p["null_value"][:, kn]
-    gate = {
-        "none": lambda: np.inf,
-        "elementwise": lambda: np.einsum("btd,dnh->btnh", x, p["gate"]),
-        "per_head": lambda: (x @ p["gate"])[..., None],
-    }[config.gate]()
-    output = np.einsum("btnh,nhd->btd", heads / (1 + np.exp(-gate)), p["output"]) + p.get("output_bias", 0.0)
+    sigmoid = lambda y: 1 / (1 + np.exp(-y))
+    if config.gate == "affine":
+        alpha = np.clip(0.1 * (x @ p["gate"]) + 0.5, 0, 1)[..., None]
+        out = alpha * heads + (p["gate_average"][:, None] - alpha) * means
+    elif config.gate == "elementwise":
+        out = heads * sigmoid(np.einsum("btd,dnh->btnh", x, p["gate"]))
+    else:
+        out = heads * (sigmoid(x @ p["gate"])[..., None] if config.gate == "per_head" else 1.0)
+    output = np.einsum("btnh,nhd->btd", out, p["output"]) + p.get("output_bias", 0.0)
     return output, heads, probabilities, null_mass, logits
 
 
@@ -99,8 +104,9 @@ def oracle(p, x, config, segments=None):
         pytest.param(dict(qkv_bias=True, output_bias=True), marks=pytest.mark.slow),
         dict(qk_norm=True, gate="elementwise"),
         dict(window=4, logit_softcap=2.5, gate="per_head", rope_theta=0.0, null_keys=3),
+        dict(window=3, gate="affine"),
     ],
-    ids=["biases", "qk_norm_gate", "window_softcap"],
+    ids=["biases", "qk_norm_gate", "window_softcap", "affine"],
 )
 def test_layer_against_numpy(normalizer, options):
     module, p = layer(normalizer=normalizer, **options)

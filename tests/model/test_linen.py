@@ -39,6 +39,7 @@ INPUTS = jax.random.randint(jax.random.key(0), (2, 9), 0, 29)
         pytest.param(dict(preset="attnres", depth_normalizer="uniform"), marks=pytest.mark.slow),
         pytest.param(dict(preset="learned_sink", norm="none", gate="per_head"), marks=pytest.mark.slow),
         pytest.param(dict(preset="clipped", norm="dyt"), marks=pytest.mark.slow),
+        pytest.param(dict(preset="residual", gate="affine"), marks=pytest.mark.slow),
         dict(
             preset="null_key_value", norm="layernorm", qkv_bias=True, output_bias=True, mlp_bias=True, mlp_gated=False,
             mlp_activation="gelu", learned_positions=9, rope_fraction=0.5, layer_pattern=(LayerPattern(window=2),) * 2,

@@ -161,6 +161,8 @@ def test_wirings(options):
         dict(normalizer="token_null", logit_softcap=1.5, num_kv_heads=0),
         dict(gate="per_head", normalizer="learned_sink"),
         dict(gate="elementwise", normalizer="null_key_value", null_keys=2),
+        dict(gate="affine"),
+        dict(gate="affine", normalizer="sparsemax", window=4, num_kv_heads=1),
         dict(qk_norm=True, norm_epsilon=0.1),
         dict(qk_norm=True, rope_theta=0.0, head_dim=7, qkv_bias=True),
         dict(rope_fraction=0.6, output_bias=True),

@@ -66,6 +66,10 @@ def test_every_parameter_has_the_role_of_what_it_is():
             {"routers.query": ROUTER, "routers.key_norm": ROUTER, "layers.attention_norm.scale": SMALL},
         ),
         (dict(preset="learned_sink"), {"layers.attention.null_logit": SMALL, "routers.query": ROUTER_MATRIX}),
+        (
+            dict(preset="residual", gate="affine"),
+            {"layers.attention.gate": MATRIX, "layers.attention.gate_average": (False, False, "running")},
+        ),
         (dict(preset="token_null"), {"layers.attention.null_projection": SMALL}),
         (
             dict(preset="residual", norm="gatednorm"),

@@ -248,7 +248,7 @@ ALWAYS_FLOAT = (
     "norms and gatednorm's gate",
     "rotary positions",
     "the normalizer itself: exponentials, their sum, the null logit and the null mass",
-    "sigmoid gates, SiLU and their products",
+    "sigmoid gates, SiLU and their products, affine scaling and its mean of values",
     "the scores, bias, evidence and weights of depth routers",
 )
 
