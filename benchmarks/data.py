@@ -10,10 +10,13 @@ a disk. DIR (a temporary folder where not given) needs room for about 100 MB.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -21,7 +24,7 @@ import _harness as harness
 import numpy as np
 
 from oasis_jax.config import Config, DataConfig, ModelConfig
-from oasis_jax.data import load_corpus, stdlib, train_batches
+from oasis_jax.data import load_corpus, prepare, stdlib, train_batches
 from oasis_jax.data.packing import PACKINGS
 from oasis_jax.data.tokenizers import BPETokenizer
 from oasis_jax.model.batch import check_ids
@@ -32,6 +35,7 @@ from oasis_jax.training.step import make_step
 
 LENGTH, BATCH = 1024, 16
 COPIES = 4  # of the text, each document with another end, so that none is left out as a repetition
+PREPARED_COPIES = 8  # where preparing is timed: it makes more than one shard
 
 
 def main():
@@ -44,23 +48,24 @@ def main():
         folder = pathlib.Path(folder)
         documents = [document for file in stdlib.read_files() for document in file.documents]
         tokenizer = BPETokenizer.train(documents, 8192)
-        config = write_text(folder, documents)
+        config = write_text(folder / "text", documents, COPIES)
         comparisons = {"tokenizing": tokenizing(tokenizer, documents, arguments.repetitions)}
-        comparisons["preparing"], rates = preparing(config, tokenizer, documents, folder)
+        comparisons["preparing"], prepared = preparing(folder, tokenizer, documents, max(3, arguments.repetitions // 2))
+        prepare.prepare(config, tokenizer, folder / "prepared", shard_bytes=8 * 2**20)
         data = dataclasses.replace(config, corpus="prepared", pattern=str(folder / "prepared"), tokenizer="bpe")
         comparisons["reading"], read = reading(data, arguments.repetitions)
         comparisons["step"] = training(data, arguments.repetitions)
         first = first_batches(data, folder, arguments.gigabytes)
-    harness.save("data", comparisons, tokens_per_second=read, preparing=rates, first_batch=first)
+    harness.save("data", comparisons, tokens_per_second=read, preparing=prepared, first_batch=first)
 
 
-def write_text(folder: pathlib.Path, documents: list[bytes]) -> DataConfig:
+def write_text(folder: pathlib.Path, documents: list[bytes], copies: int) -> DataConfig:
     """The text as .jsonl files, and the config that reads it."""
-    (folder / "text").mkdir()
-    for copy in range(COPIES):
+    folder.mkdir()
+    for copy in range(copies):
         lines = (json.dumps({"text": f"{text.decode(errors='replace')}\n# {copy}"}) for text in documents)
-        (folder / "text" / f"{copy}.jsonl").write_text("\n".join(lines))
-    pattern = f"{folder}/text/*.jsonl"
+        (folder / f"{copy}.jsonl").write_text("\n".join(lines))
+    pattern = f"{folder}/*.jsonl"
     return DataConfig(
         corpus="files", pattern=pattern, tokenizer="bpe", bpe_vocab_size=8192, sequence_length=LENGTH, batch_size=BATCH
     )
@@ -80,29 +85,36 @@ def tokenizing(tokenizer: BPETokenizer, documents: list[bytes], repetitions: int
     return found
 
 
-def preparing(config: DataConfig, tokenizer: BPETokenizer, documents: list[bytes], folder: pathlib.Path):
-    """The whole of `oasis_jax prepare`, once with each number of processes, beside `tokenizers` alone on texts that
-    are in memory.
+def preparing(folder: pathlib.Path, tokenizer: BPETokenizer, documents: list[bytes], repetitions: int):
+    """The command `oasis_jax prepare`, from its start to its end, with one process and with one a core, beside
+    `tokenizers` alone on texts that are in memory, with as many threads as cores.
     """
-    from oasis_jax.data import prepare  # here: it needs array_record
+    texts = [f"{text.decode(errors='replace')}\n# {copy}" for copy in range(PREPARED_COPIES) for text in documents]
+    source = write_text(folder / "more", documents, PREPARED_COPIES).pattern
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "oasis_tokenizer.json").write_text(tokenizer.to_json())
+    cores = len(os.sched_getaffinity(0))
 
-    texts = [f"{text.decode(errors='replace')}\n# {copy}" for copy in range(COPIES) for text in documents]
-    cores, times = len(os.sched_getaffinity(0)), {}
-    for name, workers in {"one process": 1, f"{cores} processes": cores}.items():
-        shutil.rmtree(folder / "prepared", ignore_errors=True)
-        start = time.perf_counter()
-        prepare.prepare(config, tokenizer, folder / "prepared", workers=workers, shard_bytes=8 * 2**20)
-        times[name] = time.perf_counter() - start
-        start = time.perf_counter()
-        for at in range(0, len(texts), 64):
-            tokenizer._library.encode_batch_fast(texts[at : at + 64], add_special_tokens=False)
-        times[f"tokenizers alone, beside {name}"] = alone = time.perf_counter() - start
-        megabytes = sum(len(text) for text in texts) / 1e6
-        print(f"preparing {megabytes:.0f} MB with {name}: {100 * alone / times[name]:.0f} % of tokenizers alone")
-    return {name: {"median_ms": 1e3 * taken} for name, taken in times.items()}, {
-        "megabytes": megabytes,
-        "share": {name: times[f"tokenizers alone, beside {name}"] / times[name] for name in list(times)[::2]},
+    def alone():
+        for at in range(0, len(texts), 1000):  # more at once take a gigabyte and more
+            tokenizer._library.encode_batch_fast(texts[at : at + 1000], add_special_tokens=False)
+
+    def command(workers: int):
+        shutil.rmtree(folder / "timed", ignore_errors=True)
+        flags = ["--source", source, "--tokenizer", folder / "tokenizer", "--out", folder / "timed"]
+        words = [sys.executable, "-m", "oasis_jax", "prepare", *flags, "--workers", str(workers)]
+        subprocess.run(words, check=True, capture_output=True)
+
+    runs = {"tokenizers alone": alone} | {
+        f"{count} processes" if count > 1 else "one process": functools.partial(command, count)
+        for count in dict.fromkeys([1, cores])
     }
+    found = harness.interleave(runs, repetitions=repetitions)
+    megabytes = sum(len(text) for text in texts) / 1e6
+    for name in list(runs)[1:]:
+        found[name]["share"] = share = found["tokenizers alone"]["median_ms"] / found[name]["median_ms"]
+        print(f"preparing {megabytes:.0f} MB with {name}: {100 * share:.0f} % of the speed of tokenizers alone")
+    return found, {"megabytes": megabytes, "load": os.getloadavg()[0]}
 
 
 def reading(data: DataConfig, repetitions: int, batches: int = 64):

@@ -4,11 +4,12 @@
 A source is a list of pieces, each of which can be read alone and fits into memory.
 """
 
+import contextlib
 import dataclasses
-import functools
 import hashlib
+import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from oasis_jax.data.files import documents_of, matching_files, named
@@ -18,13 +19,15 @@ from oasis_jax.errors import UserError, unknown_name
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst")
 HUB = "hf:"
 _ROWS = 20_000  # of a data set that make a piece
-# Data sets that people know by a short name -> where they lie on the hub, and the branch of it that holds tables.
+# Data sets that people know by a short name -> where they lie on the hub.
 _SHORT = {
-    "wikitext": ("Salesforce/wikitext", None),
-    "wiki40b": ("google/wiki40b", None),
-    "bookcorpus": ("bookcorpus/bookcorpus", "refs/convert/parquet"),
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", None),
+    "wikitext": "Salesforce/wikitext",
+    "wiki40b": "google/wiki40b",
+    "bookcorpus": "bookcorpus/bookcorpus",
+    "fineweb-edu": "HuggingFaceFW/fineweb-edu",
 }
+# Of those whose main branch is a script, which `datasets` no longer runs, the branch with the tables that it made.
+_BRANCHES = {"bookcorpus/bookcorpus": "refs/convert/parquet"}
 
 
 class Read(NamedTuple):
@@ -96,6 +99,7 @@ def pieces_of(source: str, key: str) -> list[Piece]:
     kind = getattr(table.features[column], "dtype", "nested")
     if kind not in ("string", "large_string"):
         raise UserError(f"--source {source}: the column {column!r} is not text but {kind}")
+    table = table.select_columns([column])  # reading rows makes Python objects of all there are
     starts = range(0, len(table), _ROWS)
     label = f"{pathlib.Path(name).name if _is_folder(name) else name}:{split or 'train'}:{column}"  # a folder may move
     return [Rows(f"{label}:{at}", table, column, at, min(at + _ROWS, len(table))) for at in starts]
@@ -110,22 +114,28 @@ def licence_of(pieces: Sequence[Piece]) -> str:
 def _table(source: str, name: str, split: str) -> Any:
     """A split of a data set of the package `datasets`, memory-mapped."""
     datasets = optional("datasets", f"--source {source}", extra="hub")
-    folder = pathlib.Path(name).expanduser()
-    if _is_folder(name):
-        if not folder.is_dir():
-            raise UserError(f"--source {source}: there is no folder {str(folder)!r}")
-        load = functools.partial(_from_folder, datasets, folder, split)
-        other = "it has to be a folder that `datasets` wrote, or one of .parquet, .jsonl or .txt files"
-    else:
-        load = functools.partial(_from_hub, datasets, name, split)
-        other = "without a network give files: --source 'DIR/**/*.parquet', or hf:FOLDER with what `datasets` saved"
     try:
-        return load()
+        if not _is_folder(name):
+            return _from_hub(datasets, name, split)
+        folder = pathlib.Path(name).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {str(folder)!r}")
+        return _from_folder(datasets, folder, split)
     except UserError as error:
         raise UserError(f"--source {source}: {error}") from None
     except Exception as error:  # many kinds, of several libraries underneath
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"--source {source}: cannot be read ({reason}); {other}") from None
+        raise UserError(f"--source {source}: cannot be read ({reason}){_way_out(error, _is_folder(name))}") from None
+
+
+def _way_out(error: Exception, folder: bool) -> str:
+    if folder:
+        return "; it has to be a folder that `datasets` wrote, or one of .parquet, .jsonl or .txt files"
+    if isinstance(error, ConnectionError):
+        return "; without a network give files: --source 'DIR/**/*.parquet', or hf:FOLDER with what `datasets` saved"
+    if "scripts are no longer supported" in str(error):
+        return "; give the files of its branch refs/convert/parquet, where it has one: --source 'DIR/**/*.parquet'"
+    return ""
 
 
 def _is_folder(name: str) -> bool:
@@ -140,14 +150,45 @@ def _from_folder(datasets: Any, folder: pathlib.Path, split: str) -> Any:
         if split not in splits:
             raise unknown_name("split", split, splits)
         return splits[split]
-    return datasets.load_dataset(str(folder), split=split)
+    return _loaded(datasets, str(folder), None, split)
 
 
 def _from_hub(datasets: Any, name: str, split: str) -> Any:
-    first, _, rest = name.partition("/")
-    if first in _SHORT:
-        (path, revision), config = _SHORT[first], rest
+    parts = name.split("/")
+    if parts[0] in _SHORT and "/".join(parts[:2]) not in _SHORT.values():
+        path, rest = _SHORT[parts[0]], parts[1:]
     else:
-        owner, _, rest = rest.partition("/")
-        path, revision, config = f"{first}/{owner}" if owner else first, None, rest
-    return datasets.load_dataset(path, config or None, split=split, revision=revision)
+        path, rest = "/".join(parts[:2]), parts[2:]
+    with _quiet():
+        return _loaded(datasets, path, "/".join(rest) or None, split, revision=_BRANCHES.get(path))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a line for each of the attempts to reach a hub: the last one is an error, which says it."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _loaded(datasets: Any, path: str, config: str | None, split: str, **where: Any) -> Any:
+    """A split of a data set; raises UserError with what there is where there is no such configuration or split."""
+    try:
+        return datasets.load_dataset(path, config, split=split, **where)
+    except ValueError as error:
+        if "cache for" in str(error):  # the hub is out of reach, and something else of it was fetched before
+            raise ConnectionError(*error.args) from None
+        configs = datasets.get_dataset_config_names(path, **where)
+        if config is None and len(configs) > 1:
+            how = f"hf:{path}/NAME, where NAME is" if "revision" in where else "the folder of"
+            raise UserError(f"has several configurations; give {how} one of {', '.join(configs)}") from None
+        if config is not None and config not in configs:
+            raise unknown_name("configuration", config, configs) from None
+        splits = datasets.get_dataset_split_names(path, config, **where)
+        if split not in splits:
+            raise unknown_name("split", split, splits) from None
+        raise

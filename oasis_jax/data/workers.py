@@ -43,7 +43,7 @@ class Workers:
             for number, given in enumerate(arguments):
                 yield number, function(self._job, *given)
             return
-        self._pool = self._pool or self._start()
+        self._pool = self._pool or self._start(min(self._count, len(arguments)))
         futures = {self._pool.submit(_call, function, given): number for number, given in enumerate(arguments)}
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -54,12 +54,13 @@ class Workers:
                 "command goes on, with --workers=1 in less memory"
             ) from None
 
-    def _start(self) -> concurrent.futures.ProcessPoolExecutor:
+    def _start(self, count: int) -> concurrent.futures.ProcessPoolExecutor:
         # Spawned: a process with threads, which JAX and tokenizers start, must not be forked.
         context = multiprocessing.get_context("spawn")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, cores // self._count)
-        return concurrent.futures.ProcessPoolExecutor(self._count, context, _begin, (self._job, threads))
+        # Twice as many threads as cores: at the end, when some processes have nothing left to do, others use their cores.
+        threads = min(cores, max(1, 2 * cores // count))
+        return concurrent.futures.ProcessPoolExecutor(count, context, _begin, (self._job, threads))
 
 
 def _begin(job: Any, threads: int) -> None:

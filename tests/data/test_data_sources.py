@@ -1,6 +1,10 @@
 """Data sets of the package `datasets` as sources, and a preparation in several processes."""
 
 import dataclasses
+import io
+import json
+import multiprocessing
+import os
 import pathlib
 import signal
 import subprocess
@@ -9,11 +13,13 @@ import time
 
 import numpy as np
 import pytest
+from hub_server import hub as served
 
 from oasis_jax.commands.prepare import main
 from oasis_jax.config import DataConfig
 from oasis_jax.data import load_corpus, prepare, sources
 from oasis_jax.data.prepared import ShardedTokens, verify
+from oasis_jax.data.workers import Workers
 from oasis_jax.errors import UserError
 
 CONFIG = DataConfig(corpus="files", pattern="unused", tokenizer="bytes", sequence_length=11, holdout_fraction=0.25)
@@ -98,25 +104,132 @@ def test_what_a_data_set_does_not_have_is_named(table, rest, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_without_a_network_a_local_way_is_named(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    asked = []
+def parquet(**columns):
+    pyarrow, tables = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    content = io.BytesIO()
+    tables.write_table(pyarrow.table(columns), content)
+    return content.getvalue()
 
-    def load_dataset(*arguments, **keywords):
-        asked.append((arguments, keywords))
-        raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for source in ("hf:wikitext/wikitext-2-raw-v1:test", "hf:owner/name", "hf:owner/name/config", "hf:fineweb-edu"):
-        with pytest.raises(UserError, match=r"cannot be read \(no route to host\); without a network give files: .*"):
-            sources.pieces_of(source, "text")
-    assert [arguments for arguments, _ in asked] == [
-        ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-        ("owner/name", None),
-        ("owner/name", "config"),
-        ("HuggingFaceFW/fineweb-edu", None),
-    ]
-    assert [keywords["split"] for _, keywords in asked] == ["test", "train", "train", "train"]
+def rows(of):
+    """A column of texts, and what it is known by."""
+    return [f"{of} {i} {words(5, i)}" for i in range(12)]
+
+
+def repository(files, columns):
+    """A repository as hubs have them: the card names for each configuration and split the files, which lie there."""
+    card = ["---", "license: cc-by-sa-3.0", "configs:"]
+    content = {}
+    for config, splits in files.items():
+        card += [f"- config_name: {config}", "  data_files:"]
+        for split, (pattern, names) in splits.items():
+            card += [f"  - split: {split}", f"    path: {pattern}"]
+            content |= {name: parquet(text=rows(f"{config} {split} {name}"), **columns) for name in names}
+    return content | {"README.md": "\n".join([*card, "---", ""]).encode()}
+
+
+def splits(config, *, train=1):
+    count = {"test": 1, "train": train, "validation": 1}
+    return {
+        name: (f"{config}/{name}-*", [f"{config}/{name}-{i:05d}-of-{n:05d}.parquet" for i in range(n)])
+        for name, n in count.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A stand-in with what lies on the real hub under the names of docs/data.md: configurations, splits, columns and
+    places of files as they were seen there.
+    """
+    pytest.importorskip("datasets")
+    wikitext = [f"wikitext-{name}-v1" for name in ("103", "103-raw", "2", "2-raw")]
+    edu = {
+        "default": {"train": ("data/*/*", ["data/CC-MAIN-2013-20/train-00000-of-00014.parquet"])},
+        "sample-10BT": {"train": ("sample/10BT/*", ["sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet"])},
+    }
+    wiki = {language: splits(language, train=2) for language in ("de", "en")}
+    books = {f"plain_text/train/{i:04d}.parquet": parquet(text=rows(f"book {i}")) for i in range(2)}
+    branches = {
+        ("Salesforce/wikitext", "main"): repository({name: splits(name, train=2) for name in wikitext}, {}),
+        ("google/wiki40b", "main"): repository(wiki, {"wikidata_id": ["Q1"] * 12, "version_id": ["1"] * 12}),
+        ("HuggingFaceFW/fineweb-edu", "main"): repository(edu, {"id": ["a"] * 12, "int_score": [3] * 12}),
+        ("bookcorpus/bookcorpus", "main"): {"README.md": b"", "bookcorpus.py": b"raise SystemExit('was run')"},
+        ("bookcorpus/bookcorpus", "refs/convert/parquet"): {".gitattributes": b"", **books},
+        ("owner/scripted", "main"): {"README.md": b"", "scripted.py": b"raise SystemExit('was run')"},
+    }
+    with served(branches, tmp_path_factory.mktemp("home")) as environment:
+        yield environment
+
+
+def asking(environment, *named):
+    """Of each source its texts, or the one line that it is refused with, from a process of its own: `datasets` reads
+    its environment when it is imported.
+    """
+    code = f"""
+import json
+from oasis_jax.data import sources
+from oasis_jax.errors import UserError
+found = []
+for source in {named!r}:
+    try:
+        pieces = sources.pieces_of(source, "text")
+        found.append([text.decode() for piece in pieces for text in piece.read("", "", None).documents])
+    except UserError as error:
+        found.append(str(error))
+print("FOUND " + json.dumps(found))
+"""
+    root = str(pathlib.Path(sources.__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root} | environment
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    (line,) = [line for line in process.stdout.splitlines() if line.startswith("FOUND ")]
+    return json.loads(line.removeprefix("FOUND ")), process.stderr
+
+
+@pytest.mark.slow
+def test_names_of_the_hub_are_what_lies_there(hub):
+    files = lambda config, split, *names: [text for name in names for text in rows(f"{config} {split} {name}")]
+    two = lambda config: [f"{config}/train-{i:05d}-of-00002.parquet" for i in range(2)]
+    books = [*rows("book 0"), *rows("book 1")]
+    raw = "wikitext-103-raw-v1"
+    expected = {
+        "hf:wikitext/wikitext-2-raw-v1": files("wikitext-2-raw-v1", "train", *two("wikitext-2-raw-v1")),
+        f"hf:wikitext/{raw}:validation:text": files(raw, "validation", f"{raw}/validation-00000-of-00001.parquet"),
+        f"hf:Salesforce/wikitext/{raw}": files(raw, "train", *two(raw)),
+        "hf:wiki40b/en": files("en", "train", *two("en")),
+        "hf:bookcorpus": books,
+        "hf:bookcorpus/bookcorpus": books,
+        "hf:fineweb-edu/sample-10BT": files(
+            "sample-10BT", "train", "sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet"
+        ),
+    }
+    found, _ = asking(hub, *expected)
+    assert dict(zip(expected, found)) == expected
+    bad = {
+        "hf:wikitext": "has several configurations; give hf:Salesforce/wikitext/NAME, where NAME is one of wikitext",
+        "hf:wikitext/wikitext-2-raw": "(did you mean 'wikitext-2-raw-v1'?); allowed: wikitext-103",
+        "hf:wiki40b/en:trian": "split: unknown name 'trian' (did you mean 'train'?); allowed: ",
+        "hf:wiki40b/en:train:body": "column: unknown name 'body'; allowed: text, wikidata_id, version_id",
+        "hf:bookcorpus/books": "configuration: unknown name 'books'; allowed: default",
+        "hf:nobody/nothing": "cannot be read (Dataset 'nobody/nothing' doesn't exist on the Hub",
+        "hf:owner/scripted": "scripted.py); give the files of its branch refs/convert/parquet",
+    }
+    found, _ = asking(hub, *bad)
+    for (source, said), message in zip(bad.items(), found):
+        assert said in message and message.startswith(f"--source {source}: ") and "network" not in message, message
+
+
+@pytest.mark.slow
+def test_without_a_network_a_local_way_is_named(hub, tmp_path):
+    """What was fetched before is read; of the rest one line says what else can be given."""
+    source = "hf:wikitext/wikitext-2-raw-v1"
+    (fetched,), _ = asking(hub, source)
+    (again, *messages), said = asking(
+        hub | {"HF_HUB_OFFLINE": "1"}, source, "hf:wikitext/wikitext-2-v1", "hf:owner/name"
+    )
+    assert again == fetched
+    for message in messages:
+        assert "cannot be read (Couldn't " in message and "; without a network give files: --source 'DIR" in message
+    assert "Retrying" not in said
 
 
 def test_the_package_that_is_missing_is_named(monkeypatch):
@@ -183,3 +296,12 @@ if __name__ == "__main__":
     assert shards == {name: (tmp_path / "out" / name.removesuffix(".json")).stat().st_mtime_ns for name in kept}
     files = lambda out: {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
     assert files("out") == files("whole") and kept
+
+
+def test_processes_are_as_many_as_have_something_to_do_and_share_the_cores():
+    """With threads for twice the cores, so that at the end one that still works has those of the others."""
+    cores = len(os.sched_getaffinity(0))
+    with Workers(3 * cores, "RAYON_NUM_THREADS") as pool:
+        found = dict(pool.run(os.getenv, [("unset",)] * 2))
+        assert len(multiprocessing.active_children()) == 2
+    assert found == dict.fromkeys(range(2), str(cores))
