@@ -104,13 +104,15 @@ def _content(path: pathlib.Path, name: str, tokenizer: str) -> bytes:
     if path.suffix in PACKED:
         content = PACKED[path.suffix](content, str(path))
     if content and content.count(0) == len(content):
-        raise UserError(f"data.pattern: {str(path)!r} holds {len(content)} NUL bytes and no text")
+        raise UserError(f"{str(path)!r} holds {len(content)} NUL bytes and no text")
     if text_suffix(path) == ".txt":  # the lines of others are looked at one by one
         require_utf8(content, name, tokenizer)
     return content
 
 
-def matching_files(pattern: str, suffixes: Sequence[str] = _SUFFIXES) -> list[pathlib.Path]:
+def matching_files(
+    pattern: str, suffixes: Sequence[str] = _SUFFIXES, where: str = "data.pattern"
+) -> list[pathlib.Path]:
     """The files that a glob matches, in an object store their local copies; ** means any depth of folders. What there
     is under a name such as a[1] is meant by that name.
 
@@ -119,12 +121,12 @@ def matching_files(pattern: str, suffixes: Sequence[str] = _SUFFIXES) -> list[pa
         misspelt pattern), or is no regular file, or the pattern means one file as a name and others as a glob.
     """
     if is_remote(pattern):
-        paths = fetched_glob(pattern, "data.pattern")
+        paths = fetched_glob(pattern, where)
         if not paths:
-            raise UserError(f"data.pattern: no object matches {pattern!r}; ** stands for folders of any depth")
-        _check_suffixes(pattern, paths, suffixes)
+            raise UserError(f"{where}: no object matches {pattern!r}; ** stands for folders of any depth")
+        _check_suffixes(pattern, paths, suffixes, where)
         return paths
-    as_path(pattern, "data.pattern")  # says what other schemes are
+    as_path(pattern, where)  # says what other schemes are
     expanded = os.path.expanduser(pattern)
     found = glob.glob(_without_names(pathlib.Path(expanded)), recursive=True)
     paths = [pathlib.Path(path) for path in found if not os.path.isdir(path)]
@@ -132,24 +134,24 @@ def matching_files(pattern: str, suffixes: Sequence[str] = _SUFFIXES) -> list[pa
         others = [path for path in glob.glob(expanded, recursive=True) if path != expanded and not os.path.isdir(path)]
         if others:
             raise UserError(
-                f"data.pattern: {pattern!r} is the name of a file and matches {others[0]!r} too; write "
+                f"{where}: {pattern!r} is the name of a file and matches {others[0]!r} too; write "
                 f"{glob.escape(expanded)!r} for the file of that name"
             )
     if not paths:
-        raise UserError(f"data.pattern: no file matches {pattern!r}{_hint(pathlib.Path(expanded))}")
-    _check_suffixes(pattern, paths, suffixes)
+        raise UserError(f"{where}: no file matches {pattern!r}{_hint(pathlib.Path(expanded), suffixes)}")
+    _check_suffixes(pattern, paths, suffixes, where)
     for path in paths:
         if path.exists() and not path.is_file():
             kind = next(name for is_it, name in _NO_FILES.items() if is_it(path.stat().st_mode))
-            raise UserError(f"data.pattern: {pattern!r} matches {str(path)!r}, which is no file but a {kind}")
+            raise UserError(f"{where}: {pattern!r} matches {str(path)!r}, which is no file but a {kind}")
     return [pathlib.Path(os.path.abspath(path)) for path in paths]
 
 
-def _check_suffixes(pattern: str, paths: Sequence[pathlib.Path], suffixes: Sequence[str]) -> None:
+def _check_suffixes(pattern: str, paths: Sequence[pathlib.Path], suffixes: Sequence[str], where: str) -> None:
     for path in paths:
         if not path.name.endswith(tuple(suffixes)):
             raise UserError(
-                f"data.pattern: {pattern!r} matches {str(path)!r}, which is neither {' nor '.join(suffixes)}; end the "
+                f"{where}: {pattern!r} matches {str(path)!r}, which is neither {' nor '.join(suffixes)}; end the "
                 "pattern with one of them"
             )
 
@@ -163,7 +165,7 @@ def _without_names(pattern: pathlib.Path) -> str:
     return os.path.join(start, *rest)
 
 
-def _hint(pattern: pathlib.Path) -> str:
+def _hint(pattern: pathlib.Path, suffixes: Sequence[str]) -> str:
     """Where a pattern without a match goes wrong: it is a folder, or the first part of it that does not exist."""
     if pattern.is_dir():
         return ", it is a folder; add /*.txt or /**/*.jsonl, or the like"
@@ -175,7 +177,8 @@ def _hint(pattern: pathlib.Path) -> str:
             names = os.listdir(folder) if os.access(folder, os.R_OK) and folder.is_dir() else []
             return f": {str(folder.absolute())!r} has no {part!r}{nearest(part, names)}"
         folder = folder / part
-    return f" in {str(folder.absolute())!r}; allowed are .txt and .jsonl files, and ** for folders of any depth"
+    kinds = f"{', '.join(suffixes[:-1])} and {suffixes[-1]} files"
+    return f" in {str(folder.absolute())!r}; allowed are {kinds}, and ** for folders of any depth"
 
 
 def json_documents(

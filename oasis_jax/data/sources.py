@@ -89,7 +89,7 @@ def pieces_of(source: str, key: str) -> list[Piece]:
       UserError: nothing matches; no network; a data set, split or column that does not exist.
     """
     if not source.startswith(HUB):
-        return [File(name, path) for name, path in named(matching_files(source, SUFFIXES))]
+        return [File(name, path) for name, path in named(matching_files(source, SUFFIXES, "--source"))]
     name, _, rest = source.removeprefix(HUB).partition(":")
     split, _, column = rest.partition(":")
     column = column or key

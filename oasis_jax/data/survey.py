@@ -104,6 +104,9 @@ def survey(pieces: Sequence[Piece], found: Iterable[Found], config: DataConfig, 
     notes += [f"left out: {repeated} documents, which repeat the content of others"] if repeated else []
     if holding:
         notes.append(f"NUL bytes, kept as text: in {len(holding)} of {len(pieces)} files, such as {holding[0]!r}")
+    if not places:
+        what = f"{empty} of their documents are empty, {len(corrupt)} files or documents were left out"
+        raise UserError(f"--source: there is no text in {len(pieces)} files ({what})")
     chosen, cut = choose(list(seen), sizes, config.holdout_fraction)
     for note in notes:
         say(note)

@@ -125,8 +125,8 @@ def require_utf8(document: bytes, name: str, kind: str) -> None:
         marked = document.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         how = "it begins as UTF-16 does: convert it, or " if marked else ""
         raise UserError(
-            f"data.tokenizer={kind} needs UTF-8, but {name!r} is not at byte {error.start}; {how}use "
-            "data.tokenizer=bytes, which keeps any bytes"
+            f"tokenizer {kind!r} needs UTF-8, but {name!r} is not at byte {error.start}; {how}take bytes "
+            "(data.tokenizer=bytes, --tokenizer bytes), which keeps any"
         ) from None
 
 

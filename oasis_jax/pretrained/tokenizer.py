@@ -9,13 +9,18 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from oasis_jax.data.tokenizers import LibraryTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
-from oasis_jax.errors import UserError, unknown_name
-from oasis_jax.pretrained.source import model_folder, open_source
+from oasis_jax.errors import UserError, nearest, unknown_name
+from oasis_jax.pretrained.source import is_hub_name, model_folder, open_source
 from oasis_jax.reading import read_json
 from oasis_jax.storage import as_path, fetched, is_remote
 
 # What is read of a model.
 _FILES = ("config.json", "tokenizer*", "oasis_tokenizer.json")
+
+_ALLOWED = (
+    "bytes, bpe, a tokenizer.json, a .gguf or .model file, tiktoken:NAME, or a model with one: a folder, or owner/name, "
+    "a name on a hub"
+)
 
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
@@ -63,6 +68,10 @@ def open_tokenizer(source: str) -> Tokenizer:
     if source.startswith("tiktoken:"):
         return TiktokenTokenizer.named(source.removeprefix("tiktoken:"))
     path = _local(source)
+    if not path.exists() and not is_hub_name(source):
+        raise UserError(
+            f"--tokenizer: no such folder or file: {source!r}{nearest(source, ('bytes', 'bpe'))}; allowed: {_ALLOWED}"
+        )
     if path.suffix == ".model" and path.is_file():
         return SentencePieceTokenizer.from_file(path)
     if path.suffix == ".json" and path.is_file():
@@ -74,10 +83,7 @@ def open_tokenizer(source: str) -> Tokenizer:
         trained = folder / "oasis_tokenizer.json"
         fields = json.dumps(read_json(trained)) if trained.exists() else from_folder(folder, _config_of(folder))
     if fields is None:
-        raise UserError(
-            f"--tokenizer: {source!r} comes without a tokenizer; allowed: bytes, bpe, a tokenizer.json, a .gguf or "
-            ".model file, tiktoken:NAME, or a model with one"
-        )
+        raise UserError(f"--tokenizer: {source!r} comes without a tokenizer; allowed: {_ALLOWED}")
     return _library(fields)
 
 

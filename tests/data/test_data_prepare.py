@@ -327,3 +327,57 @@ def test_the_command(folder, tmp_path, capsys):
         with pytest.raises(SystemExit) as exit:
             main(wrong)
         assert exit.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "name, content, flags, said",
+    [
+        (
+            "a.txt",
+            "",
+            [],
+            "--source: there is no text in 1 files (1 of their documents are empty, 0 files or documents",
+        ),
+        (
+            "a.txt",
+            "\0" * 9,
+            ["--set", "data.corrupt=skip"],
+            "no text in 1 files (0 of their documents are empty, 1 files",
+        ),
+        (
+            "a.csv",
+            "a",
+            [],
+            "--source: 'FOLDER/*' matches 'FOLDER/a.csv', which is neither .txt nor .jsonl nor .parquet",
+        ),
+        ("b/a.txt", "a", [], "--source: no file matches 'FOLDER/*' in 'FOLDER'; allowed are .txt, .jsonl, .parquet"),
+        (
+            "a.txt",
+            "a",
+            ["--tokenizer", "bpee"],
+            "--tokenizer: no such folder or file: 'bpee' (did you mean 'bpe'?); all",
+        ),
+        (
+            "a.txt",
+            "a",
+            ["--tokenizer", "a/b/c"],
+            "--tokenizer: no such folder or file: 'a/b/c'; allowed: bytes, bpe, a",
+        ),
+    ],
+)
+def test_what_the_command_refuses_is_said_of_its_flags(tmp_path, name, content, flags, said):
+    path = tmp_path / "texts" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    source = [
+        "--source",
+        f"{tmp_path}/texts/*",
+        "--tokenizer",
+        "bytes",
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    ]
+    message = refusal(main, [*source, *flags]).replace(str(tmp_path / "texts"), "FOLDER")
+    assert said in message and "data.pattern" not in message

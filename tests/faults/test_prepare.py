@@ -62,7 +62,7 @@ def test_killed_at_random_moments(start, tmp_path, record):
         process = start(out)
         time.sleep(chance.uniform(0, 1.1 * took))
         # The process alone, whose workers have to leave by themselves, or all of them at once.
-        (process.kill if chance.random() < 0.5 else lambda: os.killpg(process.pid, signal.SIGKILL))()
+        (os.kill if chance.random() < 0.5 else os.killpg)(process.pid, signal.SIGKILL)
         _, errors = process.communicate()
         if process.returncode == 0:  # it was faster: from the start again
             for path in out.iterdir():

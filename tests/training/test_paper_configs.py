@@ -51,14 +51,16 @@ SMALL = ["num_layers=2", "width=24", "num_heads=3", "mlp_dim=40", "vocab_size=21
 
 @pytest.mark.parametrize("name", sampled(BASES, ["paper_opt_125m"]))
 def test_each_runs_on_a_corpus_of_its_shape(name, tmp_path):
-    """Lines as WikiText has them: headings and blank ones among paragraphs."""
+    """Lines as WikiText has them: headings and blank ones among paragraphs. Blocks are as long as the recipe's, texts
+    more than make one group, and the method, tokenizer, packing and optimizer are its own.
+    """
     family = FAMILIES.get(name)
     source = small_checkpoint(tmp_path / "model", family or "llama")
     random = np.random.default_rng(0)
     text = lambda size: " ".join(f"w{i}" for i in random.integers(0, 211, size))
-    lines = [line for _ in range(40) for line in (f"= {text(2)} =", "", text(random.integers(20, 90)))]
+    lines = [line for _ in range(600) for line in (f"= {text(2)} =", "", text(random.integers(20, 90)))]
     (tmp_path / "lines.jsonl").write_text("\n".join(f'{{"text": "{line}"}}' for line in lines))
-    assignments = [f"model.{field}" for field in SMALL] + ["data.sequence_length=9", "data.batch_size=4"]
+    assignments = [f"model.{field}" for field in SMALL] + ["data.batch_size=2"]
     assignments += [f"data.pattern={tmp_path}/prepared", "mesh.data=1", "run.steps=2", "run.eval_interval=0"]
     assignments.append("optimizer.warmup_steps=1")
     if family:
@@ -69,9 +71,11 @@ def test_each_runs_on_a_corpus_of_its_shape(name, tmp_path):
     raw = dataclasses.replace(config.data, corpus="files", pattern=f"{tmp_path}/lines.jsonl", packing="stream")
     tokenizer = open_tokenizer(str(source))
     index = prepare.prepare(raw, tokenizer, tmp_path / "prepared")
-    begins = index["parts"]["train"]["documents"] * (tokenizer.begin_id is not None)
-    separators = (index["parts"]["train"]["documents"] - 1) * (tokenizer.separator_id is not None)
-    blocks = (index["parts"]["train"]["tokens"] - separators + begins) // 9  # fewer than 1,000 texts
-    assert len(load_corpus(config.data, seed=0, tokenizer=tokenizer).train) == blocks
+    shards = index["parts"]["train"]["shards"]
+    lengths = np.concatenate([np.load(tmp_path / "prepared" / shard["lengths"]["file"]) for shard in shards])
+    assert len(lengths) > 1000 and config.data.sequence_length == 512
+    begins = tokenizer.begin_id is not None
+    blocks = sum(int(lengths[i : i + 1000].sum() + begins * len(lengths[i : i + 1000])) // 512 for i in (0, 1000))
+    assert len(load_corpus(config.data, seed=0, tokenizer=tokenizer).train) == blocks > 9
     last = fit(config, tmp_path / "run")
     assert last["step"] == 2 and np.isfinite(last["loss"])
