@@ -14,8 +14,8 @@ model.preset=residual`.
 
 The model, the optimizer and the steps are those of configs/opt_125m.py.
 
-Hardware: one GPU of 16 GB or more; planned (h100:1, jax 0.12, 2026-11-28): 10.1 GiB. Not trained here: neither
-times nor metrics.
+Hardware: one GPU of 16 GB or more; planned (h100:1, jax 0.12, 2026-11-28): 10.1 GiB. At the chip's peak the steps take
+2.8 hours, in practice more. Not trained here: neither times nor metrics.
 """
 
 import dataclasses

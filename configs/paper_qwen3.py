@@ -14,7 +14,8 @@ tokenizer.json.
 
 The model, the optimizer and the steps are those of configs/finetune_qwen3.py, and so is the plan.
 
-Hardware: one GPU of 24 GB or more; planned: 12.3 GiB (h100:1). Not trained here: neither times nor metrics.
+Hardware: one GPU of 24 GB or more; planned: 12.3 GiB (h100:1, jax 0.12, 2026-11-28). At the chip's peak the steps take
+1.4 hours, in practice more. Not trained here: neither times nor metrics.
 """
 
 import dataclasses

@@ -6,7 +6,8 @@
 
 The paper's recipe for this backbone: 25,000 steps, 2,000 of them warm-up (arXiv 2605.17887).
 
-Hardware: one box of 8 GPUs. Not trained here: there are no metrics of it.
+Hardware: one box of 8 GPUs; planned (h100:8, jax 0.12, 2026-11-28): 4.7 GiB on each, 20 minutes at their peak. Not
+trained here: there are no metrics of it.
 """
 
 from oasis_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig

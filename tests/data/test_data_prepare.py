@@ -1,7 +1,9 @@
 """Shards of tokens: the stream that the files give, after kills and full disks too, and what is said of damage."""
 
+import collections
 import dataclasses
 import gzip
+import itertools
 import json
 import re
 import resource
@@ -13,6 +15,7 @@ import pytest
 from oasis_jax.commands.prepare import main
 from oasis_jax.config import DataConfig
 from oasis_jax.data import load_corpus, prepare, prepared, train_batches
+from oasis_jax.data.packing import PACKINGS
 from oasis_jax.data.tokenizers import BPETokenizer, BytesTokenizer
 from oasis_jax.errors import UserError
 
@@ -235,6 +238,33 @@ def test_batches_go_on_bit_by_bit_where_they_were_saved(config, made, tmp_path):
     first.close()
     second.close()
     assert reading(config, moved).identity == reading(config, made).identity
+
+
+@pytest.mark.parametrize("packing", [*PACKINGS, "mixture"])
+def test_other_host_counts_repeat_and_lose_nothing_within_an_epoch(config, made, packing):
+    """An epoch that goes on, after every other batch, on another number of hosts."""
+    fields = dict(packing=packing) if packing in PACKINGS else dict(mixture="1,1")
+    pattern = str(made) if packing in PACKINGS else f"{made},{made}"
+    asked = dataclasses.replace(config, corpus="prepared", pattern=pattern, batch_size=12, sequence_length=6, **fields)
+    source = load_corpus(asked, seed=0).train
+    content = lambda batch, row: tuple(np.concatenate([batch[name][row] for name in sorted(batch)]).tolist())
+    expected = collections.Counter(content(source.batch([i]), 0) for i in range(len(source)))
+    batches, state, seen = -(-len(source) // 12), {"next_index": 0}, []
+    for step, hosts in zip(range(0, batches, 2), itertools.cycle([1, 3, 2, 4, 12, 6])):
+        assert state == {"next_index": step}
+        parts = []
+        for part in range(hosts):
+            iterator = train_batches(source, asked, seed=5, part=part, parts=hosts)
+            iterator.set_state(state)
+            parts.append([next(iterator) for _ in range(2)])
+            reached = json.loads(json.dumps(iterator.get_state()))
+            iterator.close()
+        state = reached
+        # Host p has the examples p, p + P, p + 2P, ... of every batch.
+        for own in zip(*parts):
+            seen += [content(own[row % hosts], row // hosts) for row in range(12)]
+    assert len(seen) >= len(source) > 60
+    assert collections.Counter(seen[: len(source)]) == expected
 
 
 def test_a_vocabulary_past_two_bytes(config, tmp_path):
