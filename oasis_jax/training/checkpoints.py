@@ -6,9 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import logging
 import os
-import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
@@ -35,6 +33,7 @@ from oasis_jax.training.description import (
 )
 from oasis_jax.training.distributed import agreed, is_first, wait_for_all
 from oasis_jax.training.keep import Keep, held_out_loss
+from oasis_jax.training.quiet import Quiet
 from oasis_jax.training.state import TrainState, abstract_state
 
 T = TypeVar("T")
@@ -55,15 +54,6 @@ def _one_line(error: Exception) -> str:
     """The start of what a failed restore says; its full text holds tracebacks of the storage library."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-class _Quiet(logging.Filter):
-    """Leaves out what the storage library's threads log of an error; it comes back to whoever waits for them, and is
-    said once, in a line.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in pathlib.Path(record.pathname).parts)
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -101,14 +91,15 @@ class Checkpoints:
         )
         wait_for_all("unfinished checkpoints are removed")
         self._saving: int | None = None
+        self._failed = False  # a write
         self._skipped: set[int] = set()  # checkpoints whose step was
         if keep is not None and not is_remote(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         # The library takes [ ] * ? for patterns, and a backslash for something else than itself.
         place = self.folder if is_remote(self.folder) else plain(self.folder.absolute(), odd="[]*?\\")
         self._manager = ocp.CheckpointManager(place, options=options)
-        self._quiet = _Quiet()
-        logging.getLogger("absl").addFilter(self._quiet)
+        self._quiet = Quiet()
+        self._quiet.start()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -122,7 +113,8 @@ class Checkpoints:
             if kind is None:  # else what ended the run is said already
                 raise
         finally:
-            logging.getLogger("absl").removeFilter(self._quiet)
+            if not self._failed:
+                self._quiet.end()
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:
@@ -133,6 +125,7 @@ class Checkpoints:
             raise
         # the storage library has no one kind of error; on other processes it repeats the text of the first's
         except Exception as error:
+            self._failed = True
             full = "No space left on device" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
             why = "the disk is full" if full else _one_line(error)
             raise UserError(
@@ -224,7 +217,12 @@ class Checkpoints:
 
     def _seal(self, step: int | None) -> None:
         if is_first() and step is not None and (self.folder / str(step)).is_dir():
-            manifest.seal(self.folder / str(step))
+            try:
+                manifest.seal(self.folder / str(step))
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder}: checkpoint {step} is written, but not its whole list of files: {error.strerror}"
+                ) from None
 
     def metadata(self, step: int) -> dict:
         """What a checkpoint says about itself, as `describe` made it, and its "data_state"."""

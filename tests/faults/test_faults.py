@@ -4,7 +4,6 @@ those of an undisturbed run.
 make test-faults        prints the counts; OASIS_FAULT_KILLS=40 for fewer kills than 200
 """
 
-import contextlib
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ import time
 
 import numpy as np
 import pytest
+from small_disks import fill, tmpfs
 
 pytestmark = pytest.mark.faults
 
@@ -186,18 +186,6 @@ def test_sigterm_while_the_first_step_is_compiled(start, tmp_path, record):
     record(f"SIGTERM during compilation: ended within {took:.1f} s, nothing to save")
 
 
-@contextlib.contextmanager
-def tmpfs(folder: pathlib.Path, options: str):
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
-    if mount.returncode:
-        pytest.skip(f"cannot mount a tmpfs: {mount.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_a_full_disk(start, undisturbed, tmp_path, record):
     expected = undisturbed(60)
     with tmpfs(tmp_path / "small", "size=6m") as disk:
@@ -208,6 +196,50 @@ def test_a_full_disk(start, undisturbed, tmp_path, record):
         finish(start(disk / "run", "--set=run.steps=60"))
         assert logged(disk / "run") == expected
     record("full disk: 2 errors of one line; with room again, 60 losses bitwise equal")
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written(start, undisturbed, tmp_path, record):
+    expected, said = undisturbed(60), []
+    with tmpfs(tmp_path / "small", "size=60m") as disk:
+        for step in (7, 28):
+            process = start(disk / "run", "--set=run.steps=60")
+            while process.poll() is None and not [*disk.glob(f"run/checkpoints/{step}*")]:
+                time.sleep(0.0003)
+            filler = fill(disk)
+            said.append(one_line(finish(process, 2)))
+            assert any(words in said[-1] for words in ("the disk is full", "no room for", "No space left on device"))
+            filler.unlink()
+        finish(start(disk / "run", "--set=run.steps=60"))
+        assert logged(disk / "run") == expected
+    inside = sum("could not be written: the disk is full" in line for line in said)
+    record(f"disk that fills under a run: {len(said)} errors of one line, {inside} in a save; 60 losses bitwise equal")
+
+
+def test_saves_onto_a_disk_that_fills(tmp_path, record):
+    """Many in one process, whatever the storage library's threads are about: nothing but our line, and what was saved
+    before is whole.
+    """
+    script, count = pathlib.Path(__file__).with_name("saves_onto_a_filling_disk.py"), 40
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    with tmpfs(tmp_path / "small", "size=60m") as disk:
+        done = subprocess.run(
+            [sys.executable, script, disk, str(count), "5"],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=900,
+        )
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "ERROR" not in done.stderr, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    full = [one for one in found if "could not be written: the disk is full" in one["said"]]
+    for one in found:
+        assert one in full or not one["said"] or "no room for checkpoint" in one["said"], one
+        named = f"last good checkpoint is step {one['whole'][0]} " if one["whole"] else "there is no checkpoint yet"
+        assert not one["said"] or named in one["said"], one
+        assert one["said"] or one["whole"] == [9, 7], one
+        assert 7 in one["whole"] or one["meets"] == 7, one
+    assert len(found) == count and full
+    record(f"disk that fills in a save: {len(full)} of {count} saves met it, no line but ours; what was there is whole")
 
 
 def test_a_disk_without_room_for_another_file(start, tmp_path, record):
