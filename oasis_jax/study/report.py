@@ -141,10 +141,13 @@ def _arm_rows(found: Results) -> Mapping[str, list[Row]]:
 
 
 def _origin(study: Study, records: Sequence[Record]) -> str:
-    versions = next((record["versions"] for record in records if record["versions"]), {})
+    versions: dict[str, dict] = {}  # name -> those of all cells, as a set that keeps its order
+    for record in records:
+        for name, value in (record["versions"] or {}).items():
+            versions.setdefault(name, {})[value] = None
     steps = {record["start"]["steps"] for record in records}
     trained = "" if study.source else f"{', '.join(map(str, sorted(steps)))} steps a cell; "
-    return trained + ", ".join(f"{k} {v}" for k, v in versions.items())
+    return trained + ", ".join(f"{name} {' and '.join(map(str, values))}" for name, values in versions.items())
 
 
 # Markdown
