@@ -16,7 +16,7 @@ from oasis_jax.config import DataConfig
 from oasis_jax.data.prepared import FORMAT, INDEX, PARTS, RECORD_TOKENS, check_files, file_sha256
 from oasis_jax.data.sources import Piece, licence_of, pieces_of
 from oasis_jax.data.split import rule
-from oasis_jax.data.survey import Document, Job, Reader, Survey, look, survey
+from oasis_jax.data.survey import Documents, Job, Reader, Survey, look, survey
 from oasis_jax.data.tokenizers import TOKENIZERS, Tokenizer
 from oasis_jax.data.workers import Workers
 from oasis_jax.errors import UserError
@@ -68,7 +68,7 @@ def prepare(
         with Workers(workers, Job(pieces, config, tokenizer)) as pool:
             found = _survey(pool, pieces, config, say)
         if tokenizer is None:
-            texts = list(Reader(pieces, config).texts([d for s in found.shards("train", shard_bytes) for d in s]))
+            texts = list(Reader(pieces, config).texts(found.part("train")))
             tokenizer = TOKENIZERS[config.tokenizer].train(texts, config.bpe_vocab_size)
             del texts
         plan = {
@@ -153,13 +153,13 @@ def _write_parts(
     found: Survey, workers: Workers, out: pathlib.Path, shard_bytes: int, say: Callable[[str], None]
 ) -> dict[str, list[dict]]:
     """Writes the shards that are not there yet, and gives what is known of each, in order."""
-    shards: dict[pathlib.Path, list[Document]] = {}
+    shards: dict[pathlib.Path, Documents] = {}
     for part in PARTS:
         groups = found.shards(part, shard_bytes)
         for number, documents in enumerate(groups):
             shards[out / f"{part}-{number:05d}-of-{len(groups):05d}.arrayrecord"] = documents
     entries = {path: entry for path in shards if (entry := _finished(path)) is not None}
-    total, worked, begun = sum(found.sizes), 0, time.monotonic()
+    total, worked, begun = found.size, 0, time.monotonic()
     done = sum(entry["bytes"] for entry in entries.values())
     missing = [path for path in shards if path not in entries]
     jobs = [(path, shards[path], _number(path) > 0) for path in missing]
@@ -190,7 +190,7 @@ def _note(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.json")
 
 
-def write_shard(job: Job, path: pathlib.Path, documents: list[Document], joined: bool) -> dict:
+def write_shard(job: Job, path: pathlib.Path, documents: Documents, joined: bool) -> dict:
     """Writes tokens in records of `RECORD_TOKENS`, the lengths of the documents beside them, and a note of both; under
     other names until they are whole.
 
@@ -270,7 +270,6 @@ def _index(plan: dict, survey: Survey, tokenizer: Tokenizer, parts: dict[str, li
         for part, shards in parts.items()
     }
     heldout, checksums = found["heldout"], "".join(shard["sha256"] for part in PARTS for shard in parts[part])
-    total = sum(survey.sizes)
     return {
         "format": FORMAT,
         "plan": plan,
@@ -288,6 +287,12 @@ def _index(plan: dict, survey: Survey, tokenizer: Tokenizer, parts: dict[str, li
             "documents": heldout["documents"],
         },
         "shards_sha256": hashlib.sha256(checksums.encode()).hexdigest(),
-        "split": rule(total, heldout["bytes"], heldout["documents"], len(survey.places), bool(survey.cut)),
+        "split": rule(
+            survey.size,
+            heldout["bytes"],
+            heldout["documents"],
+            len(survey.documents),
+            bool(survey.documents["tail"].any()),
+        ),
         "parts": found,
     }

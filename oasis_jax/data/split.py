@@ -2,7 +2,10 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from oasis_jax.errors import UserError
 
@@ -103,20 +106,28 @@ def content_hash(document: bytes) -> bytes:
     return hashlib.sha256(document.replace(b"\r\n", b"\n")).digest()
 
 
-def choose(keys: Sequence[bytes], sizes: Sequence[int], fraction: float) -> tuple[set[int], dict[int, int]]:
-    """The documents that are held out, and of one that is cut, how many of its last bytes are."""
-    if not keys:
+def choose(
+    keys: Sequence[bytes] | np.ndarray, sizes: Sequence[int] | np.ndarray, fraction: float
+) -> tuple[set[int], dict[int, int]]:
+    """The documents that are held out, and of one that is cut, how many of its last bytes are; keys are sha256."""
+    if not len(keys):
         raise UserError("data.corpus: there is no text in it")
-    wanted, size, chosen = fraction * sum(sizes), 0, set()
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    for i in order:
-        if size + sizes[i] <= wanted:
-            chosen.add(i)
-            size += sizes[i]
+    order = np.argsort(np.asarray(keys, "S32"), kind="stable")
+    ordered, size, taken, start = np.asarray(sizes, np.int64)[order], 0, [], 0
+    wanted = fraction * int(ordered.sum())
+    # As many as fit, then the next that does; there are a few such runs, however many documents there are.
+    while len(fitting := np.flatnonzero(ordered[start:] <= math.floor(wanted) - size)):
+        start += int(fitting[0])
+        reached = np.cumsum(ordered[start:])
+        count = int(np.searchsorted(reached, math.floor(wanted) - size, side="right"))
+        taken.append(order[start : start + count])
+        size += int(reached[count - 1])
+        start += count
+    chosen = set(np.concatenate([np.zeros(0, np.int64), *taken]).tolist())
     if size >= (1 - _TOLERANCE) * wanted:
         return chosen, {}
     # Less than everything is wanted, so one is left, and it is longer than what is missing.
-    first = next(i for i in order if i not in chosen)
+    first = next(i for i in order.tolist() if i not in chosen)
     return chosen, {first: max(1, round(wanted - size))}
 
 

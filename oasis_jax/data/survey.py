@@ -5,6 +5,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Int
+
 from oasis_jax.config import DataConfig
 from oasis_jax.data.files import attempting
 from oasis_jax.data.sources import Piece
@@ -12,60 +15,58 @@ from oasis_jax.data.split import choose, content_hash, halves
 from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError
 
+# Where a document is and how much of it is meant: the side of a split that `halves` makes of it. Arrays, since a data
+# set of sentences has a hundred million of them.
+DOCUMENT = np.dtype(
+    [("piece", "<i4"), ("at", "<i8"), ("size", "<i8"), ("chosen", "?"), ("tail", "<i8"), ("heldout", "?")]
+)
+Documents = np.ndarray  # of DOCUMENT
+
 
 @dataclasses.dataclass
 class Survey:
     """Every different document of a corpus, in order: in which piece and which text of it, its size, what is cut."""
 
     pieces: list[Piece]
-    places: list[tuple[int, int]]
-    sizes: list[int]
-    chosen: set[int]
-    cut: dict[int, int]
+    documents: Documents  # as they are where they are trained on
     digest: str
     bytes: int
     notes: list[str]
 
-    def part(self, name: str) -> list[int]:
-        """The documents of which something is in a part."""
-        heldout = self.chosen | set(self.cut)
-        if name == "heldout":
-            return sorted(heldout)
-        return [i for i in range(len(self.places)) if i not in self.chosen]
+    @property
+    def size(self) -> int:
+        """Of all documents in bytes."""
+        return int(self.documents["size"].sum())
 
-    def shards(self, part: str, shard_bytes: int) -> list[list["Document"]]:
+    def part(self, name: str) -> Documents:
+        """The documents of which something is in a part."""
+        if name == "heldout":
+            some = self.documents[self.documents["chosen"] | (self.documents["tail"] > 0)]
+            some["heldout"] = True
+            return some
+        return self.documents[~self.documents["chosen"]]
+
+    def shards(self, part: str, shard_bytes: int) -> list[Documents]:
         """A part's documents in groups of about so many bytes."""
-        groups, size = [], shard_bytes
-        for i in self.part(part):
-            if size >= shard_bytes:
-                groups.append([])
-                size = 0
-            groups[-1].append(
-                Document(*self.places[i], self.sizes[i], i in self.chosen, self.cut.get(i, 0), part == "heldout")
-            )
-            size += self.sizes[i]
+        documents = self.part(part)
+        ends, groups, start = np.cumsum(documents["size"]), [], 0
+        while start < len(documents):
+            before = int(ends[start - 1]) if start else 0
+            stop = int(np.searchsorted(ends, before + shard_bytes)) + 1
+            groups.append(documents[start:stop])
+            start = stop
         return groups
 
 
-class Document(NamedTuple):
-    """Where a document is and how much of it is meant: the side of a split that `halves` makes of it."""
-
-    piece: int
-    at: int
-    size: int
-    chosen: bool
-    tail: int
-    heldout: bool
-
-
 class Found(NamedTuple):
-    """What a piece holds: sha256 and size of it, hash and size of each text, what was left out of it, and whether there
-    are NUL bytes in its texts.
+    """What a piece holds: sha256 and size of it, the hashes of its texts, one after another, and their sizes, what was
+    left out of it, and whether there are NUL bytes in its texts.
     """
 
     sha256: str
     size: int
-    texts: list[tuple[bytes, int]]
+    keys: bytes
+    sizes: Int[np.ndarray, " texts"]
     corrupt: list[str]
     nul: bool
 
@@ -75,8 +76,8 @@ def look(job: "Job", piece: Piece) -> Found:
     config, corrupt = job.config, []
     kind = job.tokenizer.kind if job.tokenizer else config.tokenizer
     read = piece.read(config.text_key, kind, attempting(config, corrupt))
-    texts = [(content_hash(text), len(text)) for text in read.documents]
-    return Found(read.sha256, read.size, texts, corrupt, any(b"\0" in text for text in read.documents))
+    keys, sizes = b"".join(map(content_hash, read.documents)), np.array(list(map(len, read.documents)), np.int64)
+    return Found(read.sha256, read.size, keys, sizes, corrupt, any(b"\0" in text for text in read.documents))
 
 
 def survey(pieces: Sequence[Piece], found: Iterable[Found], config: DataConfig, say: Callable[[str], None]) -> Survey:
@@ -85,33 +86,44 @@ def survey(pieces: Sequence[Piece], found: Iterable[Found], config: DataConfig, 
     Raises:
       UserError: there is no text, or a piece that cannot be read and must not be left out.
     """
-    places, sizes, seen, corrupt, holding, digest = [], [], {}, [], [], hashlib.sha256()
-    repeated = empty = total = 0
-    for number, (piece, read) in enumerate(zip(pieces, found)):
+    found, digest = list(found), hashlib.sha256()
+    for piece, read in zip(pieces, found):
         digest.update(f"{piece.name}\0{read.sha256}\n".encode("utf-8", "surrogateescape"))
-        total += read.size
-        corrupt += read.corrupt
-        holding += [piece.name] if read.nul else []
-        for at, (key, size) in enumerate(read.texts):
-            empty += not size
-            repeated += bool(size) and key in seen
-            if size and key not in seen:
-                seen[key] = len(places)
-                places.append((number, at))
-                sizes.append(size)
+    corrupt = [what for read in found for what in read.corrupt]
+    holding = [piece.name for piece, read in zip(pieces, found) if read.nul]
+    keys, documents, empty, repeated = _different(found)
     notes = [f"left out: {what}" for what in corrupt]
     notes += [f"left out: {empty} empty documents"] if empty else []
     notes += [f"left out: {repeated} documents, which repeat the content of others"] if repeated else []
     if holding:
         notes.append(f"NUL bytes, kept as text: in {len(holding)} of {len(pieces)} files, such as {holding[0]!r}")
-    if not places:
+    if not len(documents):
         what = f"{empty} of their documents are empty, {len(corrupt)} files or documents were left out"
         raise UserError(f"--source: there is no text in {len(pieces)} files ({what})")
-    chosen, cut = choose(list(seen), sizes, config.holdout_fraction)
+    chosen, cut = choose(keys, documents["size"], config.holdout_fraction)
+    documents["chosen"][list(chosen)] = True
+    for i, tail in cut.items():
+        documents["tail"][i] = tail
     for note in notes:
         say(note)
-    say(f"{len(pieces)} files, {len(places)} documents, {sum(sizes)} bytes of text")
-    return Survey(list(pieces), places, sizes, chosen, cut, digest.hexdigest(), total, notes)
+    say(f"{len(pieces)} files, {len(documents)} documents, {documents['size'].sum()} bytes of text")
+    return Survey(list(pieces), documents, digest.hexdigest(), sum(read.size for read in found), notes)
+
+
+def _different(found: Sequence[Found]) -> tuple[np.ndarray, Documents, int, int]:
+    """Hashes and places of all texts that are not empty and not there before, how many are empty, how many repeat."""
+    keys = np.frombuffer(b"".join(read.keys for read in found), "S32")
+    sizes = np.concatenate([np.zeros(0, np.int64), *(read.sizes for read in found)])
+    filled = np.flatnonzero(sizes)
+    _, first = np.unique(keys[filled], return_index=True)
+    kept = filled[np.sort(first)]
+    counts = [len(read.sizes) for read in found]
+    starts = np.cumsum(counts) - counts
+    documents = np.zeros(len(kept), DOCUMENT)
+    documents["piece"] = np.repeat(np.arange(len(found)), counts)[kept]
+    documents["at"] = kept - starts[documents["piece"]]
+    documents["size"] = sizes[kept]
+    return keys[kept], documents, len(sizes) - len(filled), len(filled) - len(kept)
 
 
 class Reader:
@@ -120,16 +132,16 @@ class Reader:
     def __init__(self, pieces: Sequence[Piece], config: DataConfig):
         self.pieces, self._config, self._number, self._texts = pieces, config, -1, []
 
-    def texts(self, documents: Sequence[Document]) -> Iterator[bytes]:
+    def texts(self, documents: Documents) -> Iterator[bytes]:
         """Of each document what is meant of it; raises UserError where it is not as it was when it was first read."""
-        for document in documents:
-            piece = self.pieces[document.piece]
-            if document.piece != self._number:
+        for number, at, size, chosen, tail, heldout in documents.tolist():
+            piece = self.pieces[number]
+            if number != self._number:
                 read = piece.read(self._config.text_key, "bytes", attempting(self._config, []))
-                self._number, self._texts = document.piece, read.documents
-            if document.at >= len(self._texts) or len(self._texts[document.at]) != document.size:
+                self._number, self._texts = number, read.documents
+            if at >= len(self._texts) or len(self._texts[at]) != size:
                 raise UserError(f"{piece.name}: was changed while it was read; start again in another folder")
-            yield halves(self._texts[document.at], document.chosen, document.tail)[document.heldout]
+            yield halves(self._texts[at], chosen, tail)[heldout]
 
 
 class Job:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from oasis_jax.config import DataConfig
-from oasis_jax.data import load_corpus
+from oasis_jax.data import load_corpus, split
 from oasis_jax.data.split import hold_out, hold_out_by_name
 from oasis_jax.errors import UserError
 
@@ -111,3 +111,23 @@ def test_a_library_is_split_by_name():
     assert [documents.index(text) for text in split.heldout] == [others.index(text) for text in changed.heldout]
     assert split.rule.startswith(f"by file: {len(split.heldout)} of 40 files")
     assert sorted([*split.train, *split.heldout]) == sorted(documents)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_documents_are_chosen_one_after_another_as_long_as_they_fit(seed):
+    """As said in words, one by one; sizes of many kinds, hashes with NULs at their ends among them."""
+    random = np.random.default_rng(seed)
+    count = int(random.integers(1, 200))
+    sizes = [int(size) for size in np.ceil(random.pareto(0.5 + seed % 4, count) * 20) % 10**6 + 1]
+    keys = [random.bytes(31) + bytes([random.integers(0, 2)]) for _ in range(count)]
+    fraction = float(random.uniform(0.01, 0.5))
+    wanted, size, expected = fraction * sum(sizes), 0, set()
+    for i in sorted(range(count), key=keys.__getitem__):
+        if size + sizes[i] <= wanted:
+            expected.add(i)
+            size += sizes[i]
+    chosen, cut = split.choose(keys, sizes, fraction)
+    assert chosen == expected
+    assert cut == {} if size >= 0.9 * wanted else len(cut) == 1 and not set(cut) & chosen
+    again = split.choose(np.array(keys, "S32"), np.array(sizes), fraction)
+    assert again == (chosen, cut)
