@@ -58,7 +58,7 @@ class Workers:
         # Spawned: a process with threads, which JAX and tokenizers start, must not be forked.
         context = multiprocessing.get_context("spawn")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Twice as many threads as cores: at the end, when some processes have nothing left to do, others use their cores.
+        # Twice as many threads as cores: at the end, those of a process that still works use the cores of the others.
         threads = min(cores, max(1, 2 * cores // count))
         return concurrent.futures.ProcessPoolExecutor(count, context, _begin, (self._job, threads))
 
