@@ -116,8 +116,8 @@ class _Builder:
             return
         if parameter not in self._found:
             sharding = self._placement.sharding((None, *axes))
-            shape, dtype = (self._count(parameter), *spec.shape), self._config.dtype
-            self._found[parameter] = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+            shape = (self._count(parameter), *spec.shape)
+            self._found[parameter] = jnp.zeros(shape, self._config.dtype, device=sharding)
         self._found[parameter] = _write(self._found[parameter], own, index)
 
     def put_stacked(self, parameter: str, files: Source, name: str) -> None:
