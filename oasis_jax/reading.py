@@ -8,6 +8,8 @@ import json
 import os
 import pathlib
 import stat
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 from oasis_jax import storage
@@ -95,3 +97,26 @@ def read_json(path: pathlib.Path, kind: type = dict, most: int = MOST) -> Any:
             f"{path}: expected a JSON {'object' if kind is dict else kind.__name__}, got {type(found).__name__}"
         )
     return found
+
+
+_CHECKSUM = "checksum"  # the key of it
+
+
+def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a JSON file of ours is to hold, so that `without_checksum` sees every changed bit."""
+    plain = json.loads(json.dumps(values, allow_nan=False))  # as it will be read
+    return {**plain, _CHECKSUM: _checksum(plain)}
+
+
+def without_checksum(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given to `with_checksum`; raises ValueError where it is no longer that. What has no checksum was written
+    by an earlier version, and passes.
+    """
+    values = {name: value for name, value in found.items() if name != _CHECKSUM}
+    if _CHECKSUM in found and found[_CHECKSUM] != _checksum(values):
+        raise ValueError("it has changed since it was written")
+    return values
+
+
+def _checksum(values: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())

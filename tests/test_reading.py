@@ -12,7 +12,7 @@ from oasis_jax.pretrained import chat_template
 from oasis_jax.pretrained.folder import Folder
 from oasis_jax.pretrained.tokenizer import from_folder
 from oasis_jax.reading import MOST, read_bytes, read_json
-from oasis_jax.study.cells import read_json as read_study_json
+from oasis_jax.study.records import read_json as read_study_json
 from oasis_jax.training import lock_files, manifest
 from oasis_jax.training.metrics import read_metrics
 

@@ -13,7 +13,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from oasis_jax.config import DataConfig
-from oasis_jax.data.prepared import FORMAT, INDEX, PARTS, RECORD_TOKENS, check_files, file_sha256
+from oasis_jax.data.prepared import FORMAT, INDEX, PARTS, RECORD_TOKENS, check_files, file_sha256, read_index
 from oasis_jax.data.sources import Piece, licence_of, pieces_of
 from oasis_jax.data.split import rule
 from oasis_jax.data.survey import Documents, Job, Reader, Survey, look, survey
@@ -21,7 +21,7 @@ from oasis_jax.data.tokenizers import TOKENIZERS, Tokenizer
 from oasis_jax.data.workers import Workers
 from oasis_jax.errors import UserError
 from oasis_jax.plain_names import plain
-from oasis_jax.reading import read_json
+from oasis_jax.reading import read_json, with_checksum, without_checksum
 from oasis_jax.storage import local_path
 
 _PLAN, _LOCK = "plan.json", ".lock"
@@ -138,8 +138,8 @@ def _begin(out: pathlib.Path, plan: dict) -> dict | None:
     plan = json.loads(json.dumps(plan))
     for name in (INDEX, _PLAN):
         if (out / name).exists():
-            stored = read_json(out / name)
-            begun = stored["plan"] if name == INDEX else stored
+            stored = read_index(out) if name == INDEX else _read_json(out / name)
+            begun = stored.get("plan", {}) if name == INDEX else stored
             other = [key for key in plan if key != "source" and begun.get(key) != plan[key]]  # which may move
             if other:
                 found = "; ".join(f"{key} was {begun.get(key)!r}, is {plan[key]!r}" for key in other)
@@ -181,7 +181,7 @@ def _finished(path: pathlib.Path) -> dict | None:
     note = _note(path)
     if not note.exists():
         return None
-    entry = read_json(note)
+    entry = _read_json(note)
     check_files(path.parent, entry)
     return entry
 
@@ -257,10 +257,19 @@ def _cannot_write(path: pathlib.Path, error: Exception) -> UserError:
     )
 
 
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        return without_checksum(read_json(path))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; prepare again into another folder") from None
+
+
 def _write_json(path: pathlib.Path, values: dict) -> None:
     """All of it or nothing."""
     with _written(path) as unfinished:
-        unfinished.write_text(json.dumps(values, indent=1))
+        unfinished.write_text(json.dumps(with_checksum(values), indent=1))
 
 
 def _index(plan: dict, survey: Survey, tokenizer: Tokenizer, parts: dict[str, list[dict]]) -> dict:

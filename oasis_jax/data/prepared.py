@@ -24,7 +24,7 @@ from oasis_jax.data.split import missed_share
 from oasis_jax.data.tokenizers import Tokenizer
 from oasis_jax.errors import UserError
 from oasis_jax.plain_names import plain
-from oasis_jax.reading import read_bytes
+from oasis_jax.reading import read_bytes, without_checksum
 from oasis_jax.storage import fetched
 
 INDEX = "index.json"
@@ -142,6 +142,7 @@ def read_index(folder: str | os.PathLike[str]) -> dict:
     path = local_folder(folder) / INDEX
     try:
         index = json.loads(read_bytes(path))
+        index = without_checksum(index) if isinstance(index, dict) else None
     except FileNotFoundError:
         raise UserError(
             f"data.pattern: {str(folder)!r} holds no prepared corpus (no {INDEX}); `oasis_jax prepare` writes one, and "
@@ -151,11 +152,30 @@ def read_index(folder: str | os.PathLike[str]) -> dict:
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    if index is None or index.get("format") != FORMAT:
         raise UserError(f"{path}: is not of format {FORMAT}, which this version reads")
     if missing := [name for name in _KEYS if name not in index]:
         raise UserError(f"{path}: does not say its {', '.join(missing)}; restore it or prepare again")
+    if problem := _problem(index):
+        raise UserError(f"{path}: does not say {problem}; restore it or prepare again")
     return index
+
+
+def _problem(index: Mapping) -> str:
+    """What an index of others does not say, in words; "": it says all that is read of it."""
+    try:
+        np.dtype(index["dtype"])
+        numbers = [index["holdout"]["fraction"], index["holdout"]["bytes"]]
+        texts = [index["tokenizer"]["json"], *(index["tokenizer"]["identity"][name] for name in ("kind", "sha256"))]
+        for part in PARTS:
+            numbers.append(index["parts"][part]["bytes"])
+            for shard in index["parts"][part]["shards"]:
+                numbers += [shard[name] for name in ("tokens", "documents", "size")] + [shard["lengths"]["size"]]
+                texts += [entry[name] for entry in (shard, shard["lengths"]) for name in ("file", "sha256")]
+    except (KeyError, TypeError, IndexError) as error:
+        return f"what its shards are ({type(error).__name__}: {error})"
+    fits = all(type(x) in (int, float) and 0 <= x < 2**63 for x in numbers) and all(type(x) is str for x in texts)
+    return "" if fits else "what its shards are"
 
 
 def verify(folder: str | os.PathLike[str]) -> int:
@@ -232,19 +252,24 @@ def stream_in(folder: pathlib.Path, index: Mapping, part: str, tokenizer: Tokeni
     shards = index["parts"][part]["shards"]
 
     def lengths() -> np.ndarray:
-        found = [_lengths(folder / shard["lengths"]["file"], shard["documents"]) for shard in shards]
+        found = [_lengths(folder, shard, number > 0, tokenizer) for number, shard in enumerate(shards)]
         return np.concatenate([np.zeros(0, np.int64), *found])
 
     return Stream(ShardedTokens(folder, shards, np.dtype(index["dtype"])), lengths, tokenizer)
 
 
-def _lengths(path: pathlib.Path, documents: int) -> np.ndarray:
+def _lengths(folder: pathlib.Path, shard: Mapping, joined: bool, tokenizer: Tokenizer) -> np.ndarray:
+    """Of the documents of a shard; `joined`: it begins with a separator."""
+    path, documents = folder / shard["lengths"]["file"], shard["documents"]
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise corrupt(path, error) from None
     if found.shape != (documents,) or found.dtype != np.uint32:
         raise corrupt(path, f"{found.dtype} of shape {found.shape} for {documents} documents")
+    separators = 0 if tokenizer.separator_id is None else max(documents - (not joined), 0)
+    if int(found.sum(dtype=np.int64)) + separators != shard["tokens"]:
+        raise corrupt(path, f"its documents are not as long as the shard's {shard['tokens']} tokens")
     return found
 
 

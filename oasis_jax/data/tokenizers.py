@@ -117,11 +117,17 @@ class Tokenizer:
 
     @staticmethod
     def from_json(text: str) -> "Tokenizer":
-        """The tokenizer that `to_json` wrote."""
-        values = json.loads(text)
-        if values["kind"] not in TOKENIZERS:
-            raise unknown_name("tokenizer", values["kind"], TOKENIZERS)
-        return TOKENIZERS[values.pop("kind")](**values)
+        """The tokenizer that `to_json` wrote; raises UserError for another text."""
+        try:
+            values = json.loads(text)
+            if values["kind"] not in TOKENIZERS:
+                raise unknown_name("tokenizer", values["kind"], TOKENIZERS)
+            return TOKENIZERS[values.pop("kind")](**values)
+        except UserError:
+            raise
+        except Exception as error:  # the library raises bare ones
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+            raise UserError(f"tokenizer: what is stored makes none ({why})") from None
 
 
 class BytesTokenizer(Tokenizer):
@@ -332,7 +338,10 @@ class SentencePieceTokenizer(Tokenizer):
     def _token_bytes(self) -> list[bytes]:
         library, ids = self._library, range(len(self._library))
         silent = [library.IsControl(i) or library.IsUnknown(i) for i in ids]
-        return [b"" if silent[i] else _sentencepiece_bytes(library.IdToPiece(i)) for i in ids]
+        try:
+            return [b"" if silent[i] else _sentencepiece_bytes(library.IdToPiece(i)) for i in ids]
+        except UnicodeDecodeError:
+            raise UserError("data.tokenizer=sentencepiece: no model: a token of it is not UTF-8") from None
 
     def decode(self, ids):
         tokens = self._token_bytes
@@ -354,6 +363,8 @@ class TiktokenTokenizer(Tokenizer):
         library = optional("tiktoken", "data.tokenizer=tiktoken")
         self._fields = {"ranks": ranks, "pattern": pattern, "specials": specials}
         self._tokens = {i: base64.b64decode(token) for token, i in ranks.items()}
+        if missing := set(range(256)) - {token[0] for token in self._tokens.values() if len(token) == 1}:
+            raise UserError(f"data.tokenizer=tiktoken: no token is byte {min(missing)} alone, which texts are made of")
         self._library = library.Encoding(
             name="oasis_jax",
             pat_str=pattern,

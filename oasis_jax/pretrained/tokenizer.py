@@ -46,7 +46,8 @@ def _from_file(file: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     beside = file.with_name("tokenizer_config.json")
     if end is None and beside.exists():
         name = read_json(beside).get("eos_token")
-        end = library.token_to_id(name["content"] if isinstance(name, dict) else name) if name else None
+        name = name.get("content") if isinstance(name, dict) else name
+        end = library.token_to_id(name) if isinstance(name, str) else None
     empty = library.encode("", add_special_tokens=True).ids
     return {
         "model": text,

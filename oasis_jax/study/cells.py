@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,38 +15,13 @@ from oasis_jax.evaluation.quantization import parse_schemes
 from oasis_jax.evaluation.report.comparison import MeasuredRun
 from oasis_jax.evaluation.runs import measure_subject
 from oasis_jax.evaluation.subjects import ModelOptions, Subject, subject_of_form, subject_of_run
-from oasis_jax.reading import read_bytes
 from oasis_jax.study.design import Cell, Study
+from oasis_jax.study.records import Record, read_json, read_record, write_json
 from oasis_jax.training.array_checksums import checksums
 from oasis_jax.training.load import load_run
 from oasis_jax.training.loop import TrainingStopped, fit
 
 RESULT, START, LOG = "result.json", "start.json", "log.txt"
-
-Record = dict[str, Any]
-
-
-def read_json(path: pathlib.Path) -> Record | None:
-    """What a file of a study holds, None where there is none; raises UserError for one that is damaged."""
-    try:
-        found = json.loads(read_bytes(path))
-        if not isinstance(found, dict):
-            raise ValueError(f"expected a JSON object, got {type(found).__name__}")
-        return found
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--out: cannot read {str(path)!r}: {error}; delete it and its cell is done again") from None
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {str(path)!r}: {error.strerror}") from None
 
 
 def run_cell(study: Study, cell: Cell, out: pathlib.Path) -> Record:
@@ -67,7 +41,7 @@ def run_cell(study: Study, cell: Cell, out: pathlib.Path) -> Record:
         found = _measured_form(study, cell) if study.source else _trained(study, cell, folder)
     record = cell._asdict() | found | {"identity": study.identity(cell)}
     for method in study.methods:  # its companions: those of the same arm and seed
-        if other := read_json(out / cell._replace(method=method).path / RESULT):
+        if other := read_record(out / cell._replace(method=method).path / RESULT):
             check_alike(record, other, study.factors)
     write_json(folder / RESULT, record)
     return record
@@ -119,7 +93,10 @@ def _record(measured: MeasuredRun | None, failed: str | None, start: Record) -> 
 def finished(study: Study, out: pathlib.Path) -> Iterator[Record]:
     """The records of all cells that are done, in the study's order."""
     for cell in study.cells():
-        if record := read_json(out / cell.path / RESULT):
+        path = out / cell.path / RESULT
+        if record := read_record(path):
+            if (record["arm"], record["method"], record["seed"]) != cell:
+                raise UserError(f"--out: {str(path)!r} is that of another cell; delete it and its cell is done again")
             yield record
 
 
@@ -158,8 +135,9 @@ def check_alike(one: Record, other: Record, factors: tuple[str, ...]) -> None:
     first, second = one["start"]["settings"], other["start"]["settings"]
     for section in first:
         for name, value in first[section].items():
-            if value != second[section][name] and f"{section}.{name}" not in factors:
-                raise UserError(f"unequal start: {cells}: {section}.{name} is {value!r} and {second[section][name]!r}")
+            others = second.get(section, {}).get(name)
+            if value != others and f"{section}.{name}" not in factors:
+                raise UserError(f"unequal start: {cells}: {section}.{name} is {value!r} and {others!r}")
     theirs = other["start"]["parameters"]
     for name, (*shape, value) in one["start"]["parameters"].items():
         if name not in theirs:

@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Sequence
 
 from oasis_jax.errors import UserError
-from oasis_jax.reading import read_bytes
-from oasis_jax.study.cells import RESULT, Record, check_all_alike, finished, write_json
-from oasis_jax.study.design import CELLS, NAME, Cell, Study
+from oasis_jax.study.cells import RESULT, check_all_alike, finished
+from oasis_jax.study.design import CELLS, Cell, Study
+from oasis_jax.study.records import Record, read_lines, write_json
 
 KEPT = "cells.jsonl"
 
@@ -40,7 +40,7 @@ def kept_records(study: Study, out: pathlib.Path) -> list[Record]:
         records = list(finished(study, out))
         check_all_alike(records, study.factors)
         return [compact(record) for record in records]
-    return _read(out / KEPT)
+    return read_lines(out / KEPT)
 
 
 def write_kept(records: Sequence[Record], out: pathlib.Path) -> None:
@@ -61,7 +61,7 @@ def take_up_kept(study: Study, out: pathlib.Path) -> None:
     identity = {cell: study.identity(cell) for cell in study.cells()}
     partial = out / f"{CELLS}.{os.getpid()}.partial"
     try:
-        for record in _read(out / KEPT):
+        for record in read_lines(out / KEPT):
             cell = Cell(record["arm"], record["method"], record["seed"])
             if record["identity"] != identity.get(cell, record["identity"]):
                 raise UserError(
@@ -80,19 +80,3 @@ def take_up_kept(study: Study, out: pathlib.Path) -> None:
         raise UserError(f"--out: cannot write to {str(out)!r}: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _read(path: pathlib.Path) -> list[Record]:
-    """The lines of KEPT, which somebody else may have written: their names become folders."""
-    records = []
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
-        try:
-            record = json.loads(line)
-            names = all(NAME.fullmatch(record[name]) for name in ("arm", "method"))
-            if not (names and isinstance(record["seed"], int) and record["identity"] and record["start"]["sha256"]):
-                raise ValueError("names no cell")
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            what = f"has no {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"--out: {str(path)!r}, line {number} is no cell of a study: {what}") from None
-        records.append(record)
-    return records

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from oasis_jax.evaluation.report.figures import Ink, Panel, Picture, color, plain
-from oasis_jax.study.cells import Record
 from oasis_jax.study.design import Outcome, Study
+from oasis_jax.study.records import Record
 from oasis_jax.study.results import Results, Row
 
 _INCHES_A_METHOD = 0.24

@@ -7,10 +7,10 @@ from oasis_jax.errors import UserError
 from oasis_jax.evaluation.report.comparison import show
 from oasis_jax.evaluation.report.figures import Picture, save
 from oasis_jax.evaluation.report.markup import document, escaped, figure, html_table
-from oasis_jax.study.cells import Record, write_json
 from oasis_jax.study.design import Outcome, Study
 from oasis_jax.study.kept import kept_records, write_kept
 from oasis_jax.study.pictures import pictures
+from oasis_jax.study.records import Record, write_json
 from oasis_jax.study.results import NOT_TESTABLE, Comparison, Results, Row, Verdict, as_json, results
 from oasis_jax.study.statistics import ALPHA, Mean
 

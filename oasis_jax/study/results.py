@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oasis_jax.study.cells import Record
 from oasis_jax.study.design import Claim, Outcome, Study
+from oasis_jax.study.records import Record
 from oasis_jax.study.statistics import (
     ALPHA,
     Mean,

@@ -17,9 +17,10 @@ import jax
 
 from oasis_jax.errors import Preempted, UserError, printable
 from oasis_jax.plain_names import plain
-from oasis_jax.study.cells import RESULT, read_json, run_cell, write_json
+from oasis_jax.study.cells import RESULT, run_cell
 from oasis_jax.study.design import Cell, Study
 from oasis_jax.study.kept import take_up_kept
+from oasis_jax.study.records import read_json, write_json
 from oasis_jax.training.lock import WorkdirLock
 
 IDENTITY = "study.json"
@@ -40,6 +41,8 @@ def prepare(study: Study, out: pathlib.Path) -> None:
     identity = {cell.path: study.identity(cell) for cell in study.cells()}
     out.mkdir(parents=True, exist_ok=True)
     stored = (read_json(out / IDENTITY) or {}).get("cells", {})
+    if not isinstance(stored, dict):
+        raise UserError(f"--out: {str(out / IDENTITY)!r} does not say what cells the study has; delete it")
     for path, digest in stored.items():
         if path in identity and identity[path] != digest:
             raise UserError(

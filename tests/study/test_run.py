@@ -23,6 +23,7 @@ from oasis_jax.placement import make_mesh
 from oasis_jax.study.cells import RESULT, START, check_all_alike, run_cell, start_of
 from oasis_jax.study.design import Cell
 from oasis_jax.study.kept import KEPT, kept_records
+from oasis_jax.study.records import read_json, write_json
 from oasis_jax.study.report import write_study_report
 from oasis_jax.study.run import prepare, run_study
 from oasis_jax.training.state import new_state
@@ -93,10 +94,10 @@ def test_what_is_kept_is_gone_on_from_and_never_lost(done, tmp_path):
     "change, problem",
     [
         ({"identity": "0"}, "holds another study: the settings of cells/all/softmax/seed0 were others"),
-        ({"arm": "../../away"}, "line 1 is no cell of a study: names no cell"),
-        ({"seed": "0"}, "line 1 is no cell of a study: names no cell"),
-        ({"start": {}}, "line 1 is no cell of a study: has no 'sha256'"),
-        (None, "line 1 is no cell of a study: Expecting value"),
+        ({"arm": "../../away"}, "line 1: 'arm' is missing or not of its kind"),
+        ({"seed": "0"}, "line 1: 'seed' is missing or not of its kind"),
+        ({"start": {}}, "line 1: it does not say what the cell started from"),
+        (None, "line 1: Expecting value"),
     ],
     ids=str,
 )
@@ -113,10 +114,10 @@ def test_unequal_starts_end_the_study(done, tmp_path):
     cell = Cell("all", "softmax", 0)
     shutil.copytree(done / cell.path, tmp_path / cell.path)
     path = tmp_path / cell.path / RESULT
-    record = json.loads(path.read_text())
+    record = read_json(path)
     name = next(name for name in record["start"]["parameters"] if name.endswith("mlp.up"))
     record["start"]["parameters"][name][-1] += 1
-    path.write_text(json.dumps(record))
+    write_json(path, record)
     with pytest.raises(UserError, match=r"unequal start: .*mlp\.up begins with other values"):
         run_cell(toy_study(), Cell("all", "softmax1", 0), tmp_path)
     assert not (tmp_path / "cells/all/softmax1/seed0" / RESULT).exists()
