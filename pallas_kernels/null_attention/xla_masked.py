@@ -34,6 +34,9 @@ _ROWS, _COLUMNS = 64, 512  # a tile's queries and keys: measured on CPUs
 # K * H numbers apart, often a multiple of 4 KiB, of which a first-level cache holds 8. Of so many keys the products are one
 # program of XLA: more of them take several times longer.
 _AT_ONCE, _VECTOR, _SPAN = 8, 16, 64
+# The partial products of a tile of keys are written down once. More bytes of them are too many for a second-level
+# cache, and half as many keys at once took 0.7 to 0.8 of the time (9 query and 3 key heads of 64).
+_PARTIAL = 2**18
 
 
 class _Grid(NamedTuple):
@@ -59,7 +62,11 @@ class _Grid(NamedTuple):
         """The same for the forward pass, `few` where a CPU reads keys faster than its matrix product packs them."""
         grid, size = _Grid.of(query, key), query.shape[3]
         few = grid.length * grid.heads // grid.key_heads <= size // 16 and target_device().platform == "cpu"
-        return grid._replace(few=few and grid.columns % _AT_ONCE == 0 and size % _VECTOR == 0)
+        if not few or grid.columns % _AT_ONCE or size % _VECTOR:
+            return grid
+        of_a_key = query.shape[0] * grid.length * grid.heads * _lanes(size) * wide_dtype(query.dtype).itemsize
+        columns = _COLUMNS if of_a_key * _COLUMNS <= _PARTIAL else _COLUMNS // 2
+        return grid._replace(few=True, columns=min(grid.columns, columns))
 
 
 class _Tile(NamedTuple):
@@ -153,14 +160,21 @@ def _weighted(grid: _Grid, e: Float[Array, "B K G t s"], v: Float[Array, "B s K 
     return jnp.stack(parts, axis=1).reshape(*e.shape[:4], -1)
 
 
+def _lanes(size: int) -> int:
+    """How many sums there are of each product. Of small heads 32: sums of four or fewer terms took three times as
+    long.
+    """
+    return 2 * _VECTOR if size <= 64 and size % (2 * _VECTOR) == 0 else _VECTOR
+
+
 def _few_products(grid: _Grid, q: Float[Array, "B K G t H"], key, start) -> Float[Array, "B K G t s"]:
-    """_products of few rows with a tile of keys, which are read where they lie: sums over every 16th number, which XLA
-    writes as vectors where it would write the sum over all as one number after the other, and then their sum. Of small
-    heads over every 32nd: sums of four or fewer terms took three times as long.
+    """_products of few rows with a tile of keys, which are read where they lie: sums over every 16th or 32nd
+    number, which XLA writes as vectors where it would write the sum over all as one number after the other, and then
+    their sum.
     """
     (batch, key_heads, *_, size), wide = q.shape, wide_dtype(q.dtype)
     rows = q.reshape(batch, 1, key_heads, -1, size).astype(wide)
-    lanes, partial = 32 if size <= 64 and size % 32 == 0 else 16, 0.0
+    lanes, partial = _lanes(size), 0.0
     for i in range(0, size, lanes):
         k = _piece(key, (0, start, 0, i), (batch, grid.columns, key_heads, lanes))
         partial = partial + k[:, :, :, None].astype(wide) * rows[..., i : i + lanes]
