@@ -109,7 +109,7 @@ def beside_a_read(name: str, model: Pretrained, repetitions: int) -> dict:
     entry = lambda seed: jax.random.normal(jax.random.key(seed), shape)
     read = jax.jit(lambda arrays: [x.sum() for x in arrays])
     advance = jax.jit(lambda params, token, caches: step(params, config, token, caches, Context()), donate_argnums=2)
-    params = for_steps(model.params)
+    params = for_steps(model.params, config, model.numerics)
     for storage, store in STORAGES.items():
         caches = tuple(
             KVCache(store(entry(2 * i)), store(entry(2 * i + 1)), jnp.full(1, CACHED)) for i in range(config.num_layers)

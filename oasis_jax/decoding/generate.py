@@ -111,7 +111,7 @@ def generate(
     program = _Program(config, model.placement, sampling, ends, size, kv_cache)
     arrays = _arrays(rows, size, max_new_tokens, seed, model.placement)
     state = _start(model.params, model.numerics, *arrays, program=program)
-    params = for_steps(model.params)
+    params = for_steps(model.params, config, model.numerics)
     writers = [_Writer(model, max_new_tokens, ends, stop, number, on_text) for number in range(len(rows))]
     while not all(writer.ended for writer in writers):
         state, tokens, logprobs = _advance(params, model.numerics, state, program)

@@ -1,6 +1,7 @@
 """The two programs of decoding: prompts of unequal length at once, and one more token a row behind a cache."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,11 @@ from oasis_jax.config import ModelConfig
 from oasis_jax.errors import UserError
 from oasis_jax.model.cache import KVCache, RingCache
 from oasis_jax.model.context import Context
-from oasis_jax.model.decoder import final_stream
+from oasis_jax.model.decoder import final_stream, parameter_specs
 from oasis_jax.model.head import head_kernel, project_outputs
+from oasis_jax.model.layer import SUBLAYERS
 from oasis_jax.model.layout import is_stacked, unstack_layers
+from oasis_jax.model.numerics import FLOAT, Numerics, OutputsFirst
 
 Caches = tuple[KVCache, ...]
 
@@ -49,17 +52,41 @@ def for_length(config: ModelConfig, length: int) -> ModelConfig:
     return config
 
 
-def for_steps(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Parameters as steps read them: on a CPU layer by layer, a copy of them.
+def for_steps(params: Mapping[str, Any], config: ModelConfig, numerics: Numerics) -> Mapping[str, Any]:
+    """Parameters as steps read them: on a CPU a copy, layer by layer and in float with the weights' outputs first.
 
-    A step on a CPU would copy every layer's out of the stack, for every token.
+    A step on a CPU would copy every layer's out of the stack, for every token; why outputs come first, OutputsFirst
+    says.
     """
-    if not is_stacked(params) or jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu":
         return params
-    return _unstacked(params)
+    if numerics is not FLOAT:
+        return _unstacked(params) if is_stacked(params) else params
+    found = _outputs_first(params, config)
+    return found | {"head": {"kernel": OutputsFirst(params["embedding"]["table"])}} if config.tied_head else found
 
 
 _unstacked = jax.jit(unstack_layers)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _outputs_first(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """All but a tied head, which is there already."""
+    params, specs = unstack_layers(params) if is_stacked(params) else dict(params), parameter_specs(config)["layers"]
+
+    def turned(group: str, name: str, array: Array) -> Array | OutputsFirst:
+        spec = specs[group][name]
+        if group not in SUBLAYERS or spec.role != "matrix":
+            return array
+        return OutputsFirst.of(array, 1 if spec.axes[0] == "embed" else array.ndim - 1)  # out of the stream or into it
+
+    params["layers"] = {
+        index: {group: {name: turned(group, name, x) for name, x in own.items()} for group, own in layer.items()}
+        for index, layer in params["layers"].items()
+    }
+    if not config.tied_head:
+        params["head"] = {"kernel": OutputsFirst.of(params["head"]["kernel"], 1)}
+    return params
 
 
 def prefill(

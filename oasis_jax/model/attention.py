@@ -328,7 +328,9 @@ def output_projection(
         heads = heads * jax.nn.sigmoid(numerics.einsum("gate", "BTD,DNH->BTNH", x, p["gate"]))
     elif config.gate == "per_head":
         heads = heads * jax.nn.sigmoid(numerics.einsum("gate", "BTD,DN->BTN", x, p["gate"]))[..., None]
-    output = numerics.einsum("output", "BTNH,NHD->BTD", heads, p["output"])
+    # S for the size of a head: einsum contracts in the order of the alphabet, and in another order than they lie in, a
+    # CPU would turn all weights around first, for every token.
+    output = numerics.einsum("output", "BTNS,NSD->BTD", heads, p["output"])
     if config.output_bias:
         output = output + p["output_bias"]
     return context.constrain(output, "batch", "length", None)

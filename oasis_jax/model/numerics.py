@@ -4,11 +4,13 @@ Every module takes `numerics`; `FLOAT`, the default, is plain arithmetic. Quanti
 needs (`oasis_jax.evaluation.quantization.inference`) are subclasses, so that the model itself knows nothing of either.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import DepthRoute
@@ -77,10 +79,46 @@ class Numerics:
         del scopes, seen
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OutputsFirst:
+    """A linear layer's weight with the axes of its outputs before those of its inputs, for `FLOAT` alone.
+
+    XLA's CPU library reads the left operand of a product where it lies and copies the right one into tiles. With few
+    rows the copy takes longer than the product; so the weight is the left operand here, which has to lie this way.
+    """
+
+    array: Float[Array, "..."]  # [*outputs, *inputs]
+
+    @classmethod
+    def of(cls, weight: Float[Array, "..."], inputs: int) -> "OutputsFirst":
+        """A weight [*inputs, *outputs] with so many axes of inputs."""
+        return cls(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)))
+
+    def astype(self, dtype: DTypeLike) -> "OutputsFirst":
+        return OutputsFirst(self.array.astype(dtype))
+
+    def einsum(self, equation: str, x: Array, **options: Any) -> Array:
+        """jnp.einsum(equation, x, weight)."""
+        terms, result = equation.split("->")
+        rows, axes = terms.split(",")
+        outputs = "".join(axis for axis in axes if axis in result)
+        inputs = "".join(axis for axis in axes if axis not in result)
+        found = outputs + "".join(axis for axis in result if axis not in axes)
+        product = jnp.einsum(f"{outputs}{inputs},{rows}->{found}", self.array, x, **options)
+        product = jax.lax.optimization_barrier(product)  # or XLA would exchange the operands
+        return product.transpose([found.index(axis) for axis in result])
+
+
 class Float(Numerics):
     """Plain arithmetic."""
 
     loops = True
+
+    def einsum(self, name: str, equation: str, x: Array, weight: Array | OutputsFirst, **options: Any) -> Array:
+        if isinstance(weight, OutputsFirst):
+            return weight.einsum(equation, x, **options)
+        return super().einsum(name, equation, x, weight, **options)
 
 
 FLOAT = Float()

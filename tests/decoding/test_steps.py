@@ -1,6 +1,10 @@
 """Prefill and steps against the full forward pass: every preset, wiring, window and family, at every position."""
 
+import math
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from model.exact import in_float64
@@ -9,9 +13,10 @@ from pretrained.tiny import random_model
 from sampling import sampled
 
 from oasis_jax import PRESETS, Context, LayerPattern, ModelConfig, RopeScaling
-from oasis_jax.decoding.steps import for_length, prefill, step
+from oasis_jax.decoding.steps import for_length, for_steps, prefill, step
 from oasis_jax.model.cache import Int8, KVCache, RingCache
 from oasis_jax.model.decoder import forward
+from oasis_jax.model.layout import unstack_layers
 from oasis_jax.pretrained import transplant_sink
 from oasis_jax.pretrained.families import FAMILIES, read_model_config
 
@@ -73,6 +78,7 @@ def check(model, storage="float", lengths=(13, 6), rtol=1e-9, atol=1e-10):
     start = jax.jit(lambda params: prefill(params, config, ids[:, :longest], lengths, 32, Context(), storage))
     more = jax.jit(lambda params, token, caches: step(params, config, token, caches, Context()))
     logits, caches = start(params)
+    params = for_steps(params, config, model.numerics)
     for number in range(LENGTH - longest + 1):
         np.testing.assert_allclose(logits, whole[rows, lengths + number - 1], rtol=rtol, atol=atol)
         if number < LENGTH - longest:
@@ -89,6 +95,28 @@ def test_prefill_and_steps_equal_the_full_forward_at_every_position(kind):
         for index, cache in enumerate(caches):
             window = model.config.layer(index).window
             assert (type(cache), cache.size) == ((RingCache, window) if window else (KVCache, 32))
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+@pytest.mark.parametrize("turned", [True, False])
+def test_no_step_turns_a_weight_around(turned, tied_head):
+    """A compiled step holds no copy of a weight in another order: every product takes it as it lies."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("other platforms keep the stack")
+    sizes = dict(width=40, num_heads=6, num_kv_heads=3, head_dim=14, num_layers=2, mlp_dim=72, vocab_size=104)
+    model = random_model(ModelConfig(preset="residual", gate="elementwise", tied_head=tied_head, **sizes))
+    params, numerics = unstack_layers(model.params), model.numerics
+    if turned:
+        params = for_steps(params, model.config, numerics)
+    caches = tuple(KVCache(*jnp.zeros((2, 5, 32, 3, 14)), jnp.full(5, 7)) for _ in range(2))
+    run = jax.jit(lambda params, token, caches: step(params, model.config, token, caches, Context()))
+    text = run.lower(params, jnp.zeros(5, jnp.int32), caches).compile().as_text()
+    weights = {x.size for x in jax.tree.leaves(params) if x.ndim > 1}
+    rows = {5 * size for size in (40, 72, 104, 6 * 14, 3 * 14)} | {5 * 32 * 3 * 14}
+    assert weights.isdisjoint(rows)
+    moved = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+    assert text.count(" dot(") >= 2 * 8 + 1
+    assert not weights & {math.prod(map(int, shape.split(","))) for shape in moved}
 
 
 @pytest.mark.parametrize("family", sampled(FAMILIES, ("granite_swa",)))
