@@ -20,8 +20,8 @@ def depth_scores(inputs: RouteInputs) -> tuple[Float[Array, "L B T"], Float[Arra
     if inputs.key_norm_scale is not None:
         mean_square = jnp.mean(sources * sources, axis=-1, keepdims=True)
         keys = sources * lax.rsqrt(mean_square + KEY_NORM_EPSILON) * lifted(inputs.key_norm_scale.astype(wide), sources)
-    query = jnp.broadcast_to(inputs.query.astype(wide), sources.shape[1:])
-    scores = jnp.einsum("BTD,LBTD->LBT", query, keys, precision=lax.Precision.HIGHEST) * inputs.score_scale
+    products = "D,LBTD->LBT" if inputs.query.ndim == 1 else "BTD,LBTD->LBT"
+    scores = jnp.einsum(products, inputs.query.astype(wide), keys, precision=lax.Precision.HIGHEST) * inputs.score_scale
     limit = jnp.asarray(MAX_SCORE, wide)
     return lax.clamp(-limit, scores + score_shift(inputs), limit), sources, live
 
@@ -30,10 +30,13 @@ def depth_route_reference(inputs: RouteInputs) -> DepthRoute:
     """Depth routing in float32 or better over stacked sources. In plain JAX, for a query [B, T, D] and all sources
     live:
 
-        keys = sources * lax.rsqrt(jnp.mean(sources**2, -1, keepdims=True) + 1e-6) * key_norm_scale    # or keys =
-        sources scores = score_scale * jnp.einsum("BTD,LBTD->LBT", query, keys) + bias scores = jnp.clip(scores -
-        coupling * (null_evidence - null_evidence.mean(0)), -50, 50) total = jnp.exp(null_logit) +
-        jnp.exp(scores).sum(0) weights = jnp.exp(scores) / total output = jnp.einsum("LBT,LBTD->BTD", weights, sources)
+        keys = sources  # or normalized:
+        keys = sources * lax.rsqrt(jnp.mean(sources**2, -1, keepdims=True) + 1e-6) * key_norm_scale
+        scores = score_scale * jnp.einsum("BTD,LBTD->LBT", query, keys) + bias
+        scores = jnp.clip(scores - coupling * (null_evidence - null_evidence.mean(0)), -50, 50)
+        total = jnp.exp(null_logit) + jnp.exp(scores).sum(0)
+        weights = jnp.exp(scores) / total
+        output = jnp.einsum("LBT,LBTD->BTD", weights, sources)
         null_mass = jnp.exp(null_logit) / total
 
     The code below subtracts the maximum first and keeps whatever lies in dead sources out of values and gradients.
