@@ -22,7 +22,7 @@ def test_studies_of_the_house_can_be_built_and_their_header_names_their_command(
     assert f"python -m oasis_jax study configs/{path.name} --out runs/{path.stem}" in header
     assert "Hardware: " in header
     for cell in study.cells():
-        study.settings(cell)
+        study.identity(cell)
     measured = choose(study.measures)
     choose_interventions(study.interventions, "interventions")
     schemes = parse_schemes(study.schemes)
