@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -263,7 +264,7 @@ def _lengths(folder: pathlib.Path, shard: Mapping, joined: bool, tokenizer: Toke
     path, documents = folder / shard["lengths"]["file"], shard["documents"]
     try:
         found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # its head is read as Python
         raise corrupt(path, error) from None
     if found.shape != (documents,) or found.dtype != np.uint32:
         raise corrupt(path, f"{found.dtype} of shape {found.shape} for {documents} documents")

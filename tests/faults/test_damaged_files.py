@@ -28,8 +28,8 @@ from oasis_jax.pretrained.load import source_model, source_tokenizer
 from oasis_jax.pretrained.source import open_source
 from oasis_jax.pretrained.tokenizer import open_tokenizer
 from oasis_jax.study.cells import RESULT
+from oasis_jax.study.kept import kept_records
 from oasis_jax.study.records import write_json
-from oasis_jax.study.report import kept_records
 from oasis_jax.study.results import as_json, results
 from oasis_jax.study.run import IDENTITY
 from oasis_jax.study.run import prepare as begin_study
@@ -148,7 +148,8 @@ def study_folder(folder: pathlib.Path) -> Made:
     for cell in study.cells():
         (folder / cell.path).mkdir(parents=True)
         names.append(f"{cell.path}/{RESULT}")
-        write_json(folder / names[-1], study_record(cell.method, cell.seed, squared_error=0.3 + 0.1 * cell.seed))
+        record = study_record(cell.method, cell.seed, squared_error=0.3 + 0.1 * cell.seed)
+        write_json(folder / names[-1], record | {"identity": study.identity(cell)})
 
     def read(path: pathlib.Path) -> list:
         begin_study(study, path)
