@@ -17,7 +17,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     branches: Mapping[tuple[str, str], Files]  # (repository, branch) -> what is in it
 
     def log_message(self, *arguments):
-        pass
+        """Nothing: a test's output is no access log."""
 
     def do_GET(self):
         self._answer({})

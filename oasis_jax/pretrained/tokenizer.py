@@ -18,8 +18,8 @@ from oasis_jax.storage import as_path, fetched, is_remote
 _FILES = ("config.json", "tokenizer*", "oasis_tokenizer.json")
 
 _ALLOWED = (
-    "bytes, bpe, a tokenizer.json, a .gguf or .model file, tiktoken:NAME, or a model with one: a folder, or owner/name, "
-    "a name on a hub"
+    "bytes, bpe, a tokenizer.json, a .gguf or .model file, tiktoken:NAME, or a model with one: a folder, or "
+    "owner/name, a name on a hub"
 )
 
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from oasis_jax.errors import UserError
 from oasis_jax.study.cells import RESULT, check_all_alike, finished
@@ -50,20 +50,21 @@ def write_kept(records: Sequence[Record], out: pathlib.Path) -> None:
     partial.replace(out / KEPT)
 
 
-def take_up_kept(study: Study, out: pathlib.Path) -> None:
+def take_up_kept(out: pathlib.Path, identity: Mapping[str, str]) -> None:
     """Makes done cells of the lines of KEPT, where a folder has those and no cells yet: nothing in it is done twice.
+
+    identity: of the study's cells, by their paths.
 
     Raises:
       UserError: a line that is none, or one of this study's cells under other settings.
     """
     if (out / CELLS).exists() or not (out / KEPT).exists():
         return
-    identity = {cell: study.identity(cell) for cell in study.cells()}
     partial = out / f"{CELLS}.{os.getpid()}.partial"
     try:
         for record in read_lines(out / KEPT):
             cell = Cell(record["arm"], record["method"], record["seed"])
-            if record["identity"] != identity.get(cell, record["identity"]):
+            if record["identity"] != identity.get(cell.path, record["identity"]):
                 raise UserError(
                     f"--out: {str(out / KEPT)!r} holds another study: the settings of {cell.path} were others; take "
                     "another folder"

@@ -48,7 +48,7 @@ def prepare(study: Study, out: pathlib.Path) -> None:
             raise UserError(
                 f"--out: {str(out)!r} holds another study: the settings of {path} were others; take another folder"
             )
-    take_up_kept(study, out)
+    take_up_kept(out, identity)
     write_json(out / IDENTITY, {"title": study.title, "cells": stored | identity})
 
 

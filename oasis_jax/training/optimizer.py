@@ -67,7 +67,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, model: ModelConfig) -> o
 
     adamw: Loshchilov and Hutter, arXiv 1711.05101. muon: matrices by Muon (arXiv 2502.16982), the rest by AdamW. sgd:
     with momentum beta1. All decay weights apart from the gradient. Groups of roles may have a learning rate of their
-    own: router_multiplier times the others' for depth routers. Running averages (`oasis_jax.model.affine`) move as such.
+    own: router_multiplier times the others' for depth routers.
+    Running averages move as such; see `oasis_jax.model.affine`.
     """
     rule = optax.chain(
         _DIRECTIONS[config.optimizer](config, model),

@@ -97,6 +97,13 @@ class _Route:
             inverse_rms = lax.rsqrt(self.tile.dot(value, value) * (1 / self.width) + KEY_NORM_EPSILON)
         return dot * (inverse_rms * self.options.score_scale) + shift, dot, inverse_rms
 
+    def along(self, d_score, dot, inverse_rms):
+        """What the gradient of a score adds to the source's: so much of u, less so much of v, of a normalized key."""
+        along_query = d_score * (inverse_rms * self.options.score_scale)
+        if not self.options.normalize:
+            return along_query, None
+        return along_query, along_query * dot * inverse_rms * inverse_rms / self.width
+
     def source_gradient(self, weight, d_output, along_query, query, along_value, value):
         """weight * dO + along_query * u - along_value * v, by rows, in the sources' dtype."""
         tile = self.tile
@@ -260,10 +267,7 @@ def backward(options, sources, query, shift, num_sources, weights, delta, d_outp
                 through_output = tile.dot(value, tile.load(d_output_here))
                 d_score = jnp.where(jnp.abs(raw) < MAX_SCORE, weight * (through_output + lift_i), 0.0)
                 store(d_shift.at[i, at], d_score)
-                along_query = d_score * (inverse_rms * options.score_scale)
-                along_value = None
-                if options.normalize:
-                    along_value = along_query * dot * inverse_rms * inverse_rms / route.width
+                along_query, along_value = route.along(d_score, dot, inverse_rms)
                 d_value = route.source_gradient(weight, d_output_here, along_query, query_here, along_value, value)
                 route.of_source(d_sources, i, lambda ref: tile.store(ref, at, d_value))
                 if new is not None:

@@ -31,8 +31,8 @@ from pallas_kernels.sharding import varying_alike
 
 _ROWS, _COLUMNS = 64, 512  # a tile's queries and keys: measured on CPUs
 # Few rows a key head, on a CPU: values are added up so many at once, vector by vector of so many numbers. They lie
-# K * H numbers apart, often a multiple of 4 KiB, of which a first-level cache holds 8. Of so many keys the products are one
-# program of XLA: more of them take several times longer.
+# K * H numbers apart, often a multiple of 4 KiB, of which a first-level cache holds 8. Of so many keys the products are
+# one program of XLA: more of them take several times longer.
 _AT_ONCE, _VECTOR, _SPAN = 8, 16, 64
 # The partial products of a tile of keys are written down once. More bytes of them are too many for a second-level
 # cache, and half as many keys at once took 0.7 to 0.8 of the time (9 query and 3 key heads of 64).

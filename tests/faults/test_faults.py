@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import pytest
+from programs import end
 from small_disks import fill, tmpfs
 
 pytestmark = pytest.mark.faults
@@ -78,10 +79,7 @@ def start(config, cache):
         return running[-1]
 
     yield run
-    for process in running:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    end(running)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A preparation that is killed again and again, at moments that nobody chose, gives what one that was left alone gives."""
+"""A preparation that is killed again and again, whenever it may be, gives what one that was left alone gives."""
 
 import os
 import random
@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from programs import end
 
 from oasis_jax.data.prepared import verify
 
@@ -43,10 +44,7 @@ def start(tmp_path):
         return running[-1]
 
     yield run
-    for process in running:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    end(running)
 
 
 def test_killed_at_random_moments(start, tmp_path, record):
